@@ -1,0 +1,82 @@
+"""Chooses the implementation of an op: the first backend of the device's order that has one and is available.
+
+A backend may be asked for by name, for a block of code (``use_backend``) or for the process
+(``EFFDET_KERNELS_BACKEND``); then there is no falling back: an absent one is an error that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from effdet_kernels import _native, _triton
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "EFFDET_KERNELS_BACKEND"
+_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_requested: ContextVar[str | None] = ContextVar("effdet_kernels_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name that cannot serve the call."""
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Why ``backend`` cannot be used in this process, or None when it can."""
+    if backend == "cpu":
+        return _native.REASON
+    if backend == "cuda":
+        return _native.cuda_reason()
+    if backend == "triton":
+        return _triton.REASON
+    return None
+
+
+def requested() -> str | None:
+    """The backend asked for by name, or None: the innermost ``use_backend``, else the environment variable."""
+    name = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise BackendError(f"backend: got {name!r}, takes one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every op inside the block on backend ``name`` ("reference", "cpu", "triton", "cuda"); None: by device.
+
+    Raises:
+        BackendError: unknown name, or the backend is not available here (the message says why).
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise BackendError(f"use_backend: got {name!r}, takes one of {', '.join(BACKENDS)}")
+        reason = unavailable_reason(name)
+        if reason:
+            raise BackendError(f"use_backend({name!r}): {reason}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def choose(op: str, impls: dict[str, Callable[..., Any]], device: str) -> Callable[..., Any]:
+    """The implementation of ``op`` for tensors on ``device`` ("cpu" or "cuda")."""
+    name = requested()
+    if name is None:
+        for candidate in _ORDER[device]:
+            if candidate in impls and unavailable_reason(candidate) is None:
+                return impls[candidate]
+        raise BackendError(f"{op}: no implementation for tensors on {device}")
+    reason = unavailable_reason(name)
+    if reason:
+        raise BackendError(f"{op}: backend {name!r} was asked for, but {reason}")
+    if name not in impls:
+        raise BackendError(f"{op}: has no {name!r} implementation; it has {', '.join(impls)}")
+    if device not in _DEVICES[name]:
+        raise BackendError(f"{op}: backend {name!r} runs on {_DEVICES[name][0]}, tensors are on {device}")
+    return impls[name]

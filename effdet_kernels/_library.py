@@ -1,0 +1,316 @@
+"""The one ``torch.library.Library`` of the package, and ``define``, which registers an op with it.
+
+An op is registered from four things: its schema, an ``out_spec`` (shapes, dtypes and layouts of its outputs, shared by
+the fake kernel and by allocation), its implementations by backend name, and the names of its differentiable arguments.
+``define`` derives the rest: the fake, the autocast rule, the backward op ``<name>_backward`` and its autograd formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _dispatch
+
+NAMESPACE = "effdet_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype, device and memory format of one output."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def empty(self) -> Tensor:
+        """Uninitialised memory of this specification."""
+        return torch.empty(
+            self.shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
+        )
+
+    def conform(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """``tensor`` in exactly this dtype and these strides, and never an alias of an input."""
+        if tuple(tensor.shape) != tuple(self.shape):
+            raise RuntimeError(f"an implementation returned {tuple(tensor.shape)}, not {self.shape}")
+        out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
+        if any(_same_storage(out, other) for other in inputs):
+            out = out.clone(memory_format=self.memory_format)
+        strides = torch.empty(
+            self.shape, device="meta", memory_format=self.memory_format
+        ).stride()  # of dimensions of size 1 too, where contiguous() may leave another stride
+        return out if out.stride() == strides else out.as_strided(self.shape, strides)
+
+
+def nchw(shape: Sequence[Any], like: Tensor) -> TensorSpec:
+    """Specification of a feature map: ``shape`` [B, C, H, W], channels_last, dtype and device of ``like``."""
+    return TensorSpec(tuple(shape), like.dtype, like.device, torch.channels_last)
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among ``values`` and in the lists among them, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
+
+
+class Op:
+    """A registered op; call it with every argument of its schema, in order."""
+
+    def __init__(
+        self,
+        schema: str,
+        out_spec: Callable[..., list[TensorSpec]],
+        impls: dict[str, Callable[..., Any]],
+        differentiable: Sequence[str],
+        nondifferentiable_outputs: Sequence[int],
+        autocast: Sequence[str] | Literal["float32"],
+    ) -> None:
+        self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+        self.name = self.schema.name.split("::")[1]
+        self.impls = impls
+        self._out_spec = out_spec
+        self._arguments = [argument.name for argument in self.schema.arguments]
+        self._differentiable = [self._arguments.index(name) for name in differentiable]
+        self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
+        self._autocast = autocast
+        self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
+        self._register(schema)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+    # Registration --------------------------------------------------------------------------------
+
+    def _register(self, schema: str) -> None:
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._forward, "CPU")
+        _LIBRARY.impl(self.name, self._forward, "CUDA")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_LIBRARY)
+        for device in ("cpu", "cuda"):
+            _LIBRARY.impl(self.name, self._autocast_kernel(device), f"Autocast{device.upper()}")
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        if self._differentiable:
+            self._register_backward(schema)
+
+    def _register_backward(self, schema: str) -> None:
+        arguments = schema.partition("(")[2].rpartition(") ->")[0]
+        name = f"{self.name}_backward"
+        _LIBRARY.define(f"{name}(Tensor?[] grads, {arguments}, bool[] needs) -> Tensor[]")
+        _LIBRARY.impl(name, self._backward, "CPU")
+        _LIBRARY.impl(name, self._backward, "CUDA")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake_backward, lib=_LIBRARY)
+        self._backward_overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{self.name}",
+            self._autograd_backward,
+            setup_context=self._setup_context,
+            lib=_LIBRARY,
+        )
+
+    # Kernels of the dispatcher -------------------------------------------------------------------
+
+    def _forward(self, *args: Any) -> Any:
+        tensors = _tensors(args)
+        implementation = _dispatch.choose(self.name, self.impls, tensors[0].device.type)
+        outputs = implementation(*args)
+        flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        specs = self._out_spec(*args)
+        return self._pack([spec.conform(out, tensors) for spec, out in zip(specs, flat, strict=True)])
+
+    def _fake(self, *args: Any) -> Any:
+        return self._pack([spec.empty() for spec in self._out_spec(*args)])
+
+    def _pack(self, flat: list[Tensor]) -> Any:
+        if self._returns_list:
+            return flat
+        return flat[0] if len(flat) == 1 else tuple(flat)
+
+    def _autocast_kernel(self, device: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+        def kernel(*args: Any) -> Any:
+            low = torch.get_autocast_dtype(device)
+            cast = [
+                _cast(value, torch.float32 if self._autocast == "float32" else low)
+                if self._autocast == "float32" or name in self._autocast
+                else value
+                for name, value in zip(self._arguments, args, strict=True)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self._overload(*cast)
+
+        return kernel
+
+    # Autograd ------------------------------------------------------------------------------------
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        layout: list[Any] = []  # per argument: number of tensors of a list, True for a tensor, or the value
+        saved: list[Tensor] = []
+        for value in inputs:
+            if isinstance(value, Tensor):
+                layout.append(_SavedTensor())
+                saved.append(value)
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+                layout.append(_SavedList(len(value)))
+                saved.extend(value)
+            else:
+                layout.append(value)
+        ctx.save_for_backward(*saved)
+        ctx.layout = layout
+        ctx.backend = _dispatch.requested()
+        flat = [output] if isinstance(output, Tensor) else list(output)
+        ctx.output_is_list = self._returns_list
+        if self._nondifferentiable_outputs:
+            ctx.mark_non_differentiable(*[flat[i] for i in self._nondifferentiable_outputs])
+
+    def _autograd_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat_grads = list(grads[0]) if ctx.output_is_list else list(grads)
+        saved = iter(ctx.saved_tensors)
+        args = [
+            next(saved)
+            if isinstance(item, _SavedTensor)
+            else [next(saved) for _ in range(item.count)]
+            if isinstance(item, _SavedList)
+            else item
+            for item in ctx.layout
+        ]
+        needs = [
+            t.requires_grad
+            for i in self._differentiable
+            for t in _tensors([args[i]])
+        ]
+        with _dispatch.use_backend(ctx.backend):
+            computed = iter(self._backward_overload(flat_grads, *args, needs))
+        wanted = iter(needs)
+        result: list[Any] = [None] * len(args)
+        for i in self._differentiable:
+            if isinstance(args[i], Tensor):
+                result[i] = next(computed) if next(wanted) else None
+            elif isinstance(args[i], list):
+                result[i] = [next(computed) if next(wanted) else None for _ in args[i]]
+        return tuple(result)
+
+    def _backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        *args, needs = rest
+        variables = _tensors([args[i] for i in self._differentiable])
+        needed = [t for t, need in zip(variables, needs, strict=True) if need]
+        gradients = reference_backward(
+            self.impls["reference"], grads, args, self._differentiable, needs
+        )
+        return [
+            _like_spec(t).conform(g, _tensors([grads, *args]))
+            for t, g in zip(needed, gradients, strict=True)
+        ]
+
+    def _fake_backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        *args, needs = rest
+        variables = _tensors([args[i] for i in self._differentiable])
+        return [_like_spec(t).empty() for t, need in zip(variables, needs, strict=True) if need]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedTensor:
+    """Marks an argument that was saved as one tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedList:
+    """Marks an argument that was saved as a list of ``count`` tensors."""
+
+    count: int
+
+
+def _like_spec(tensor: Tensor) -> TensorSpec:
+    """Gradients are dense: channels_last for maps and 4-d weights that are so, contiguous otherwise."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, layout)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        eligible = value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return [_cast(item, dtype) for item in value]
+    return value
+
+
+def reference_backward(
+    reference: Callable[..., Any],
+    grads: Sequence[Tensor | None],
+    args: Sequence[Any],
+    differentiable: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of ``reference`` by recomputing it under autograd: the definition of a right backward.
+
+    ``needs`` has one flag per tensor among the differentiable arguments, in order; one gradient per set flag returns.
+    """
+    wanted = iter(needs)
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if next(wanted):
+            leaves.append(tensor.requires_grad_())
+        return tensor
+
+    inputs = list(args)
+    for i in differentiable:
+        if isinstance(inputs[i], Tensor):
+            inputs[i] = leaf(inputs[i])
+        elif isinstance(inputs[i], (list, tuple)):
+            inputs[i] = [leaf(t) for t in inputs[i]]
+    with torch.enable_grad():
+        outputs = reference(*inputs)
+        flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    pairs = [
+        (out, grad)
+        for out, grad in zip(flat, grads, strict=True)
+        if grad is not None and out.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(t) for t in leaves]
+    outs, weights = zip(*pairs, strict=True)
+    found = torch.autograd.grad(
+        outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+
+
+def define(
+    schema: str,
+    *,
+    out_spec: Callable[..., list[TensorSpec]],
+    impls: dict[str, Callable[..., Any]],
+    differentiable: Sequence[str] = (),
+    nondifferentiable_outputs: Sequence[int] = (),
+    autocast: Sequence[str] | Literal["float32"] = "float32",
+) -> Op:
+    """Registers an op and returns it.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> Tensor`` without the namespace; no defaults (the public function has them).
+        out_spec: called with the op's arguments; the specifications of its outputs, flat.
+        impls: backend name to function; ``"reference"`` must be there. All take the op's arguments, positionally.
+        differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
+        nondifferentiable_outputs: positions of outputs without gradient.
+        autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
+    """
+    return Op(schema, out_spec, impls, differentiable, nondifferentiable_outputs, autocast)

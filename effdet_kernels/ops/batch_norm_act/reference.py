@@ -1,0 +1,20 @@
+"""Plain-torch `batch_norm_act`: the definition of right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._activations import ACTIVATIONS, accumulation_dtype
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, act: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y = act((x - mean) / sqrt(var + eps) * weight + bias)` with the batch's mean and biased variance."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    scale = weight.to(wide.dtype) * torch.rsqrt(var + eps)
+    centred = wide - mean.view(1, -1, 1, 1)
+    y = centred * scale.view(1, -1, 1, 1) + bias.to(wide.dtype).view(1, -1, 1, 1)
+    return ACTIVATIONS[act](y).to(x.dtype), mean.detach(), var.detach()

@@ -1,0 +1,55 @@
+"""Plain-torch `decode_topk`: the definition of right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._activations import accumulation_dtype
+
+
+def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
+    """[B, A * width, H, W] per level to [B, N, width], anchors in level, row, column, anchor order."""
+    batch = maps[0].shape[0]
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, width) for m in maps], 1)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """Indices [k] of the k largest of `values` [M], descending; lower index first on ties; NaN ranks as +inf."""
+    key = values.masked_fill(values.isnan(), torch.inf)
+    least = key.topk(k).values[-1:]  # empty for k = 0
+    above = (key > least).nonzero()[:, 0]
+    tied = (key == least).nonzero()[: k - above.numel(), 0]
+    chosen = torch.cat([above, tied]) if k else above[:0]
+    return chosen[key[chosen].argsort(descending=True, stable=True)]
+
+
+def decode_topk(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    num_classes: int,
+    k: int,
+    limits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k best (anchor, class) logits of each image and their boxes, decoded from (ty, tx, th, tw)."""
+    logits = _rows(cls_outputs, num_classes).flatten(1)
+    codes = _rows(box_outputs, 4)
+    k = min(k, logits.shape[1])
+    picks = [_top(row.detach(), k) for row in logits]
+    flat = torch.stack(picks) if picks else logits.new_zeros((0, k), dtype=torch.long)
+    anchor_index = flat // num_classes
+    dtype = accumulation_dtype(codes.dtype)
+    code = codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4)).to(dtype)
+    corners = anchors.to(dtype)[anchor_index]
+    size = corners[..., 2:] - corners[..., :2]
+    centre = (corners[..., :2] + corners[..., 2:]) / 2
+    centre = code[..., [1, 0]] * size + centre
+    half = code[..., [3, 2]].exp() * size / 2
+    boxes = torch.cat([centre - half, centre + half], -1)
+    if limits is not None:
+        boxes = boxes.clamp(min=0).minimum(limits.to(dtype).repeat(1, 2)[:, None])
+    return boxes, logits.gather(1, flat), anchor_index, flat % num_classes

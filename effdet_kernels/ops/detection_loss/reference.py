@@ -1,0 +1,59 @@
+"""Plain-torch `detection_loss`: the definition of right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._activations import accumulation_dtype
+
+
+def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: float) -> Tensor:
+    """Sum of the focal loss of logits `x` [..., C] against class indices `label` [...]; -2 is ignored."""
+    positive = label[..., None] == torch.arange(x.shape[-1], device=x.device)
+    target = positive.to(x.dtype)
+    entropy = F.binary_cross_entropy_with_logits(
+        x, target * (1 - smoothing) + smoothing / 2, reduction="none"
+    )
+    # (1 - p_t) ** gamma in the log domain: no cancellation, and a finite gradient for any logit and gamma.
+    modulator = torch.exp(gamma * F.logsigmoid(torch.where(positive, -x, x)))
+    balance = torch.where(positive, alpha, 1 - alpha)
+    return (balance * modulator * entropy * (label != -2)[..., None]).sum()
+
+
+def _huber(code: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Sum of the huber loss over the elements whose target is not exactly 0."""
+    error = (code - target).abs()
+    quadratic = error.clamp(max=delta)
+    loss = 0.5 * quadratic**2 + delta * (error - quadratic)
+    return (loss * (target != 0)).sum()
+
+
+def detection_loss(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    cls_targets: Sequence[Tensor],
+    box_targets: Sequence[Tensor],
+    num_positives: Tensor,
+    *,
+    num_classes: int,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+    delta: float = 0.1,
+    label_smoothing: float = 0.0,
+    legacy_focal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Focal loss of the classes and huber loss of the boxes, each over (positives + 1)."""
+    dtype = accumulation_dtype(cls_outputs[0].dtype)
+    smoothing = 0.0 if legacy_focal else label_smoothing
+    positives = num_positives.to(dtype).sum() + 1
+    cls_loss = box_loss = torch.zeros((), dtype=dtype, device=num_positives.device)
+    for x, code, label, target in zip(cls_outputs, box_outputs, cls_targets, box_targets):
+        rows = x.to(dtype).permute(0, 2, 3, 1).reshape(*label.shape, num_classes)
+        cls_loss = cls_loss + _focal(rows, label, alpha, gamma, smoothing)
+        code = code.to(dtype).permute(0, 2, 3, 1)
+        box_loss = box_loss + _huber(code, target.to(dtype), delta)
+    return cls_loss / positives, box_loss / (4 * positives)

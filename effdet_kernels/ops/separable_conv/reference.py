@@ -1,0 +1,38 @@
+"""Plain-torch `separable_conv`: the definition of right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._activations import ACTIVATIONS, affine_act
+
+
+def separable_conv(
+    x: Sequence[Tensor],
+    dw_weight: Sequence[Tensor],
+    pw_weight: Sequence[Tensor],
+    scale: Sequence[Tensor] = (),
+    shift: Sequence[Tensor] = (),
+    *,
+    pre_act: str = "none",
+    act: str = "none",
+) -> list[Tensor]:
+    """`y = act(pointwise(depthwise(pre_act(x))) * scale + shift)` for every map of every net."""
+    nets = len(dw_weight)
+    outputs = (len(scale) or len(shift)) or len(x)
+    levels = outputs // nets
+    shared = len(x) == levels
+    y = []
+    for i in range(outputs):
+        net = i // levels
+        source = ACTIVATIONS[pre_act](x[i % levels if shared else i])
+        dw, pw = dw_weight[net], pw_weight[net]
+        middle = F.conv2d(source, dw, padding=dw.shape[-1] // 2, groups=dw.shape[0])
+        out = affine_act(
+            F.conv2d(middle, pw), scale[i] if scale else None, shift[i] if shift else None, act
+        )
+        y.append(out.to(source.dtype))
+    return y

@@ -1,0 +1,47 @@
+"""Plain-torch `weighted_fusion`: the definition of right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._activations import ACTIVATIONS, accumulation_dtype
+
+FASTATTN_EPS = 1e-4
+
+
+def _resample(x: Tensor, how: str, size: Sequence[int], pool_padding: Sequence[int]) -> Tensor:
+    if how == "identity":
+        return x
+    if how == "max":
+        return F.max_pool2d(F.pad(x, tuple(pool_padding), value=-torch.inf), 3, 2)
+    align_corners = None if how == "nearest" else False
+    return F.interpolate(x, tuple(size), mode=how, align_corners=align_corners)
+
+
+def weighted_fusion(
+    x: Sequence[Tensor],
+    weight: Tensor | None,
+    *,
+    method: str = "fastattn",
+    resample: Sequence[str],
+    size: Sequence[int],
+    pool_padding: Sequence[int] = (0, 0, 0, 0),
+    act: str = "none",
+) -> Tensor:
+    """`y = act(sum_i w_i * resample_i(x_i))` with `w` normalised as `method` says."""
+    dtype = accumulation_dtype(x[0].dtype)
+    maps = [_resample(m.to(dtype), how, size, pool_padding) for m, how in zip(x, resample)]
+    if method == "sum":
+        y = sum(maps[1:], maps[0])
+    elif method == "attn":
+        share = weight.to(dtype).softmax(0)
+        y = sum(m * w for m, w in zip(maps, share))
+    else:
+        share = weight.to(dtype).relu()
+        total = share.sum() + FASTATTN_EPS
+        y = sum(m * w / total for m, w in zip(maps, share))
+    return ACTIVATIONS[act](y).to(x[0].dtype)
