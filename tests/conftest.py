@@ -1,0 +1,23 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", type=Path, help="folder with bccd/, photos/ and detections/ (optional real data)")
+    parser.addoption("--oracle", type=Path, help="python of an environment with PyPI effdet 0.4.1")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder given by --data; tests that need it are skipped without."""
+    path = request.config.getoption("--data")
+    if path is None:
+        pytest.skip("needs real data: pass --data PATH")
+    if not path.is_dir():
+        pytest.fail(f"--data: {path} is not a folder")
+    return path.resolve()
