@@ -17,6 +17,7 @@ from torch import Tensor
 from effdet_kernels import _dispatch
 
 NAMESPACE = "effdet_kernels"
+OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -313,4 +314,6 @@ def define(
         nondifferentiable_outputs: positions of outputs without gradient.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
     """
-    return Op(schema, out_spec, impls, differentiable, nondifferentiable_outputs, autocast)
+    op = Op(schema, out_spec, impls, differentiable, nondifferentiable_outputs, autocast)
+    OPS[op.name] = op
+    return op

@@ -1,0 +1,169 @@
+"""OpSpec of ``soft_nms``: the output is replayed in float64, step by step, so near-ties need no luck."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_kernels.ops.soft_nms import op, reference
+from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, ratio, roundoff
+
+
+def _scene(
+    generator: torch.Generator, batch: int, count: int, max_det: int, classes: int, method: str, **options
+) -> Inputs:
+    """Clustered boxes: a few objects per image, candidates jittered around them, as a detector's are."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    objects = max(1, count // 8)
+    owner = torch.randint(objects, (batch, count), generator=generator)
+    rows = torch.arange(batch)[:, None]
+    center = (uniform(batch, objects, 2) * 512)[rows, owner] + uniform(batch, count, 2) * 12
+    size = (uniform(batch, objects, 2) * 120 + 8)[rows, owner] * (0.8 + 0.4 * uniform(batch, count, 2))
+    arguments = {
+        "boxes": torch.cat([center - size / 2, center + size / 2], -1),
+        "scores": uniform(batch, count) * 0.98 + 0.01,
+        "classes": torch.randint(classes, (batch, count), generator=generator) if classes else None,
+        "num_valid": None,
+        "max_det": max_det,
+        "method": method,
+        "sigma": 0.5,
+        "iou_threshold": 0.3,
+        "score_threshold": 0.001,
+    }
+    return {**arguments, **options}
+
+
+def _awkward(generator: torch.Generator) -> Inputs:
+    """Non-finite, degenerate, inverted and duplicate boxes, equal scores, fewer valid candidates than there are."""
+    inputs = _scene(generator, 3, 40, 50, 2, "gaussian", num_valid=torch.tensor([40, 17, 0]))
+    boxes, scores = inputs["boxes"], inputs["scores"]
+    boxes[0, 3, 2], boxes[0, 4, 0], scores[0, 5] = torch.nan, torch.inf, torch.nan
+    boxes[0, 6, 2:] = boxes[0, 6, :2]
+    boxes[0, 7] = boxes[0, 7, [2, 3, 0, 1]]
+    boxes[0, 9], scores[0, 9] = boxes[0, 8], scores[0, 8]
+    scores[1] = 0.5
+    return inputs
+
+
+def compare(inputs: Inputs, outputs: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Replays the picks of ``outputs`` in float64: each must be a best candidate, within the accumulated rounding."""
+    index, score, count, dropped = outputs
+    if not torch.equal(dropped, _dropped(inputs)):
+        return math.inf
+    worst = 0.0
+    for image in range(len(index)):
+        worst = max(worst, _replay(inputs, image, index[image], score[image].double(), int(count[image]), dtype))
+    return worst
+
+
+def _dropped(inputs: Inputs) -> Tensor:
+    return reference.soft_nms(**{**inputs, "max_det": 0})[3]
+
+
+def _replay(inputs: Inputs, image: int, index: Tensor, score: Tensor, count: int, dtype: torch.dtype) -> float:
+    boxes, scores, classes = inputs["boxes"][image], inputs["scores"][image], inputs["classes"]
+    threshold, max_det = inputs["score_threshold"], inputs["max_det"]
+    limit = len(scores) if inputs["num_valid"] is None else int(inputs["num_valid"][image])
+    alive = boxes.isfinite().all(-1) & scores.isfinite() & (torch.arange(len(scores)) < limit)
+    boxes = boxes.masked_fill(~boxes.isfinite(), 0)
+    # Each decay multiplies by a factor with a few roundings: of the IoU (magnified by 2 iou / sigma), exp, product.
+    unit = roundoff(accumulator(dtype)) * (16 + 16 / inputs["sigma"])
+    current = torch.where(alive, scores, -torch.inf)
+    if not 0 <= count <= max_det or bool((index[count:] != -1).any()) or bool((score[count:] != 0).any()):
+        return math.inf
+    worst = 0.0
+    for step in range(count):
+        pick = int(index[step])
+        slack = unit * (step + 1)
+        best = float(current.max())
+        if pick < 0 or current[pick] == -torch.inf or not current[pick] >= best - slack * abs(best):
+            return math.inf
+        if bool((scores[:pick] == scores[pick])[current[:pick] == current[pick]].any()):
+            return math.inf  # an equal candidate with a lower index was passed over
+        if not current[pick] > threshold - slack * abs(threshold):
+            return math.inf
+        worst = max(worst, ratio(score[step], current[pick], slack * current[pick].abs()))
+        iou = reference._iou(boxes[pick], boxes)
+        if classes is not None:
+            iou = iou.masked_fill(classes[image] != classes[image, pick], 0)
+        current = current * reference._decay(iou, inputs["method"], inputs["sigma"], inputs["iou_threshold"])
+        current[pick] = -torch.inf
+        current = current.masked_fill(~(current > threshold), -torch.inf)
+    left = float(current.max()) if len(current) else -math.inf
+    finished = count == max_det or not left > threshold + unit * (count + 1) * abs(threshold)
+    return worst if finished else math.inf
+
+
+def _mutant(**replaced):
+    """The reference with module functions or arguments replaced."""
+
+    def mutant(**arguments):
+        originals = {name: getattr(reference, name) for name in replaced if hasattr(reference, name)}
+        try:
+            for name in originals:
+                setattr(reference, name, replaced[name])
+            given = {k: v for k, v in replaced.items() if k not in originals}
+            return reference.soft_nms(**{**arguments, **given})
+        finally:
+            for name, function in originals.items():
+                setattr(reference, name, function)
+
+    return mutant
+
+
+def _iou_plus_one(a: Tensor, b: Tensor) -> Tensor:
+    grow = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=a.dtype)
+    return _right_iou(a + grow, b + grow)
+
+
+def _decay_without_square(iou: Tensor, method: str, sigma: float, iou_threshold: float) -> Tensor:
+    return torch.exp(-iou / sigma) if method == "gaussian" else _right_decay(iou, method, sigma, iou_threshold)
+
+
+def _undecayed_scores(**arguments):
+    index, score, count, dropped = reference.soft_nms(**arguments)
+    original = arguments["scores"].gather(1, index.clamp(min=0))
+    return index, torch.where(index >= 0, original, 0), count, dropped
+
+
+_right_iou, _right_decay = reference._iou, reference._decay
+
+SPEC = OpSpec(
+    name="soft_nms",
+    op=op.soft_nms,
+    reference=reference.soft_nms,
+    compare=compare,
+    dtypes=(torch.float32, torch.float64),
+    cases=(
+        Case("gaussian", lambda g: _scene(g, 2, 67, 30, 4, "gaussian")),
+        Case("linear", lambda g: _scene(g, 2, 67, 80, 4, "linear")),
+        Case("hard", lambda g: _scene(g, 2, 67, 80, 4, "hard")),
+        Case("agnostic", lambda g: _scene(g, 1, 33, 33, 0, "gaussian", sigma=0.3)),
+        Case("no_threshold", lambda g: _scene(g, 1, 20, 25, 3, "hard", score_threshold=-math.inf)),
+        Case("awkward", _awkward),
+        Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
+        Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
+        Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
+        Case("d0", lambda g: _scene(g, 1, 5000, 100, 90, "gaussian"), frozenset({"bench"})),
+        Case("d0_all", lambda g: _scene(g, 1, 5000, 5000, 90, "gaussian"), frozenset({"bench"})),
+        Case("d0_hard", lambda g: _scene(g, 1, 5000, 100, 90, "hard"), frozenset({"bench"})),
+        Case("d0_batch8", lambda g: _scene(g, 8, 5000, 100, 90, "gaussian"), frozenset({"bench"})),
+    ),
+    mutants={
+        "class-agnostic": lambda **a: reference.soft_nms(**{**a, "classes": None}),
+        "inclusive pixel boxes (+1)": _mutant(_iou=_iou_plus_one),
+        "iou not squared": _mutant(_decay=_decay_without_square),
+        "scores not decayed": _undecayed_scores,
+        "sigma halved (TensorFlow's convention)": lambda **a: reference.soft_nms(**{**a, "sigma": a["sigma"] / 2}),
+        "threshold ignored": lambda **a: reference.soft_nms(**{**a, "score_threshold": -math.inf}),
+    },
+    bytes=lambda boxes, scores, max_det, **_: (
+        boxes.nbytes + scores.nbytes + scores.numel() * 8 + len(boxes) * (max_det * (8 + scores.element_size()) + 16)
+    ),
+)
