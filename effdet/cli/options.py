@@ -1,0 +1,92 @@
+"""Options that several subcommands share, and their types."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def size_type(text: str) -> tuple[int, int]:
+    """``512`` or ``512x640`` (height x width) to (height, width)."""
+    sides = text.lower().split("x")
+    try:
+        height, width = (int(s) for s in (sides if len(sides) == 2 else sides * 2))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; takes e.g. 512 or 384x640") from None
+    if height < 32 or width < 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small; takes sides of 32 pixels or more")
+    return height, width
+
+
+def score_type(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no score; takes a number from 0 to 1")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """An integer >= 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} takes an integer >= 1")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """An integer >= 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} takes an integer >= 0")
+    return value
+
+
+def add_command(commands: Any, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    """A subparser whose ``--help`` shows ``text`` as it is written."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary}\n\n{text}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --checkpoint, --size, --device: see `effdet.engine.weights.load_model`."""
+    group = parser.add_argument_group("model (default: the small one that comes with the package)")
+    group.add_argument("--model", default="", metavar="NAME", help="see `effdet models`")
+    group.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="FILE",
+        help="weights; files written by `effdet train` say which model they are for",
+    )
+    group.add_argument(
+        "--size",
+        type=size_type,
+        metavar="N|HxW",
+        help="input size in pixels (default: the one trained at); pictures are letterboxed to it",
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ..."
+    )
+    group.add_argument(
+        "--soft-nms", action="store_true", help="gaussian soft-NMS instead of hard NMS"
+    )
+    group.add_argument(
+        "--max-det",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="most objects per picture (default: 100)",
+    )

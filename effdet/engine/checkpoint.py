@@ -1,0 +1,112 @@
+"""Checkpoints: written in one step, read without running code, and small weight files to ship."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "effdet-checkpoint-1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file cannot be read or does not fit; the message names the file."""
+
+
+def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """``torch.save`` to a temporary file beside ``path``, then rename: never a half-written file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint on the CPU. Only tensors and plain containers load; no code is run.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, no checkpoint, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: refused, it is no weights file or holds Python objects other than"
+            f" tensors and plain containers, which could run code ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: truncated or not written by torch.save ({_first_line(error)})"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"checkpoint {path}: holds a {type(content).__name__}, expected a dict of tensors"
+        )
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the generators that a training step may draw from, as tensors and lists."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Inverse of `rng_state`; a CUDA state is ignored where there is no CUDA device."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write the averaged weights of a training checkpoint in half precision, to ship or share.
+
+    The file holds ``model``, ``image_size``, ``class_names``, ``category_ids`` and ``state_dict``.
+    The first 8 digits of its SHA-256 are put into its name, the convention of torch.hub:
+    ``out`` = ``dir/name.pth`` gives ``dir/name-1a2b3c4d.pth``, which is returned.
+
+    Raises:
+        CheckpointError: not a checkpoint of ``effdet train``, or a weight exceeds half's range.
+    """
+    content = read(checkpoint)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {checkpoint}: not written by `effdet train`")
+    weights = {}
+    for name, value in content["state_dict_ema"].items():
+        half = value.half() if value.is_floating_point() else value
+        if not bool(torch.isfinite(half).all()):
+            raise CheckpointError(f"checkpoint {checkpoint}: {name} does not fit half precision")
+        weights[name] = half.contiguous()
+    small = {key: content[key] for key in ("model", "image_size", "class_names", "category_ids")}
+    out = Path(out)
+    partial = out.with_name(out.name + ".part")
+    # the legacy format has no per-tensor archive entries, a third of the size of a small model
+    torch.save({**small, "state_dict": weights}, partial, _use_new_zipfile_serialization=False)
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:8]
+    final = out.with_name(f"{out.stem}-{digest}{out.suffix}")
+    os.replace(partial, final)
+    return final

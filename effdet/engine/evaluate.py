@@ -1,0 +1,61 @@
+"""COCO evaluation of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from effdet.bench import DetBenchPredict
+from effdet.evaluator import CocoEvaluator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO figures in [0, 1] (-1 where a size has no objects) and AP by class name."""
+
+    stats: dict[str, float]
+    per_class: dict[str, float]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    dataset: Any,
+    *,
+    autocast: Callable[[], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
+    stop: object = None,
+    result_file: str = "",
+) -> Evaluation | None:
+    """Run ``model`` over ``loader`` and compare with the annotations of ``dataset``.
+
+    Args:
+        model: a bare EfficientDet; put in eval mode.
+        loader: yields normalised images and targets (`effdet.engine.data.eval_loader`).
+        dataset: the loader's data set.
+        autocast: makes the context manager to run the network in.
+        progress: called with the number of images of each batch.
+        stop: looked at after each batch; when it becomes true, None is returned.
+        result_file: also write the detections there, in COCO's result format.
+    """
+    model.eval()
+    bench = DetBenchPredict(model)
+    evaluator = CocoEvaluator(dataset)
+    for images, target in loader:
+        if autocast is None:
+            detections = bench(images, img_info=target)
+        else:
+            with autocast():
+                detections = bench(images, img_info=target)
+        evaluator.add_predictions(detections, target)
+        if progress is not None:
+            progress(len(images))
+        if stop:
+            return None
+    evaluator.evaluate(result_file)
+    return Evaluation(dict(evaluator.stats), dict(evaluator.per_class))

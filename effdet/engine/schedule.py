@@ -1,0 +1,63 @@
+"""Optimizer and learning-rate schedule of the EfficientDet paper (arXiv:1911.09070, section 5.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_WARMUP_START = 0.1  # the warm-up begins at this fraction of the peak
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up from a tenth of the peak, then a half cosine down to zero; one value a step.
+
+    Attributes:
+        peak: highest learning rate, reached when the warm-up ends.
+        warmup_steps: length of the warm-up; 0 starts at the peak.
+        total_steps: length of the whole run, warm-up included.
+    """
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The learning rate for optimizer step ``step``, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (_WARMUP_START + (1 - _WARMUP_START) * step / self.warmup_steps)
+        decay_steps = max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / decay_steps)
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def default_learning_rate(optimizer: str, batch_size: int) -> float:
+    """Peak learning rate when none is given, linear in the batch: SGD 0.08 and AdamW 0.002 per 64."""
+    return {"sgd": 0.08, "adamw": 0.002}[optimizer] * batch_size / 64
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split trainable parameters: matrices and kernels decay; biases, BN and fusion weights do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with momentum (the paper's) or AdamW; ``name`` is "sgd" or "adamw".
+
+    AdamW takes ``momentum`` as its beta1. Its decay is decoupled, so it wants a larger one.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    raise ValueError(f"optimizer: got {name!r}, takes 'sgd' or 'adamw'")
