@@ -25,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def affine_act(y: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """`act(y * scale + shift)` per channel of `y` [B, C, H, W], in and out in the accumulation dtype."""
+    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], in and out in the accumulation dtype."""
     y = y.to(accumulation_dtype(y.dtype))
     if scale is not None:
         y = y * scale.to(y.dtype).view(1, -1, 1, 1)

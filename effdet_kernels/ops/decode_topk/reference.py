@@ -1,4 +1,4 @@
-"""Plain-torch `decode_topk`: the definition of right."""
+"""The definition of right for ``decode_topk``: plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._activations import accumulation_dtype
+from effdet_kernels.ops._activations import accumulation_dtype
 
 
 def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
@@ -17,7 +17,7 @@ def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _top(values: Tensor, k: int) -> Tensor:
-    """Indices [k] of the k largest of `values` [M], descending; lower index first on ties; NaN ranks as +inf."""
+    """Indices [k] of the k largest of ``values`` [M], descending; lower index first on ties; NaN ranks as +inf."""
     key = values.masked_fill(values.isnan(), torch.inf)
     least = key.topk(k).values[-1:]  # empty for k = 0
     above = (key > least).nonzero()[:, 0]
@@ -30,10 +30,9 @@ def decode_topk(
     cls_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
     anchors: Tensor,
-    *,
     num_classes: int,
     k: int,
-    limits: Tensor | None = None,
+    limits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best (anchor, class) logits of each image and their boxes, decoded from (ty, tx, th, tw)."""
     logits = _rows(cls_outputs, num_classes).flatten(1)

@@ -1,4 +1,4 @@
-"""Plain-torch `detection_loss`: the definition of right."""
+"""The definition of right for ``detection_loss``: plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._activations import accumulation_dtype
+from effdet_kernels.ops._activations import accumulation_dtype
 
 
 def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: float) -> Tensor:
-    """Sum of the focal loss of logits `x` [..., C] against class indices `label` [...]; -2 is ignored."""
+    """Sum of the focal loss of logits ``x`` [..., C] against class indices ``label`` [...]; -2 is ignored."""
     positive = label[..., None] == torch.arange(x.shape[-1], device=x.device)
     target = positive.to(x.dtype)
     entropy = F.binary_cross_entropy_with_logits(
@@ -38,13 +38,12 @@ def detection_loss(
     cls_targets: Sequence[Tensor],
     box_targets: Sequence[Tensor],
     num_positives: Tensor,
-    *,
     num_classes: int,
-    alpha: float = 0.25,
-    gamma: float = 1.5,
-    delta: float = 0.1,
-    label_smoothing: float = 0.0,
-    legacy_focal: bool = False,
+    alpha: float,
+    gamma: float,
+    delta: float,
+    label_smoothing: float,
+    legacy_focal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Focal loss of the classes and huber loss of the boxes, each over (positives + 1)."""
     dtype = accumulation_dtype(cls_outputs[0].dtype)

@@ -1,4 +1,4 @@
-"""Plain-torch `expand_depthwise`: the definition of right."""
+"""The definition of right for ``expand_depthwise``: plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..depthwise_conv.reference import depthwise_conv
-from ..pointwise_conv.reference import pointwise_conv
+from effdet_kernels.ops.depthwise_conv.reference import depthwise_conv
+from effdet_kernels.ops.pointwise_conv.reference import pointwise_conv
 
 
 def expand_depthwise(
@@ -16,24 +16,16 @@ def expand_depthwise(
     expand_scale: Tensor,
     expand_shift: Tensor,
     dw_weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: Sequence[int] = (0, 0, 0, 0),
-    act: str = "none",
-    squeeze: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`act(depthwise(act(expand(x) * expand_scale + expand_shift)) * scale + shift)`; raw without BN vectors."""
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+    squeeze: bool,
+) -> list[Tensor]:
+    """``act(depthwise(act(expand(x) * expand_scale + expand_shift)) * scale + shift)``; raw without BN vectors."""
     raw = scale is None and shift is None
-    expanded = pointwise_conv(x, expand_weight, expand_scale, expand_shift, act=act)
-    return depthwise_conv(
-        expanded,
-        dw_weight,
-        scale,
-        shift,
-        stride=stride,
-        padding=padding,  # zeros around the activated, normalised map
-        act="none" if raw else act,
-        squeeze=squeeze,
-    )
+    expanded = pointwise_conv(x, expand_weight, expand_scale, expand_shift, None, None, act)
+    last_act = "none" if raw else act
+    # Its padding puts zeros around the map after normalisation and activation.
+    return depthwise_conv(expanded, dw_weight, scale, shift, stride, padding, last_act, squeeze)

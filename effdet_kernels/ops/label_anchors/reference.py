@@ -1,11 +1,11 @@
-"""Plain-torch `label_anchors`: the definition of right."""
+"""The definition of right for ``label_anchors``: plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._activations import accumulation_dtype
+from effdet_kernels.ops._activations import accumulation_dtype
 
 EPS = 1e-7  # added to all widths and heights before they divide or enter a logarithm
 
@@ -50,7 +50,7 @@ def _label(boxes: Tensor, classes: Tensor, anchors: Tensor, threshold: float) ->
 
 
 def label_anchors(
-    gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, *, match_threshold: float = 0.5
+    gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, match_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class targets (0-based, -1 background), box codes and the number of positives for each image."""
     dtype = accumulation_dtype(anchors.dtype)

@@ -1,24 +1,23 @@
-"""Plain-torch `pointwise_conv`: the definition of right."""
+"""The definition of right for ``pointwise_conv``: plain PyTorch."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._activations import affine_act
+from effdet_kernels.ops._activations import affine_act
 
 
 def pointwise_conv(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    act: str = "none",
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    act: str,
 ) -> Tensor:
-    """`y = act(conv(x * gate) * scale + shift) + residual`."""
+    """``y = act(conv(x * gate) * scale + shift) + residual``."""
     gated = x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
     y = affine_act(F.conv2d(gated, weight), scale, shift, act)
     if residual is not None:

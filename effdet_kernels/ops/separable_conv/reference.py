@@ -1,4 +1,4 @@
-"""Plain-torch `separable_conv`: the definition of right."""
+"""The definition of right for ``separable_conv``: plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._activations import ACTIVATIONS, affine_act
+from effdet_kernels.ops._activations import ACTIVATIONS, affine_act
 
 
 def separable_conv(
     x: Sequence[Tensor],
     dw_weight: Sequence[Tensor],
     pw_weight: Sequence[Tensor],
-    scale: Sequence[Tensor] = (),
-    shift: Sequence[Tensor] = (),
-    *,
-    pre_act: str = "none",
-    act: str = "none",
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    pre_act: str,
+    act: str,
 ) -> list[Tensor]:
-    """`y = act(pointwise(depthwise(pre_act(x))) * scale + shift)` for every map of every net."""
+    """``y = act(pointwise(depthwise(pre_act(x))) * scale + shift)`` for every map of every net."""
     nets = len(dw_weight)
     outputs = (len(scale) or len(shift)) or len(x)
     levels = outputs // nets

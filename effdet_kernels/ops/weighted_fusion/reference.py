@@ -1,4 +1,4 @@
-"""Plain-torch `weighted_fusion`: the definition of right."""
+"""The definition of right for ``weighted_fusion``: plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._activations import ACTIVATIONS, accumulation_dtype
+from effdet_kernels.ops._activations import ACTIVATIONS, accumulation_dtype
 
 FASTATTN_EPS = 1e-4
 
@@ -25,14 +25,13 @@ def _resample(x: Tensor, how: str, size: Sequence[int], pool_padding: Sequence[i
 def weighted_fusion(
     x: Sequence[Tensor],
     weight: Tensor | None,
-    *,
-    method: str = "fastattn",
+    method: str,
     resample: Sequence[str],
     size: Sequence[int],
-    pool_padding: Sequence[int] = (0, 0, 0, 0),
-    act: str = "none",
+    pool_padding: Sequence[int],
+    act: str,
 ) -> Tensor:
-    """`y = act(sum_i w_i * resample_i(x_i))` with `w` normalised as `method` says."""
+    """``y = act(sum_i w_i * resample_i(x_i))`` with ``w`` normalised as ``method`` says."""
     dtype = accumulation_dtype(x[0].dtype)
     maps = [_resample(m.to(dtype), how, size, pool_padding) for m, how in zip(x, resample)]
     if method == "sum":
