@@ -24,9 +24,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widen(x: Tensor) -> Tensor:
+    """``x`` in its accumulation dtype."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
 def affine_act(y: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], in and out in the accumulation dtype."""
-    y = y.to(accumulation_dtype(y.dtype))
+    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], which is in the accumulation dtype."""
     if scale is not None:
         y = y * scale.to(y.dtype).view(1, -1, 1, 1)
     if shift is not None:

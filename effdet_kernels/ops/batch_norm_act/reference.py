@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._activations import ACTIVATIONS, accumulation_dtype
+from effdet_kernels.ops._activations import ACTIVATIONS, widen
 
 
 def batch_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = act((x - mean) / sqrt(var + eps) * weight + bias)`` with the batch's mean and biased variance."""
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide = widen(x)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     scale = weight.to(wide.dtype) * torch.rsqrt(var + eps)
     centred = wide - mean.view(1, -1, 1, 1)

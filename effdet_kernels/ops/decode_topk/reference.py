@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._activations import widen
 
 
 def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
@@ -41,14 +41,13 @@ def decode_topk(
     picks = [_top(row.detach(), k) for row in logits]
     flat = torch.stack(picks) if picks else logits.new_zeros((0, k), dtype=torch.long)
     anchor_index = flat // num_classes
-    dtype = accumulation_dtype(codes.dtype)
-    code = codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4)).to(dtype)
-    corners = anchors.to(dtype)[anchor_index]
+    code = widen(codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4)))
+    corners = anchors.to(code.dtype)[anchor_index]
     size = corners[..., 2:] - corners[..., :2]
     centre = (corners[..., :2] + corners[..., 2:]) / 2
     centre = code[..., [1, 0]] * size + centre
     half = code[..., [3, 2]].exp() * size / 2
     boxes = torch.cat([centre - half, centre + half], -1)
     if limits is not None:
-        boxes = boxes.clamp(min=0).minimum(limits.to(dtype).repeat(1, 2)[:, None])
+        boxes = boxes.clamp(min=0).minimum(limits.to(code.dtype).repeat(1, 2)[:, None])
     return boxes, logits.gather(1, flat), anchor_index, flat % num_classes

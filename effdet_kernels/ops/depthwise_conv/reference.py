@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import affine_act
+from effdet_kernels.ops._activations import affine_act, widen
 
 
 def depthwise_conv(
@@ -21,7 +21,7 @@ def depthwise_conv(
     squeeze: bool,
 ) -> list[Tensor]:
     """``y = act(conv(x) * scale + shift)``, and with ``squeeze`` also the sums of ``y`` over H and W."""
-    padded = F.pad(x, tuple(padding))
-    conv = F.conv2d(padded, weight, stride=stride, groups=x.shape[1])
+    padded = F.pad(widen(x), tuple(padding))
+    conv = F.conv2d(padded, widen(weight), stride=stride, groups=x.shape[1])
     y = affine_act(conv, scale, shift, act)
     return [y.to(x.dtype), y.sum((2, 3))] if squeeze else [y.to(x.dtype)]

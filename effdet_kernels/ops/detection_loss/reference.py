@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._activations import accumulation_dtype, widen
+
+
+def _check_classes(label: Tensor, num_classes: int) -> None:
+    least, most = int(label.min()), int(label.max())
+    if least < -2 or most >= num_classes:
+        raise ValueError(
+            f"detection_loss: cls_targets: got classes from {least} to {most}, takes -2 to {num_classes - 1}"
+        )
 
 
 def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: float) -> Tensor:
@@ -51,8 +59,10 @@ def detection_loss(
     positives = num_positives.to(dtype).sum() + 1
     cls_loss = box_loss = torch.zeros((), dtype=dtype, device=num_positives.device)
     for x, code, label, target in zip(cls_outputs, box_outputs, cls_targets, box_targets):
-        rows = x.to(dtype).permute(0, 2, 3, 1).reshape(*label.shape, num_classes)
+        if not x.is_cuda and label.numel():  # on a GPU the check would wait for the device
+            _check_classes(label, num_classes)
+        rows = widen(x).permute(0, 2, 3, 1).reshape(*label.shape, num_classes)
         cls_loss = cls_loss + _focal(rows, label, alpha, gamma, smoothing)
-        code = code.to(dtype).permute(0, 2, 3, 1)
-        box_loss = box_loss + _huber(code, target.to(dtype), delta)
+        codes = widen(code).permute(0, 2, 3, 1)
+        box_loss = box_loss + _huber(codes, target.to(dtype), delta)
     return cls_loss / positives, box_loss / (4 * positives)

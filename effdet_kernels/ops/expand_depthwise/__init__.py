@@ -1,0 +1,3 @@
+from effdet_kernels.ops.expand_depthwise.op import expand_depthwise
+
+__all__ = ["expand_depthwise"]

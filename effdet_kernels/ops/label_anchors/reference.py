@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._activations import accumulation_dtype
-
 EPS = 1e-7  # added to all widths and heights before they divide or enter a logarithm
 
 
@@ -53,9 +51,12 @@ def label_anchors(
     gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, match_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class targets (0-based, -1 background), box codes and the number of positives for each image."""
-    dtype = accumulation_dtype(anchors.dtype)
-    boxes, anchors = gt_boxes.to(dtype), anchors.to(dtype)
+    boxes = gt_boxes.to(anchors.dtype)
     real = gt_classes > -1
+    if not boxes.is_cuda and not boxes[real].isfinite().all():
+        raise ValueError(
+            "label_anchors: gt_boxes: got a NaN or infinite coordinate, takes finite boxes"
+        )
     rows = [
         _label(b[keep], c[keep], anchors, match_threshold)
         for b, c, keep in zip(boxes, gt_classes, real)

@@ -1,0 +1,3 @@
+from effdet_kernels.ops.pointwise_conv.op import pointwise_conv
+
+__all__ = ["pointwise_conv"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import affine_act
+from effdet_kernels.ops._activations import affine_act, widen
 
 
 def pointwise_conv(
@@ -18,8 +18,8 @@ def pointwise_conv(
     act: str,
 ) -> Tensor:
     """``y = act(conv(x * gate) * scale + shift) + residual``."""
-    gated = x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
-    y = affine_act(F.conv2d(gated, weight), scale, shift, act)
+    gated = widen(x) if gate is None else widen(x) * widen(gate)[:, :, None, None]
+    y = affine_act(F.conv2d(gated, widen(weight)), scale, shift, act)
     if residual is not None:
         y = y + residual
     return y.to(x.dtype)

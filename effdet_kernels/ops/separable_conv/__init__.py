@@ -1,0 +1,3 @@
+from effdet_kernels.ops.separable_conv.op import separable_conv
+
+__all__ = ["separable_conv"]

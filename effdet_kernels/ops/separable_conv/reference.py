@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import ACTIVATIONS, affine_act
+from effdet_kernels.ops._activations import ACTIVATIONS, affine_act, widen
 
 
 def separable_conv(
@@ -21,15 +21,14 @@ def separable_conv(
 ) -> list[Tensor]:
     """``y = act(pointwise(depthwise(pre_act(x))) * scale + shift)`` for every map of every net."""
     nets = len(dw_weight)
-    outputs = (len(scale) or len(shift)) or len(x)
+    outputs = len(scale) or len(shift) or len(x)
     levels = outputs // nets
-    shared = len(x) == levels
     y = []
     for i in range(outputs):
-        net = i // levels
-        source = ACTIVATIONS[pre_act](x[i % levels if shared else i])
-        dw, pw = dw_weight[net], pw_weight[net]
-        middle = F.conv2d(source, dw, padding=dw.shape[-1] // 2, groups=dw.shape[0])
+        source = x[i % len(x)]  # l maps that the nets share, or one map per output
+        dw, pw = widen(dw_weight[i // levels]), widen(pw_weight[i // levels])
+        active = ACTIVATIONS[pre_act](widen(source))
+        middle = F.conv2d(active, dw, padding=dw.shape[-1] // 2, groups=dw.shape[0])
         out = affine_act(
             F.conv2d(middle, pw), scale[i] if scale else None, shift[i] if shift else None, act
         )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import ACTIVATIONS, accumulation_dtype
+from effdet_kernels.ops._activations import ACTIVATIONS, widen
 
 FASTATTN_EPS = 1e-4
 
@@ -32,15 +32,14 @@ def weighted_fusion(
     act: str,
 ) -> Tensor:
     """``y = act(sum_i w_i * resample_i(x_i))`` with ``w`` normalised as ``method`` says."""
-    dtype = accumulation_dtype(x[0].dtype)
-    maps = [_resample(m.to(dtype), how, size, pool_padding) for m, how in zip(x, resample)]
+    maps = [_resample(widen(m), how, size, pool_padding) for m, how in zip(x, resample)]
     if method == "sum":
         y = sum(maps[1:], maps[0])
     elif method == "attn":
-        share = weight.to(dtype).softmax(0)
+        share = weight.to(maps[0].dtype).softmax(0)
         y = sum(m * w for m, w in zip(maps, share))
     else:
-        share = weight.to(dtype).relu()
+        share = weight.to(maps[0].dtype).relu()
         total = share.sum() + FASTATTN_EPS
         y = sum(m * w / total for m, w in zip(maps, share))
     return ACTIVATIONS[act](y).to(x[0].dtype)

@@ -1,0 +1,61 @@
+"""Training batch normalisation with the activation that follows it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from effdet_kernels import _checks, _library
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments
+from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops.batch_norm_act import reference
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, act: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias), mean and var of x per channel over B, H and W.
+
+    Source: batch normalisation, arXiv:1502.03167, algorithm 1.
+
+    Args:
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, B at least 1, any strides.
+        weight: [C] float32 (float64 with float64).
+        bias: [C] like ``weight``.
+        eps: added to the variance, at least 0.
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+
+    Returns:
+        y [B, C, H, W], dtype of ``x``, channels_last; mean [C] and biased variance [C] in the dtype of ``weight``,
+        for the caller to update running statistics with (those usually take var * n / (n - 1), n = B * H * W).
+
+    Statistics in float32 (float64 with float64). Under autocast x is cast, weight and bias are not.
+    Differentiable in x, weight and bias, through y only: mean and var carry no gradient. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
+    """
+    op = "batch_norm_act"
+    _arguments.feature_map(op, "x", x)
+    if x.shape[0] < 1:
+        raise ValueError(f"{op}: x: got {_checks.describe(x)}, takes a batch of at least 1")
+    _arguments.channel_vector(op, "weight", weight, x.shape[1], x)
+    _arguments.channel_vector(op, "bias", bias, x.shape[1], x)
+    _checks.number(op, "eps", eps, least=0)
+    _arguments.activation(op, "act", act)
+    return _batch_norm_act(x, weight, bias, eps, act)
+
+
+def _out_spec(x, *_) -> list[TensorSpec]:
+    statistic = TensorSpec((x.shape[1],), accumulation_dtype(x.dtype), x.device)
+    return [_library.nchw(x.shape, x), statistic, statistic]
+
+
+_batch_norm_act = _library.define(
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act) -> (Tensor, Tensor, Tensor)",
+    out_spec=_out_spec,
+    impls={"reference": reference.batch_norm_act},
+    differentiable=("x", "weight", "bias"),
+    nondifferentiable_outputs=(1, 2),
+    autocast=("x",),
+)

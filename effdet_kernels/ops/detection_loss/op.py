@@ -1,0 +1,127 @@
+"""Focal and huber loss of a detector straight from integer targets: no one-hot tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _checks, _library
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments
+from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops.detection_loss import reference
+
+
+def detection_loss(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    cls_targets: Sequence[Tensor],
+    box_targets: Sequence[Tensor],
+    num_positives: Tensor,
+    *,
+    num_classes: int,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+    delta: float = 0.1,
+    label_smoothing: float = 0.0,
+    legacy_focal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """cls = sum a_t (1 - p_t)^gamma ce / n; box = sum over targets != 0 of huber(box - target) / 4n.
+
+    n = sum(num_positives) + 1. Per logit x with t = 1 for the target's class, else 0: p_t = sigmoid(x) or
+    1 - sigmoid(x), a_t = alpha or 1 - alpha, ce = softplus(x) - x * (t * (1 - s) + s / 2), s = label_smoothing.
+    huber(e) = e^2 / 2 up to |e| = delta, then delta * (|e| - delta / 2). Source: focal loss, arXiv:1708.02002,
+    section 3; EfficientDet, arXiv:1911.09070, section 5.1.
+
+    Args:
+        cls_outputs: per level [B, A * C, H_l, W_l] logits, anchor-major; any floating dtype and strides.
+        box_outputs: per level [B, A * 4, H_l, W_l] codes, dtype of ``cls_outputs``.
+        cls_targets: per level [B, H_l, W_l, A] int64: class 0 to C - 1, -1 background, -2 ignored.
+        box_targets: per level [B, H_l, W_l, A * 4], any floating dtype; an element of exactly 0 is not trained.
+        num_positives: [B], any floating or integer dtype, positives of each image.
+        num_classes: C, at least 1.
+        alpha, gamma: balance and focus of the focal loss; gamma at least 0.
+        delta: knee of the huber loss, above 0.
+        label_smoothing: s, 0 to 1.
+        legacy_focal: ignore label_smoothing (in exact arithmetic that is all that the older form differs in).
+
+    Returns:
+        cls_loss, box_loss: 0-d, float32 (float64 with float64).
+
+    Accumulates in float32 (float64 with float64); under autocast all is float32. (1 - p_t)^gamma is computed in the
+    log domain: finite loss and gradient for every finite logit and gamma. Differentiable in cls_outputs and
+    box_outputs. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message; on CPU also a
+            target class outside -2 to C - 1.
+    """
+    op = "detection_loss"
+    cls_outputs = _arguments.tensor_list(op, "cls_outputs", cls_outputs)
+    levels = (len(cls_outputs),)
+    box_outputs = _arguments.tensor_list(op, "box_outputs", box_outputs, levels)
+    cls_targets = _arguments.tensor_list(op, "cls_targets", cls_targets, levels)
+    box_targets = _arguments.tensor_list(op, "box_targets", box_targets, levels)
+    _checks.number(op, "num_classes", num_classes, least=1)
+    first = cls_outputs[0]
+    _arguments.feature_map(op, "cls_outputs[0]", first)
+    batch, channels = first.shape[:2]
+    if channels % num_classes:
+        raise ValueError(
+            f"{op}: cls_outputs[0]: got {_checks.describe(first)}, takes channels divisible by {num_classes} classes"
+        )
+    per_location = channels // num_classes
+    for i, (cls, box, label, code) in enumerate(
+        zip(cls_outputs, box_outputs, cls_targets, box_targets)
+    ):
+        _arguments.dense(op, f"cls_outputs[{i}]", cls, (batch, channels, "H", "W"), first)
+        size = tuple(cls.shape[2:])
+        _arguments.dense(op, f"box_outputs[{i}]", box, (batch, 4 * per_location, *size), first)
+        shape = (batch, *size, per_location)
+        integers = (torch.int64,)
+        _checks.tensor(op, f"cls_targets[{i}]", label, shape, dtypes=integers, device=first.device)
+        shape = (batch, *size, 4 * per_location)
+        _checks.tensor(op, f"box_targets[{i}]", code, shape, device=first.device)
+    numbers = (*_checks.FLOATING, torch.int64, torch.int32)
+    _checks.tensor(
+        op, "num_positives", num_positives, (batch,), dtypes=numbers, device=first.device
+    )
+    _checks.number(op, "alpha", alpha, least=0)
+    _checks.number(op, "gamma", gamma, least=0)
+    _checks.number(op, "delta", delta, above=0)
+    _checks.number(op, "label_smoothing", label_smoothing, least=0)
+    if label_smoothing > 1:
+        raise ValueError(
+            f"{op}: label_smoothing: got {label_smoothing!r}, takes a number from 0 to 1"
+        )
+    return _detection_loss(
+        cls_outputs,
+        box_outputs,
+        cls_targets,
+        box_targets,
+        num_positives,
+        num_classes,
+        alpha,
+        gamma,
+        delta,
+        label_smoothing,
+        legacy_focal,
+    )
+
+
+def _out_spec(cls_outputs, *_) -> list[TensorSpec]:
+    first = cls_outputs[0]
+    loss = TensorSpec((), accumulation_dtype(first.dtype), first.device)
+    return [loss, loss]
+
+
+_detection_loss = _library.define(
+    "detection_loss(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor[] cls_targets, Tensor[] box_targets,"
+    " Tensor num_positives, SymInt num_classes, float alpha, float gamma, float delta, float label_smoothing,"
+    " bool legacy_focal) -> (Tensor, Tensor)",
+    out_spec=_out_spec,
+    impls={"reference": reference.detection_loss},
+    differentiable=("cls_outputs", "box_outputs"),
+)

@@ -1,0 +1,74 @@
+"""1x1 convolution with the squeeze-excite gate applied on load, BN, activation and the residual, in one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from effdet_kernels import _checks, _library
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments
+from effdet_kernels.ops.pointwise_conv import reference
+
+
+def pointwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """y[b, o] = act(sum_c weight[o, c] * gate[b, c] * x[b, c] * scale[o] + shift[o]) + residual[b, o].
+
+    Source: expansion and projection of MBConv, MobileNetV2 arXiv:1801.04381 section 3, with the gate of
+    squeeze-excite arXiv:1709.01507; the lateral convolutions of BiFPN, arXiv:1911.09070 section 3.
+
+    Args:
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in place).
+        weight: [O, C, 1, 1], dtype of ``x``.
+        scale: [O] float32 (float64 with float64), the folded BN's factor; None: 1.
+        shift: [O] like ``scale``; None: 0.
+        gate: [B, C], dtype of ``x`` or float32; None: 1.
+        residual: [B, O, H, W], dtype of ``x``, added after the activation; None: 0.
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+
+    Returns:
+        y [B, O, H, W], dtype of ``x``, channels_last.
+
+    Accumulates in float32 (float64 with float64). Under autocast x, weight, gate and residual are cast, scale and
+    shift are not. Differentiable in every tensor. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
+    """
+    op = "pointwise_conv"
+    _arguments.feature_map(op, "x", x)
+    batch, channels, height, width = x.shape
+    _arguments.dense(op, "weight", weight, ("O", channels, 1, 1), x)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _arguments.channel_vector(op, name, vector, weight.shape[0], x)
+    if gate is not None:
+        _checks.tensor(op, "gate", gate, (batch, channels), device=x.device)
+    if residual is not None:
+        shape = (batch, weight.shape[0], height, width)
+        _arguments.dense(op, "residual", residual, shape, x)
+    _arguments.activation(op, "act", act)
+    return _pointwise_conv(x, weight, scale, shift, gate, residual, act)
+
+
+def _out_spec(x, weight, *_) -> list[TensorSpec]:
+    batch, _channels, height, width = x.shape
+    return [_library.nchw((batch, weight.shape[0], height, width), x)]
+
+
+_pointwise_conv = _library.define(
+    "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual,"
+    " str act) -> Tensor",
+    out_spec=_out_spec,
+    impls={"reference": reference.pointwise_conv},
+    differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
+    autocast=("x", "weight", "gate", "residual"),
+)

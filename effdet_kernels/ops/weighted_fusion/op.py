@@ -1,0 +1,109 @@
+"""Weighted fusion of one to three maps, each resampled to the output's size on load: a BiFPN node's first half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from effdet_kernels import _checks, _library
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments
+from effdet_kernels.ops.weighted_fusion import reference
+
+METHODS = ("fastattn", "attn", "sum")
+RESAMPLE = ("identity", "nearest", "bilinear", "max")
+POOL = 3  # window of "max"; its stride is 2
+
+
+def weighted_fusion(
+    x: Sequence[Tensor],
+    weight: Tensor | None,
+    *,
+    method: str = "fastattn",
+    resample: Sequence[str] | None = None,
+    size: Sequence[int] | None = None,
+    pool_padding: Sequence[int] = (0, 0, 0, 0),
+    act: str = "none",
+) -> Tensor:
+    """y = act(sum_i a_i * r_i(x_i)), a = relu(w) / (sum relu(w) + 1e-4), softmax(w) or 1.
+
+    Source: EfficientDet, arXiv:1911.09070, section 3.3, equation for fast normalised fusion.
+
+    Args:
+        x: 1 to 3 maps [B, C, H_i, W_i] float32, float64, float16 or bfloat16, any strides.
+        weight: [len(x)], any floating dtype; None with method "sum".
+        method: "fastattn" (the ratio above), "attn" (softmax) or "sum".
+        resample: r_i per map; "identity"; "nearest" (source pixel floor(i * H_i / H)); "bilinear" (half-pixel
+            centres, no anti-aliasing); "max" (3x3 max-pool of stride 2 over the map padded with -inf by
+            ``pool_padding``). None: "identity" for all.
+        size: (H, W) of the output; None: that of ``x[0]``. "identity" and "max" must give exactly this size.
+        pool_padding: (left, right, top, bottom) of "max", each 0 to 2.
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+
+    Returns:
+        y [B, C, H, W], dtype of ``x``, channels_last.
+
+    Weights are normalised, and maps summed, in float32 (float64 with float64). Under autocast x is cast, weight is not.
+    Differentiable in x and weight; the gradient of a max-pool tie goes to the first maximum in row-major order.
+    Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
+    """
+    op = "weighted_fusion"
+    x = _arguments.tensor_list(op, "x", x, (1, 2, 3))
+    for i, level in enumerate(x):
+        _arguments.feature_map(op, f"x[{i}]", level, like=x[0])
+        if level.shape[:2] != x[0].shape[:2]:
+            want = list(x[0].shape[:2])
+            raise ValueError(
+                f"{op}: x[{i}]: got {_checks.describe(level)}, takes the batch and channels {want} of x[0]"
+            )
+    _checks.choice(op, "method", method, METHODS)
+    if method == "sum" and weight is not None:
+        raise ValueError(f'{op}: weight: got {_checks.describe(weight)}, takes None with "sum"')
+    if method != "sum":
+        _checks.tensor(op, "weight", weight, (len(x),), device=x[0].device)
+    size = list(x[0].shape[2:] if size is None else size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{op}: size: got {size!r}, takes (H, W), both at least 1")
+    pool_padding = _arguments.four_paddings(op, "pool_padding", pool_padding)
+    if max(pool_padding) >= POOL:
+        raise ValueError(f"{op}: pool_padding: got {pool_padding!r}, takes 0 to {POOL - 1} a side")
+    resample = ["identity"] * len(x) if resample is None else list(resample)
+    if len(resample) != len(x):
+        raise ValueError(f"{op}: resample: got {len(resample)} names, takes one per map: {len(x)}")
+    for i, (level, how) in enumerate(zip(x, resample)):
+        _checks.choice(op, f"resample[{i}]", how, RESAMPLE)
+        _check_size(op, i, level, how, size, pool_padding)
+    _arguments.activation(op, "act", act)
+    return _weighted_fusion(x, weight, method, resample, size, pool_padding, act)
+
+
+def _check_size(op: str, i: int, x: Tensor, how: str, size: list[int], padding: list[int]) -> None:
+    """Checks that map i gives ``size`` where its resampling leaves no choice."""
+    if how in ("nearest", "bilinear"):
+        return
+    got = tuple(x.shape[2:])
+    if how == "max":
+        got = _arguments.convolved_size(op, x, POOL, 2, padding)
+    if got != tuple(size):
+        raise ValueError(
+            f"{op}: x[{i}]: got {_checks.describe(x)}, which {how!r} turns into {tuple(got)},"
+            f" takes a map that becomes {tuple(size)}"
+        )
+
+
+def _out_spec(x, weight, method, resample, size, *_) -> list[TensorSpec]:
+    return [_library.nchw((*x[0].shape[:2], *size), x[0])]
+
+
+_weighted_fusion = _library.define(
+    "weighted_fusion(Tensor[] x, Tensor? weight, str method, str[] resample, SymInt[] size,"
+    " SymInt[] pool_padding, str act) -> Tensor",
+    out_spec=_out_spec,
+    impls={"reference": reference.weighted_fusion},
+    differentiable=("x", "weight"),
+    autocast=("x",),
+)
