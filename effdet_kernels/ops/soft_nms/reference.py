@@ -44,7 +44,7 @@ def soft_nms(
         iou = _iou(boxes[rows, pick][:, None], boxes)
         if classes is not None:
             iou = iou.masked_fill(classes != classes[rows, pick][:, None], 0)
-        score = score * _decay(iou, method, sigma, iou_threshold)
+        score = _decayed(score, iou, method, sigma, iou_threshold)
         score[rows, pick] = -torch.inf
         score = score.masked_fill(~(score > score_threshold), -torch.inf)
     return index, value, found, dropped
@@ -61,8 +61,11 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, intersection / union, 0)
 
 
-def _decay(iou: Tensor, method: str, sigma: float, iou_threshold: float) -> Tensor:
+def _decayed(score: Tensor, iou: Tensor, method: str, sigma: float, iou_threshold: float) -> Tensor:
+    """Scores after a pick that overlaps the candidates by ``iou``; a factor of 0 removes a candidate (-inf)."""
     if method == "gaussian":
-        return torch.exp(-(iou * iou) / sigma)
-    kept = 1 - iou if method == "linear" else torch.zeros_like(iou)
-    return torch.where(iou > iou_threshold, kept, 1)
+        factor = torch.exp(-(iou * iou) / sigma)
+    else:
+        kept = 1 - iou if method == "linear" else torch.zeros_like(iou)
+        factor = torch.where(iou > iou_threshold, kept, 1)
+    return torch.where(factor == 0, -torch.inf, score * factor)

@@ -13,7 +13,13 @@ from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, ratio, roundo
 
 
 def _scene(
-    generator: torch.Generator, batch: int, count: int, max_det: int, classes: int, method: str, **options
+    generator: torch.Generator,
+    batch: int,
+    count: int,
+    max_det: int,
+    classes: int,
+    method: str,
+    **options,
 ) -> Inputs:
     """Clustered boxes: a few objects per image, candidates jittered around them, as a detector's are."""
 
@@ -24,7 +30,9 @@ def _scene(
     owner = torch.randint(objects, (batch, count), generator=generator)
     rows = torch.arange(batch)[:, None]
     center = (uniform(batch, objects, 2) * 512)[rows, owner] + uniform(batch, count, 2) * 12
-    size = (uniform(batch, objects, 2) * 120 + 8)[rows, owner] * (0.8 + 0.4 * uniform(batch, count, 2))
+    size = (uniform(batch, objects, 2) * 120 + 8)[rows, owner] * (
+        0.8 + 0.4 * uniform(batch, count, 2)
+    )
     arguments = {
         "boxes": torch.cat([center - size / 2, center + size / 2], -1),
         "scores": uniform(batch, count) * 0.98 + 0.01,
@@ -58,7 +66,10 @@ def compare(inputs: Inputs, outputs: Sequence[Tensor], dtype: torch.dtype) -> fl
         return math.inf
     worst = 0.0
     for image in range(len(index)):
-        worst = max(worst, _replay(inputs, image, index[image], score[image].double(), int(count[image]), dtype))
+        worst = max(
+            worst,
+            _replay(inputs, image, index[image], score[image].double(), int(count[image]), dtype),
+        )
     return worst
 
 
@@ -66,7 +77,9 @@ def _dropped(inputs: Inputs) -> Tensor:
     return reference.soft_nms(**{**inputs, "max_det": 0})[3]
 
 
-def _replay(inputs: Inputs, image: int, index: Tensor, score: Tensor, count: int, dtype: torch.dtype) -> float:
+def _replay(
+    inputs: Inputs, image: int, index: Tensor, score: Tensor, count: int, dtype: torch.dtype
+) -> float:
     boxes, scores, classes = inputs["boxes"][image], inputs["scores"][image], inputs["classes"]
     threshold, max_det = inputs["score_threshold"], inputs["max_det"]
     limit = len(scores) if inputs["num_valid"] is None else int(inputs["num_valid"][image])
@@ -75,7 +88,11 @@ def _replay(inputs: Inputs, image: int, index: Tensor, score: Tensor, count: int
     # Each decay multiplies by a factor with a few roundings: of the IoU (magnified by 2 iou / sigma), exp, product.
     unit = roundoff(accumulator(dtype)) * (16 + 16 / inputs["sigma"])
     current = torch.where(alive, scores, -torch.inf)
-    if not 0 <= count <= max_det or bool((index[count:] != -1).any()) or bool((score[count:] != 0).any()):
+    if (
+        not 0 <= count <= max_det
+        or bool((index[count:] != -1).any())
+        or bool((score[count:] != 0).any())
+    ):
         return math.inf
     worst = 0.0
     for step in range(count):
@@ -92,7 +109,9 @@ def _replay(inputs: Inputs, image: int, index: Tensor, score: Tensor, count: int
         iou = reference._iou(boxes[pick], boxes)
         if classes is not None:
             iou = iou.masked_fill(classes[image] != classes[image, pick], 0)
-        current = current * reference._decay(iou, inputs["method"], inputs["sigma"], inputs["iou_threshold"])
+        current = current * reference._decay(
+            iou, inputs["method"], inputs["sigma"], inputs["iou_threshold"]
+        )
         current[pick] = -torch.inf
         current = current.masked_fill(~(current > threshold), -torch.inf)
     left = float(current.max()) if len(current) else -math.inf
@@ -104,7 +123,9 @@ def _mutant(**replaced):
     """The reference with module functions or arguments replaced."""
 
     def mutant(**arguments):
-        originals = {name: getattr(reference, name) for name in replaced if hasattr(reference, name)}
+        originals = {
+            name: getattr(reference, name) for name in replaced if hasattr(reference, name)
+        }
         try:
             for name in originals:
                 setattr(reference, name, replaced[name])
@@ -123,7 +144,11 @@ def _iou_plus_one(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _decay_without_square(iou: Tensor, method: str, sigma: float, iou_threshold: float) -> Tensor:
-    return torch.exp(-iou / sigma) if method == "gaussian" else _right_decay(iou, method, sigma, iou_threshold)
+    return (
+        torch.exp(-iou / sigma)
+        if method == "gaussian"
+        else _right_decay(iou, method, sigma, iou_threshold)
+    )
 
 
 def _undecayed_scores(**arguments):
@@ -132,7 +157,7 @@ def _undecayed_scores(**arguments):
     return index, torch.where(index >= 0, original, 0), count, dropped
 
 
-_right_iou, _right_decay = reference._iou, reference._decay
+_right_iou, _right_decayed = reference._iou, reference._decayed
 
 SPEC = OpSpec(
     name="soft_nms",
@@ -158,12 +183,17 @@ SPEC = OpSpec(
     mutants={
         "class-agnostic": lambda **a: reference.soft_nms(**{**a, "classes": None}),
         "inclusive pixel boxes (+1)": _mutant(_iou=_iou_plus_one),
-        "iou not squared": _mutant(_decay=_decay_without_square),
+        "iou not squared": _mutant(_decayed=_decayed_without_square),
         "scores not decayed": _undecayed_scores,
-        "sigma halved (TensorFlow's convention)": lambda **a: reference.soft_nms(**{**a, "sigma": a["sigma"] / 2}),
+        "sigma halved (TensorFlow's convention)": lambda **a: reference.soft_nms(
+            **{**a, "sigma": a["sigma"] / 2}
+        ),
         "threshold ignored": lambda **a: reference.soft_nms(**{**a, "score_threshold": -math.inf}),
     },
     bytes=lambda boxes, scores, max_det, **_: (
-        boxes.nbytes + scores.nbytes + scores.numel() * 8 + len(boxes) * (max_det * (8 + scores.element_size()) + 16)
+        boxes.nbytes
+        + scores.nbytes
+        + scores.numel() * 8
+        + len(boxes) * (max_det * (8 + scores.element_size()) + 16)
     ),
 )

@@ -1,0 +1,69 @@
+"""Every op is a well-behaved torch op: schema, fake kernel, autograd registration, compile, export, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effdet_kernels import testing
+from effdet_kernels.spec import flatten, iter_specs, map_tensors
+
+CASES = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+    for spec in iter_specs()
+    for case in spec.cases
+    if "bench" not in case.tags
+]
+FIRST = [pytest.param(spec, spec.cases[0], id=spec.name) for spec in iter_specs()]
+
+
+def schema_arguments(spec, inputs):
+    """The positional arguments that the public function hands to the registered op on ``inputs``."""
+    seen = []
+    op = testing.operator(spec)
+    overload = op._overload
+
+    def record(*args):
+        seen.append(args)
+        return overload(*args)
+
+    op._overload = record
+    try:
+        spec.op(**inputs)
+    finally:
+        op._overload = overload
+    return seen[0]
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_opcheck(spec, case):
+    inputs = case.inputs(torch.float64)
+    for name in spec.diff_args:
+        map_tensors(inputs[name], lambda t: t.requires_grad_())
+    if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in inputs.values()):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    else:
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(testing.operator(spec)._overload, schema_arguments(spec, inputs), test_utils=tests)
+
+
+@pytest.mark.parametrize(("spec", "case"), FIRST)
+def test_compiles_without_graph_breaks(spec, case):
+    inputs = case.inputs(torch.float32)
+    compiled = torch.compile(lambda kw: spec.op(**kw), fullgraph=True, backend="aot_eager")
+    for got, want in zip(flatten(compiled(inputs)), flatten(spec.op(**inputs)), strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize(("spec", "case"), FIRST)
+def test_autocast_follows_the_ops_rule(spec, case):
+    """Under autocast the op takes float32 and returns finite values; the rule's dtype is float32 or the autocast's."""
+    inputs = case.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = flatten(spec.op(**inputs))
+    wide = testing.operator(spec)._autocast == "float32"
+    if outputs[0].is_floating_point():
+        assert outputs[0].dtype == (torch.float32 if wide else torch.bfloat16)
+    expected = flatten(spec.op(**inputs))
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
