@@ -1,0 +1,304 @@
+"""Modules that put a model together with what surrounds it: detection, and training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from effdet_kernels import decode_topk
+
+from .anchors import AnchorLabeler, Anchors, generate_detections
+from .loss import DetectionLoss
+from .postprocess import batch_rows, clip_limits, detection_rows, swap_xy
+
+__all__ = [
+    "AnchorLabeler",
+    "Anchors",
+    "DetBenchPredict",
+    "DetBenchTrain",
+    "DetectionLoss",
+    "generate_detections",
+    "unwrap_bench",
+]
+
+
+def _post_process(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    num_levels: int,
+    num_classes: int,
+    max_detection_points: int = 5000,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best (anchor, class) candidates of each image, not decoded.
+
+    Args:
+        cls_outputs: per level ``[B, A * num_classes, H, W]`` logits.
+        box_outputs: per level ``[B, A * 4, H, W]`` codes.
+        num_levels: how many of the levels to use.
+        num_classes: number of classes.
+        max_detection_points: candidates to keep; all of them where there are fewer.
+
+    Returns:
+        logits ``[B, K, 1]`` in descending order, codes ``[B, K, 4]``, anchor indices ``[B, K]``
+        int64, classes ``[B, K]`` int64, 0-based. The order of equal logits is not defined.
+    """
+    logits = _flat_levels(cls_outputs[:num_levels], num_classes).flatten(1)
+    codes = _flat_levels(box_outputs[:num_levels], 4)
+    best, position = logits.topk(min(max_detection_points, logits.shape[1]), dim=1)
+    anchor = position // num_classes
+    return (
+        best[..., None],
+        codes.gather(1, anchor[..., None].expand(-1, -1, 4)),
+        anchor,
+        position % num_classes,
+    )
+
+
+def _batch_detection(
+    batch_size: int,
+    class_out: Tensor,
+    box_out: Tensor,
+    anchor_boxes: Tensor,
+    indices: Tensor,
+    classes: Tensor,
+    img_scale: Tensor | None = None,
+    img_size: Tensor | None = None,
+    max_det_per_image: int = 100,
+    soft_nms: bool = False,
+) -> Tensor:
+    """Detections of the candidates that ``_post_process`` returns, all images at once.
+
+    Args:
+        batch_size: B.
+        class_out: ``[B, K, 1]`` logits.
+        box_out: ``[B, K, 4]`` codes.
+        anchor_boxes: ``[N, 4]`` (y_min, x_min, y_max, x_max).
+        indices: ``[B, K]`` int64, anchors.
+        classes: ``[B, K]`` int64, 0-based.
+        img_scale: ``[B]``, original size / model-input size; ``None`` for no scaling.
+        img_size: ``[B, 2]`` original (W, H); clips where ``img_scale`` is given too.
+        max_det_per_image: rows per image.
+        soft_nms: gaussian soft-NMS instead of NMS at IoU 0.5.
+
+    Returns:
+        ``[B, max_det_per_image, 6]`` float32 rows as ``DetBenchPredict`` returns them.
+    """
+    if class_out.shape[0] != batch_size:
+        raise ValueError(f"class_out must have batch_size={batch_size}, got {class_out.shape[0]}")
+    return batch_rows(
+        class_out,
+        box_out,
+        anchor_boxes,
+        indices,
+        classes,
+        img_scale,
+        img_size,
+        max_det_per_image,
+        soft_nms,
+    )
+
+
+def unwrap_bench(model: nn.Module) -> nn.Module:
+    """The bare model inside any nesting of wrappers (``.module``) and benches (``.model``)."""
+    for name in ("module", "model"):
+        if hasattr(model, name):
+            return unwrap_bench(getattr(model, name))
+    return model
+
+
+class _DetBench(nn.Module):
+    """A model with its anchors and detection settings.
+
+    ``max_detection_points``, ``max_det_per_image`` and ``soft_nms`` are copied from the model's
+    config and may be changed. ``config``, ``num_classes`` and ``num_levels`` are read from the
+    model, so that they are right after ``reset_head``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(unwrap_bench(model), "config"):
+            raise TypeError(
+                "model must have a .config, as EfficientDet has, got "
+                f"{type(unwrap_bench(model)).__name__}"
+            )
+        self.model = model
+        self.anchors = Anchors.from_config(self.config)
+        self.max_detection_points = self.config.max_detection_points
+        self.max_det_per_image = self.config.max_det_per_image
+        self.soft_nms = self.config.soft_nms
+        self._head_key = _head_key(self.config)
+
+    @property
+    def config(self):
+        return unwrap_bench(self.model).config
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def num_levels(self) -> int:
+        return self.config.num_levels
+
+    def _follow_head(self) -> bool:
+        """Rebuild what depends on the model's head if that changed; whether it did."""
+        key = _head_key(self.config)
+        if key == self._head_key:
+            return False
+        self.anchors = Anchors.from_config(self.config).to(self.anchors.boxes.device)
+        self._head_key = key
+        return True
+
+    def _detect(
+        self,
+        cls_outputs: Sequence[Tensor],
+        box_outputs: Sequence[Tensor],
+        input_size: tuple[int, int],
+        img_scale: Tensor | None,
+        img_size: Tensor | None,
+    ) -> Tensor:
+        boxes, logits, _, classes = decode_topk(
+            cls_outputs,
+            box_outputs,
+            swap_xy(self.anchors.boxes_for(input_size)),
+            num_classes=self.num_classes,
+            k=self.max_detection_points,
+            limits=clip_limits(img_size, img_scale, cls_outputs[0].shape[0]),
+        )
+        return detection_rows(
+            boxes.float(), logits, classes, img_scale, self.max_det_per_image, self.soft_nms
+        )
+
+
+class DetBenchPredict(_DetBench):
+    """A model that returns detections.
+
+    Args:
+        model: returns (class maps, box maps), one each per level, and has a ``config``.
+    """
+
+    def forward(self, x: Tensor, img_info: Mapping[str, Tensor | None] | None = None) -> Tensor:
+        """Detect objects in a batch of images of any size.
+
+        Args:
+            x: ``[B, 3, H, W]``, normalised.
+            img_info: ``img_scale`` ``[B]``, original size / model-input size, and ``img_size``
+                ``[B, 2]``, the original (W, H); either may be ``None``, other keys are ignored.
+                With both, boxes are clipped to the image before NMS; with ``img_scale`` they are
+                returned in pixels of the original. Without, in pixels of the model input.
+
+        Returns:
+            ``[B, max_det_per_image, 6]`` float32 rows (x_min, y_min, x_max, y_max, score, class
+            from 1) in descending order of score, then rows of zeros. A candidate whose box is
+            not finite is left out and suppresses nothing.
+
+        Raises:
+            KeyError: ``img_info`` lacks one of the two keys.
+        """
+        self._follow_head()
+        cls_outputs, box_outputs = self.model(x)
+        img_scale = img_size = None
+        if img_info is not None:
+            img_scale = _require(img_info, "img_info", "img_scale")
+            img_size = _require(img_info, "img_info", "img_size")
+        return self._detect(cls_outputs, box_outputs, x.shape[-2:], img_scale, img_size)
+
+
+class DetBenchTrain(_DetBench):
+    """A model that returns its training loss, and in eval mode its detections besides.
+
+    Args:
+        model: as for ``DetBenchPredict``.
+        create_labeler: label ground truth boxes here. Otherwise the targets come labelled.
+    """
+
+    def __init__(self, model: nn.Module, create_labeler: bool = True) -> None:
+        super().__init__(model)
+        self.anchor_labeler = (
+            AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
+        )
+        self.loss_fn = DetectionLoss(self.config)
+
+    def forward(self, x: Tensor, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of a batch of images of any size.
+
+        Args:
+            x: ``[B, 3, H, W]``, normalised.
+            target: with a labeler ``bbox`` ``[B, M, 4]`` (y_min, x_min, y_max, x_max) in
+                model-input pixels and ``cls`` ``[B, M]`` from 1, rows of class -1 being padding,
+                or a list with one tensor per image for each; without a labeler
+                ``label_num_positives`` ``[B]`` and, per level i, ``label_cls_<i>`` and
+                ``label_bbox_<i>`` as ``AnchorLabeler`` makes them. In eval mode also
+                ``img_scale`` and ``img_size`` as for ``DetBenchPredict``.
+
+        Returns:
+            ``loss``, ``class_loss`` and ``box_loss``, 0-d; in eval mode also ``detections``
+            ``[B, max_det_per_image, 6]``.
+
+        Raises:
+            TypeError: ``target`` is not a dictionary of batched values.
+            KeyError: ``target`` lacks a key.
+        """
+        if not isinstance(target, Mapping):
+            raise TypeError(
+                "target must be one dictionary for the batch (bbox [B, M, 4], cls [B, M], ...), "
+                f"got {type(target).__name__}"
+            )
+        self._follow_head()
+        cls_outputs, box_outputs = self.model(x)
+        input_size = x.shape[-2:]
+        if self.anchor_labeler is None:
+            levels = range(self.num_levels)
+            cls_targets = [_require(target, "target", f"label_cls_{i}") for i in levels]
+            box_targets = [_require(target, "target", f"label_bbox_{i}") for i in levels]
+            num_positives = _require(target, "target", "label_num_positives")
+        else:
+            cls_targets, box_targets, num_positives = self.anchor_labeler.batch_label_anchors(
+                _require(target, "target", "bbox"),
+                _require(target, "target", "cls"),
+                image_size=input_size,
+            )
+        loss, class_loss, box_loss = self.loss_fn(
+            cls_outputs, box_outputs, cls_targets, box_targets, num_positives
+        )
+        output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
+        if not self.training:
+            output["detections"] = self._detect(
+                cls_outputs,
+                box_outputs,
+                input_size,
+                _require(target, "target", "img_scale"),
+                _require(target, "target", "img_size"),
+            )
+        return output
+
+    def _follow_head(self) -> bool:
+        changed = super()._follow_head()
+        if changed:
+            if self.anchor_labeler is not None:
+                self.anchor_labeler.anchors = self.anchors
+                self.anchor_labeler.num_classes = self.num_classes
+            self.loss_fn.num_classes = self.num_classes
+        return changed
+
+
+def _flat_levels(levels: Sequence[Tensor], width: int) -> Tensor:
+    """``[B, A * width, H, W]`` per level as ``[B, N, width]``."""
+    batch = levels[0].shape[0]
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, width) for m in levels], dim=1)
+
+
+def _head_key(config) -> tuple:
+    """What of a config decides the shape of anchors, targets and outputs."""
+    aspects = tuple(tuple(a) if isinstance(a, Sequence) else a for a in config.aspect_ratios)
+    scale = config.anchor_scale
+    scales = tuple(scale) if isinstance(scale, Sequence) else scale
+    return config.num_classes, config.num_scales, aspects, scales
+
+
+def _require(mapping: Mapping, name: str, key: str):
+    if key not in mapping:
+        raise KeyError(f"{name} has no {key!r}; it has {sorted(mapping)}")
+    return mapping[key]
