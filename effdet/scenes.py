@@ -197,7 +197,5 @@ def _outline(name: str, angle: float) -> np.ndarray:
             radii[1::2] = 0.42
         turn = 2.0 * math.pi * np.arange(count) / count
         corners = np.stack([np.cos(turn), np.sin(turn)], axis=1) * radii[:, None]
-    rotation = np.array(
-        [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-    )
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     return corners @ rotation

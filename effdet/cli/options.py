@@ -12,7 +12,7 @@ def size_type(text: str) -> tuple[int, int]:
     try:
         height, width = (int(s) for s in (sides if len(sides) == 2 else sides * 2))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; takes e.g. 512 or 384x640") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; takes 512 or 384x640") from None
     if height < 32 or width < 32:
         raise argparse.ArgumentTypeError(f"{text!r} is too small; takes sides of 32 pixels or more")
     return height, width
@@ -77,9 +77,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N|HxW",
         help="input size in pixels (default: the one trained at); pictures are letterboxed to it",
     )
-    group.add_argument(
-        "--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ..."
-    )
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     group.add_argument(
         "--soft-nms", action="store_true", help="gaussian soft-NMS instead of hard NMS"
     )

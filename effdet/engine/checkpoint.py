@@ -19,7 +19,7 @@ class CheckpointError(ValueError):
 
 
 def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """``torch.save`` to a temporary file beside ``path``, then rename: never a half-written file."""
+    """``torch.save`` to a temporary file beside ``path``, then rename: never half a file."""
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:

@@ -1,4 +1,4 @@
-"""Settings of a training run; the defaults are the paper's recipe (arXiv:1911.09070, section 5.1)."""
+"""Settings of a training run; the defaults are the paper's (arXiv:1911.09070, section 5.1)."""
 
 from __future__ import annotations
 

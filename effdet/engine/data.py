@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from effdet.data import transforms as T
 from effdet.data.input_config import resolve_input_config
 from effdet.data.loader import DetectionFastCollate, PrefetchLoader
+from effdet.data.seeding import sample_rng
+from effdet.data.transforms import resolve_fill_color, transforms_coco_eval, transforms_coco_train
 
 from .config import TrainConfig
 
@@ -20,8 +21,7 @@ from .config import TrainConfig
 class SeededSamples(Dataset):
     """Wraps a data set so that a sample is a function of (seed, epoch, index).
 
-    Indexed by ``(epoch, index)``. The random transforms draw from Python's ``random``, which is
-    seeded for each sample and restored afterwards; the number of workers therefore changes nothing.
+    Indexed by ``(epoch, index)``; neither order nor the number of workers changes a sample.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -30,12 +30,8 @@ class SeededSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
         epoch, index = key
-        state = random.getstate()
-        random.seed(f"{self.seed}/{epoch}/{index}")
-        try:
+        with sample_rng(self.seed, epoch, index):
             return self.dataset[index]
-        finally:
-            random.setstate(state)
 
 
 class EpochBatches(Sampler):
@@ -77,17 +73,11 @@ def train_loader(
 ) -> tuple[PrefetchLoader, EpochBatches]:
     """Flip, scale jitter, letterbox and normalise; returns the loader and its sampler."""
     size, mean, std, fill = input_geometry(model_config)
-    dataset.transform = T.Compose(
-        [
-            T.RandomFlip(horizontal=True, prob=0.5),
-            T.RandomResizePad(
-                target_size=size,
-                scale=(config.scale_min, config.scale_max),
-                interpolation="random",
-                fill_color=fill,
-            ),
-            T.ImageToNumpy(),
-        ]
+    dataset.transform = transforms_coco_train(
+        size,
+        use_prefetcher=True,
+        fill_color=fill,
+        scale=(config.scale_min, config.scale_max),
     )
     batches = EpochBatches(len(dataset), config.batch_size, config.seed)
     loader = DataLoader(
@@ -107,9 +97,7 @@ def eval_loader(
 ) -> PrefetchLoader:
     """Letterbox and normalise every image once, in order; the last batch may be smaller."""
     size, mean, std, fill = input_geometry(model_config)
-    dataset.transform = T.Compose(
-        [T.ResizePad(target_size=size, interpolation="bilinear", fill_color=fill), T.ImageToNumpy()]
-    )
+    dataset.transform = transforms_coco_eval(size, use_prefetcher=True, fill_color=fill)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -124,7 +112,7 @@ def eval_loader(
 def input_geometry(model_config: Any) -> tuple[tuple[int, int], Any, Any, Any]:
     """(height, width), mean, std and the colour of the padding, as the model wants them."""
     inputs = resolve_input_config({}, model_config)
-    fill = T.resolve_fill_color(inputs["fill_color"], inputs["mean"])
+    fill = resolve_fill_color(inputs["fill_color"], inputs["mean"])
     return tuple(inputs["input_size"][-2:]), inputs["mean"], inputs["std"], fill
 
 

@@ -30,6 +30,8 @@ def evaluate(
     autocast: Callable[[], Any] | None = None,
     progress: Callable[[int], object] | None = None,
     stop: object = None,
+    soft_nms: bool = False,
+    max_det: int = 100,
     result_file: str = "",
 ) -> Evaluation | None:
     """Run ``model`` over ``loader`` and compare with the annotations of ``dataset``.
@@ -41,10 +43,13 @@ def evaluate(
         autocast: makes the context manager to run the network in.
         progress: called with the number of images of each batch.
         stop: looked at after each batch; when it becomes true, None is returned.
+        soft_nms, max_det: of the post-processing.
         result_file: also write the detections there, in COCO's result format.
     """
     model.eval()
     bench = DetBenchPredict(model)
+    bench.soft_nms = soft_nms
+    bench.max_det_per_image = max_det
     evaluator = CocoEvaluator(dataset)
     for images, target in loader:
         if autocast is None:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of the EfficientDet paper (arXiv:1911.09070, section 5.1)."""
+"""Optimizer and learning rate of the EfficientDet paper (arXiv:1911.09070, section 5.1)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class WarmupCosine:
 
 
 def default_learning_rate(optimizer: str, batch_size: int) -> float:
-    """Peak learning rate when none is given, linear in the batch: SGD 0.08 and AdamW 0.002 per 64."""
+    """Peak learning rate when none is given: 0.08 (SGD) or 0.002 (AdamW) per 64 images."""
     return {"sgd": 0.08, "adamw": 0.002}[optimizer] * batch_size / 64
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters: matrices and kernels decay; biases, BN and fusion weights do not."""
+    """Trainable parameters: kernels decay; biases, BN and fusion weights do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},

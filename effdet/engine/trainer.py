@@ -20,6 +20,7 @@ from effdet.factory import create_model
 from . import checkpoint as checkpoints
 from .config import TrainConfig
 from .data import eval_loader, train_loader
+from .devices import resolve_device
 from .ema import ModelEma
 from .evaluate import Evaluation, evaluate
 from .interrupt import StopSignal
@@ -75,9 +76,7 @@ class Trainer:
             self.model.backbone.requires_grad_(False)
         self.ema = ModelEma(self.model, config.ema_decay)
         self.bench = DetBenchTrain(self.model, create_labeler=True)
-        self.loader, self.batches = train_loader(
-            train_set, self.model.config, config, self.device
-        )
+        self.loader, self.batches = train_loader(train_set, self.model.config, config, self.device)
         self.val_set, self.val_loader = None, None
         if config.eval_every:
             self.val_set = coco_folder(config.data, config.val_split)
@@ -208,7 +207,7 @@ class Trainer:
         return lr
 
     def _finish_epoch(self, stop: StopSignal) -> None:
-        """Evaluate when due, write checkpoints, go to the next epoch; nothing of it when stopped."""
+        """Evaluate when due, write checkpoints, go to the next epoch; nothing when stopped."""
         number = self.epoch + 1
         due = self.config.eval_every and (
             number % self.config.eval_every == 0 or number == self.config.epochs
@@ -323,23 +322,6 @@ class _Window:
 
     def images_per_second(self) -> float:
         return self._images / max(time.perf_counter() - self._start, 1e-9)
-
-
-def resolve_device(name: str) -> torch.device:
-    """"auto" is the first CUDA device where there is one, else the CPU; other names are torch's.
-
-    Raises:
-        ValueError: no such device, or CUDA asked for where torch finds none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, but this torch finds no CUDA device")
-    return device
 
 
 def _seed_everything(seed: int) -> None:

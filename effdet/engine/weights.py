@@ -48,7 +48,7 @@ def bundled_checkpoint() -> Path:
     folder = Path(str(resources.files("effdet"))) / "assets"
     found = sorted(folder.glob("efficientdet_nano_scenes-*.pth"))
     if not found:
-        raise FileNotFoundError(f"{folder}: the bundled checkpoint efficientdet_nano_scenes-*.pth is missing")
+        raise FileNotFoundError(f"{folder}: no bundled checkpoint efficientdet_nano_scenes-*.pth")
     return found[0]
 
 
@@ -122,9 +122,9 @@ def _class_count(weights: dict[str, Any], config: Any, checkpoint: object) -> in
     anchors = config.num_scales * len(config.aspect_ratios)
     for key, value in weights.items():
         key = key.removeprefix("module.").removeprefix("model.")
-        if key.startswith(_HEAD_PREFIX) and key.endswith(".bias"):
-            if value.ndim == 1 and value.numel() % anchors == 0:
-                return value.numel() // anchors
+        is_last_bias = key.startswith(_HEAD_PREFIX) and key.endswith(".bias")
+        if is_last_bias and value.ndim == 1 and value.numel() % anchors == 0:
+            return value.numel() // anchors
     raise checkpoints.CheckpointError(
         f"checkpoint {checkpoint}: has no EfficientDet class head ({_HEAD_PREFIX}*.bias);"
         f" first keys: {', '.join(list(map(str, weights))[:3]) or 'none'}"

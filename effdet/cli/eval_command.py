@@ -1,0 +1,112 @@
+"""``effdet eval``: COCO figures of a model on a folder in COCO format."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tqdm import tqdm
+
+from .options import add_command, add_model_options, natural_int, positive_int
+
+_TEXT = """\
+Prints COCO's figures (AP is averaged over IoU 0.50:0.95) and the AP of each class. DATA is laid
+out as for `effdet train`, and its classes must be the model's.
+
+examples:
+  effdet scenes data --count 100 --seed 7 --split val && effdet eval data
+  effdet eval coco --model tf_efficientdet_d0 --results results.json
+  effdet eval data --checkpoint run/best.pth --split test
+"""
+_LABELS = {
+    "AP": "AP    @ IoU 0.50:0.95",
+    "AP50": "AP50  @ IoU 0.50",
+    "AP75": "AP75  @ IoU 0.75",
+    "APs": "AP    small objects",
+    "APm": "AP    medium objects",
+    "APl": "AP    large objects",
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "eval", "measure COCO AP on a data set", _TEXT)
+    parser.add_argument("data", metavar="DATA", help="folder in COCO format")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="default: 8")
+    parser.add_argument("--workers", type=natural_int, default=2, help="default: 2")
+    parser.add_argument("--results", default="", metavar="FILE", help="write detections as json")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from effdet.engine.weights import load_model
+
+    loaded = load_model(args.model, args.checkpoint, args.size)
+    print(f"{loaded.name}, weights {loaded.source}")
+    measure(
+        loaded,
+        args.data,
+        args.split,
+        device=args.device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        soft_nms=args.soft_nms,
+        max_det=args.max_det,
+        results=args.results,
+    )
+    return 0
+
+
+def measure(
+    loaded: Any,
+    data: str,
+    split: str,
+    *,
+    device: str = "auto",
+    batch_size: int = 8,
+    workers: int = 2,
+    soft_nms: bool = False,
+    max_det: int = 100,
+    results: str = "",
+) -> dict[str, float]:
+    """Evaluate a `effdet.engine.weights.LoadedModel`, print the table and return the figures.
+
+    Raises:
+        ValueError: the data set's classes are not the model's.
+    """
+    from effdet.data import coco_folder
+    from effdet.engine.data import eval_loader
+    from effdet.engine.devices import resolve_device
+    from effdet.engine.evaluate import evaluate
+
+    dataset = coco_folder(data, split)
+    names = list(dataset.parser.cat_names)
+    if len(names) != len(loaded.class_names):
+        raise ValueError(
+            f"data {data}: has {len(names)} classes ({', '.join(names[:5])}), but the model has"
+            f" {len(loaded.class_names)} ({', '.join(loaded.class_names[:5])})"
+        )
+    place = resolve_device(device)
+    model = loaded.model.to(place)
+    loader = eval_loader(dataset, model.config, batch_size, workers, place)
+    with tqdm(total=len(dataset), desc="evaluating", unit="image", leave=False) as bar:
+        result = evaluate(
+            model,
+            loader,
+            dataset,
+            progress=bar.update,
+            soft_nms=soft_nms,
+            max_det=max_det,
+            result_file=results,
+        )
+    print(f"{len(dataset)} images of {data}, split {split}")
+    for key, label in _LABELS.items():
+        print(f"  {label:<24} {_figure(result.stats[key])}")
+    for name, value in result.per_class.items():
+        print(f"  AP    {name:<18} {_figure(value)}")
+    return result.stats
+
+
+def _figure(value: float) -> str:
+    return "no objects" if value < 0 else f"{value:.4f}"

@@ -1,0 +1,32 @@
+"""``effdet export``: a small weights file from a training checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .options import add_command
+
+_TEXT = """\
+Writes the averaged weights of a checkpoint of `effdet train` in half precision, with the model's
+name, input size and class names. The first 8 digits of the file's SHA-256 become part of its name.
+
+example:
+  effdet export run/best.pth --out weights/mine.pth    writes weights/mine-1a2b3c4d.pth
+  effdet detect photos/ --checkpoint weights/mine-1a2b3c4d.pth
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "export", "write a small half-precision weights file", _TEXT)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pth or best.pth of a run")
+    parser.add_argument("--out", required=True, metavar="FILE", help="hash is added to the name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from effdet.engine.checkpoint import export_half
+
+    path = export_half(args.checkpoint, args.out)
+    print(f"{path} ({path.stat().st_size:,} bytes)")
+    return 0
