@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint {path}: refused, it is no weights file or holds Python objects other than"
             f" tensors and plain containers, which could run code ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # the bytes of a damaged pickle can lead to any of them
         raise CheckpointError(
             f"checkpoint {path}: truncated or not written by torch.save ({_first_line(error)})"
         ) from error
