@@ -46,7 +46,9 @@ def tensor(
 def choice(op: str, name: str, value: Any, options: Sequence[Any]) -> None:
     """Checks that ``value`` is one of ``options``."""
     if value not in options:
-        raise ValueError(f"{op}: {name}: got {value!r}, takes one of {', '.join(map(repr, options))}")
+        raise ValueError(
+            f"{op}: {name}: got {value!r}, takes one of {', '.join(map(repr, options))}"
+        )
 
 
 def number(

@@ -78,5 +78,7 @@ def choose(op: str, impls: dict[str, Callable[..., Any]], device: str) -> Callab
     if name not in impls:
         raise BackendError(f"{op}: has no {name!r} implementation; it has {', '.join(impls)}")
     if device not in _DEVICES[name]:
-        raise BackendError(f"{op}: backend {name!r} runs on {_DEVICES[name][0]}, tensors are on {device}")
+        raise BackendError(
+            f"{op}: backend {name!r} runs on {_DEVICES[name][0]}, tensors are on {device}"
+        )
     return impls[name]

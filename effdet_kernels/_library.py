@@ -39,7 +39,9 @@ class TensorSpec:
     def conform(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """``tensor`` in exactly this dtype and these strides, and never an alias of an input."""
         if tuple(tensor.shape) != tuple(self.shape):
-            raise RuntimeError(f"an implementation returned {tuple(tensor.shape)}, not {self.shape}")
+            raise RuntimeError(
+                f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
+            )
         out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
         if any(_same_storage(out, other) for other in inputs):
             out = out.clone(memory_format=self.memory_format)
@@ -131,7 +133,9 @@ class Op:
         outputs = implementation(*args)
         flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         specs = self._out_spec(*args)
-        return self._pack([spec.conform(out, tensors) for spec, out in zip(specs, flat, strict=True)])
+        return self._pack(
+            [spec.conform(out, tensors) for spec, out in zip(specs, flat, strict=True)]
+        )
 
     def _fake(self, *args: Any) -> Any:
         return self._pack([spec.empty() for spec in self._out_spec(*args)])
@@ -160,7 +164,9 @@ class Op:
     # Autograd ------------------------------------------------------------------------------------
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        layout: list[Any] = []  # per argument: number of tensors of a list, True for a tensor, or the value
+        layout: list[
+            Any
+        ] = []  # per argument: number of tensors of a list, True for a tensor, or the value
         saved: list[Tensor] = []
         for value in inputs:
             if isinstance(value, Tensor):
@@ -190,11 +196,7 @@ class Op:
             else item
             for item in ctx.layout
         ]
-        needs = [
-            t.requires_grad
-            for i in self._differentiable
-            for t in _tensors([args[i]])
-        ]
+        needs = [t.requires_grad for i in self._differentiable for t in _tensors([args[i]])]
         with _dispatch.use_backend(ctx.backend):
             computed = iter(self._backward_overload(flat_grads, *args, needs))
         wanted = iter(needs)
@@ -289,9 +291,7 @@ def reference_backward(
     if not pairs:
         return [torch.zeros_like(t) for t in leaves]
     outs, weights = zip(*pairs, strict=True)
-    found = torch.autograd.grad(
-        outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True
-    )
+    found = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
 

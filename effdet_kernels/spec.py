@@ -31,7 +31,9 @@ class Case:
 
     name: str
     make: Callable[[torch.Generator], Inputs]
-    tags: frozenset[str] = frozenset()  # "bench": a real shape that benchmarks time and tests leave out
+    tags: frozenset[str] = (
+        frozenset()
+    )  # "bench": a real shape that benchmarks time and tests leave out
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", keep: Sequence[str] = ()) -> Inputs:
@@ -39,7 +41,9 @@ class Case:
         drawn = self.make(torch.Generator().manual_seed(self.seed))
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         return {
-            name: map_tensors(value, lambda t, to=wide if name in keep else dtype: _to(t, to, device))
+            name: map_tensors(
+                value, lambda t, to=wide if name in keep else dtype: _to(t, to, device)
+            )
             for name, value in drawn.items()
         }
 
@@ -52,15 +56,21 @@ class OpSpec:
     op: Callable[..., Any]  # the public function
     reference: Callable[..., Any]  # same keyword arguments and results, any float dtype
     cases: tuple[Case, ...]
-    mutants: Mapping[str, Callable[..., Any]]  # plausible wrong versions; the bound must reject each
+    mutants: Mapping[
+        str, Callable[..., Any]
+    ]  # plausible wrong versions; the bound must reject each
     diff_args: tuple[str, ...] = ()  # arguments with gradients
-    keep_wide: tuple[str, ...] = ()  # arguments that stay float32 when the dtype under test is shorter
+    keep_wide: tuple[
+        str, ...
+    ] = ()  # arguments that stay float32 when the dtype under test is shorter
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     magnitude: Callable[..., Sequence[Tensor]] | None = None  # M, one tensor per floating output
     reduction: Callable[..., int] | None = None  # K
     terms: Callable[[Inputs, torch.dtype], Sequence[Tensor]] | None = None  # extra errors by output
     compare: Comparison | None = None  # replaces the bound (selection ops): error / allowed error
-    bytes: Callable[..., int] | None = None  # compulsory memory traffic in bytes, inputs in their real dtypes
+    bytes: Callable[..., int] | None = (
+        None  # compulsory memory traffic in bytes, inputs in their real dtypes
+    )
     flops: Callable[..., int] | None = None  # multiply-adds count 2
 
     def error_ratio(self, inputs: Inputs, outputs: Any, dtype: torch.dtype) -> float:
@@ -71,14 +81,18 @@ class OpSpec:
             return self.compare(exact, found, dtype)
         expected = flatten(self.reference(**exact))
         if len(found) != len(expected):
-            raise ValueError(f"{self.name}: {len(found)} outputs, the reference has {len(expected)}")
+            raise ValueError(
+                f"{self.name}: {len(found)} outputs, the reference has {len(expected)}"
+            )
         magnitudes = iter(self.magnitude(**exact) if self.magnitude else ())
         terms = iter(self.terms(exact, dtype) if self.terms else ())
         spread = 2 * math.sqrt(self.reduction(**exact) if self.reduction else 1)
         worst = 0.0
         for got, want in zip(found, expected, strict=True):
             if got.shape != want.shape:
-                raise ValueError(f"{self.name}: output {list(got.shape)}, reference {list(want.shape)}")
+                raise ValueError(
+                    f"{self.name}: output {list(got.shape)}, reference {list(want.shape)}"
+                )
             if not want.is_floating_point():
                 worst = max(worst, 0.0 if torch.equal(got, want) else math.inf)
                 continue

@@ -98,7 +98,9 @@ def guarded_outputs() -> Iterator[None]:
     def empty(spec: _library.TensorSpec) -> Tensor:
         layout = plain(spec)
         poison: Any = torch.nan if layout.is_floating_point() else torch.iinfo(layout.dtype).min
-        buffer = torch.full((layout.numel() + 2 * _GUARD,), poison, dtype=spec.dtype, device=spec.device)
+        buffer = torch.full(
+            (layout.numel() + 2 * _GUARD,), poison, dtype=spec.dtype, device=spec.device
+        )
         taken.append((buffer, layout.numel()))
         return buffer.as_strided(layout.shape, layout.stride(), _GUARD)
 
@@ -106,7 +108,9 @@ def guarded_outputs() -> Iterator[None]:
         yield
     for buffer, numel in taken:
         for zone in (buffer[:_GUARD], buffer[_GUARD + numel :]):
-            untouched = zone.isnan() if zone.is_floating_point() else zone == torch.iinfo(zone.dtype).min
+            untouched = (
+                zone.isnan() if zone.is_floating_point() else zone == torch.iinfo(zone.dtype).min
+            )
             assert bool(untouched.all()), "a kernel wrote outside of its output"
 
 

@@ -8,7 +8,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data", type=Path, help="folder with bccd/, photos/ and detections/ (optional real data)")
+    parser.addoption(
+        "--data", type=Path, help="folder with bccd/, photos/ and detections/ (optional real data)"
+    )
     parser.addoption("--oracle", type=Path, help="python of an environment with PyPI effdet 0.4.1")
 
 

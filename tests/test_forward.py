@@ -24,7 +24,9 @@ def cases(tag_out: str = "bench"):
 
 def runnable(spec: OpSpec) -> list[str]:
     """The backends that run CPU tensors here; the native one must be there, or the build is broken."""
-    found = [name for name, reason in testing.backends(spec).items() if name in ("reference", "cpu")]
+    found = [
+        name for name, reason in testing.backends(spec).items() if name in ("reference", "cpu")
+    ]
     assert all(testing.backends(spec)[name] is None for name in found)
     return found
 
@@ -36,7 +38,9 @@ def test_error_is_within_the_bound(spec, case, layout):
         # The reference rounds every step in half precision; there it is the definition only in float32 and float64.
         dtypes = [d for d in spec.dtypes if backend != "reference" or d not in HALF]
         for dtype in dtypes:
-            worst = testing.check_forward(spec, case, dtype, backend, arrange=testing.LAYOUTS[layout])
+            worst = testing.check_forward(
+                spec, case, dtype, backend, arrange=testing.LAYOUTS[layout]
+            )
             assert worst <= 1, f"{backend} {dtype}: {worst:.3g} of the bound"
 
 
@@ -77,4 +81,8 @@ def test_inputs_stay_as_they_were(spec, case):
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, (list, tuple)) else []
+    return (
+        [v for v in value if isinstance(v, torch.Tensor)]
+        if isinstance(value, (list, tuple))
+        else []
+    )

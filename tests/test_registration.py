@@ -43,8 +43,15 @@ def test_opcheck(spec, case):
     if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in inputs.values()):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     else:
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(testing.operator(spec)._overload, schema_arguments(spec, inputs), test_utils=tests)
+        tests = (
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_dynamic",
+        )
+    torch.library.opcheck(
+        testing.operator(spec)._overload, schema_arguments(spec, inputs), test_utils=tests
+    )
 
 
 @pytest.mark.parametrize(("spec", "case"), FIRST)

@@ -64,9 +64,8 @@ std::vector<Group> group_by_class(const std::int64_t* classes, std::vector<Candi
   if (!classes) {
     if (size) groups.push_back({0, size, 0});
   } else {
-    std::stable_sort(candidates->begin(), candidates->end(), [classes](const auto& a, const auto& b) {
-      return classes[a.index] < classes[b.index];
-    });
+    std::stable_sort(candidates->begin(), candidates->end(),
+                     [classes](const auto& a, const auto& b) { return classes[a.index] < classes[b.index]; });
     for (std::int64_t i = 0; i < size; ++i) {
       const bool same = i > 0 && classes[(*candidates)[i].index] == classes[(*candidates)[i - 1].index];
       if (same) {

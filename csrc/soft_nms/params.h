@@ -9,14 +9,14 @@ enum class Method : int { kGaussian = 0, kLinear = 1, kHard = 2 };
 
 template <typename T>
 struct SoftNmsParams {
-  const T* boxes;                  // [batch, count, 4] xyxy
-  const T* scores;                 // [batch, count]
-  const std::int64_t* classes;     // [batch, count], or null: class-agnostic
-  const std::int64_t* num_valid;   // [batch], or null: all
-  std::int64_t* index;             // [batch, max_det]
-  T* score;                        // [batch, max_det]
-  std::int64_t* found;             // [batch]
-  std::int64_t* dropped;           // [batch]
+  const T* boxes;                 // [batch, count, 4] xyxy
+  const T* scores;                // [batch, count]
+  const std::int64_t* classes;    // [batch, count], or null: class-agnostic
+  const std::int64_t* num_valid;  // [batch], or null: all
+  std::int64_t* index;            // [batch, max_det]
+  T* score;                       // [batch, max_det]
+  std::int64_t* found;            // [batch]
+  std::int64_t* dropped;          // [batch]
   std::int64_t batch, count, max_det;
   Method method;
   T sigma, iou_threshold, score_threshold;

@@ -86,7 +86,7 @@ def _replay(
     alive = boxes.isfinite().all(-1) & scores.isfinite() & (torch.arange(len(scores)) < limit)
     boxes = boxes.masked_fill(~boxes.isfinite(), 0)
     # Each decay multiplies by a factor with a few roundings: of the IoU (magnified by 2 iou / sigma), exp, product.
-    unit = roundoff(accumulator(dtype)) * (16 + 16 / inputs["sigma"])
+    unit = roundoff(accumulator(dtype)) * (4 + 8 / inputs["sigma"])
     current = torch.where(alive, scores, -torch.inf)
     if (
         not 0 <= count <= max_det
@@ -109,9 +109,8 @@ def _replay(
         iou = reference._iou(boxes[pick], boxes)
         if classes is not None:
             iou = iou.masked_fill(classes[image] != classes[image, pick], 0)
-        current = current * reference._decay(
-            iou, inputs["method"], inputs["sigma"], inputs["iou_threshold"]
-        )
+        method, sigma, limit = (inputs[k] for k in ("method", "sigma", "iou_threshold"))
+        current = reference._decayed(current, iou, method, sigma, limit)
         current[pick] = -torch.inf
         current = current.masked_fill(~(current > threshold), -torch.inf)
     left = float(current.max()) if len(current) else -math.inf
@@ -143,18 +142,17 @@ def _iou_plus_one(a: Tensor, b: Tensor) -> Tensor:
     return _right_iou(a + grow, b + grow)
 
 
-def _decay_without_square(iou: Tensor, method: str, sigma: float, iou_threshold: float) -> Tensor:
-    return (
-        torch.exp(-iou / sigma)
-        if method == "gaussian"
-        else _right_decay(iou, method, sigma, iou_threshold)
-    )
+def _decayed_without_square(score, iou, method, sigma, iou_threshold):
+    root = iou.sqrt() if method == "gaussian" else iou
+    return _right_decayed(score, root, method, sigma, iou_threshold)
 
 
 def _undecayed_scores(**arguments):
     index, score, count, dropped = reference.soft_nms(**arguments)
-    original = arguments["scores"].gather(1, index.clamp(min=0))
-    return index, torch.where(index >= 0, original, 0), count, dropped
+    if arguments["scores"].numel():
+        original = arguments["scores"].gather(1, index.clamp(min=0))
+        score = torch.where(index >= 0, original, 0)
+    return index, score, count, dropped
 
 
 _right_iou, _right_decayed = reference._iou, reference._decayed

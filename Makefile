@@ -1,0 +1,54 @@
+# make demo | test | check | check-full | bench | clean. Each target makes the environment it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ORACLE := .venv-oracle
+DATA ?=
+PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data $(DATA))
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test parity lint types wheel check check-full bench clean
+
+demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
+	$(BIN)/effdet demo --out out/demo
+
+test: $(INSTALLED)  ## the test suite
+	$(PYTEST) -m "not slow" --ignore tests/oracle
+
+parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
+	$(PYTEST) tests/oracle --oracle $(ORACLE)/bin/python
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)  ## build the wheel and use it where there is neither a compiler nor this source tree
+	PYTHON=$(BIN)/python bash tests/wheel.sh
+
+check: test lint types parity wheel demo
+
+check-full: check  ## also the tests that take minutes
+	$(PYTEST) -m slow
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench kernels
+
+$(INSTALLED): constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch numpy
+	$(BIN)/pip install -q -c constraints.txt -e ".[plot,hub,test]" ruff mypy clang-format
+	touch $@
+
+$(ORACLE)/.installed: tests/oracle/requirements.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install -q torch==2.13.0 numpy pyyaml pillow safetensors huggingface_hub pycocotools scipy
+	$(ORACLE)/bin/pip install -q --no-deps -r tests/oracle/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(ORACLE) build dist out
