@@ -59,4 +59,9 @@ _library.impl("nms", _greedy_nms, "CPU")
 
 import torchvision.extension  # noqa: E402
 
-torchvision.extension._has_ops = lambda: True
+
+def _has_ops() -> bool:  # not a lambda: torchvision compiles it with torch.jit
+    return True
+
+
+torchvision.extension._has_ops = _has_ops
