@@ -80,10 +80,11 @@ def train_loader(
         scale=(config.scale_min, config.scale_max),
     )
     batches = EpochBatches(len(dataset), config.batch_size, config.seed)
+    most = max(len(dataset.parser.get_ann_info(i)["cls"]) for i in range(len(dataset)))
     loader = DataLoader(
         SeededSamples(dataset, config.seed),
         batch_sampler=batches,
-        collate_fn=DetectionFastCollate(),
+        collate_fn=DetectionFastCollate(max_instances=max(1, most)),
         num_workers=config.workers,
         worker_init_fn=_ignore_interrupt,
         persistent_workers=config.workers > 0,

@@ -9,7 +9,6 @@ from PIL import Image
 
 from effdet.scenes import CLASS_NAMES, draw_scene, generate_scenes
 
-
 _PINNED_DIGEST = "a3ae18c3957f494b"
 _PINNED_OBJECTS = [
     (3, [29.0, 8.0, 15.0, 15.0], 111),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_warmup_is_linear_and_ends_at_the_peak():
 def test_cosine_falls_to_zero_and_stays_there():
     lr = WarmupCosine(peak=0.4, warmup_steps=10, total_steps=110)
     values = [lr(i) for i in range(10, 111)]
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values))
     assert lr(60) == pytest.approx(0.2)
     assert lr(35) == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)))
     assert lr(110) == 0.0
@@ -60,5 +61,5 @@ def test_optimizers(name, kind):
 
 
 def test_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match="'lion'.*'sgd' or 'adamw'"):
+    with pytest.raises(ValueError, match=r"'lion'.*'sgd' or 'adamw'"):
         build_optimizer(nn.Linear(2, 2), "lion", 0.1, 0.9, 0.0)

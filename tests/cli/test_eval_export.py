@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from effdet.engine import checkpoint as checkpoints
+
+
+def test_eval_prints_the_coco_table_and_each_class(cli, scenes, weights, tmp_path):
+    results = tmp_path / "results.json"
+    result = cli("eval", scenes, "--checkpoint", weights, "--results", results, "--workers", 0)
+    assert result.code == 0, result.err
+    for text in ("AP    @ IoU 0.50:0.95", "AP50", "AP75", "small", "circle", "cross"):
+        assert text in result.out
+    rows = json.loads(results.read_text())
+    assert all(set(row) >= {"image_id", "category_id", "bbox", "score"} for row in rows)
+
+
+def test_eval_of_a_missing_split_is_named(cli, scenes, weights):
+    result = cli("eval", scenes, "--checkpoint", weights, "--split", "test")
+    assert result.code == 1
+    assert "instances_test" in result.err
+
+
+def test_eval_with_other_classes_is_refused(cli, scenes, weights, tmp_path):
+    document = json.loads((scenes / "instances_val.json").read_text())
+    document["categories"].append({"id": 6, "name": "ring"})
+    (tmp_path / "images").symlink_to(scenes / "images")
+    (tmp_path / "instances_val.json").write_text(json.dumps(document))
+    result = cli("eval", tmp_path, "--checkpoint", weights)
+    assert result.code == 1
+    assert "num_classes: got 5" in result.err and "6 categories" in result.err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"images": []}'])
+def test_eval_of_broken_annotations_names_the_file(cli, weights, tmp_path, content):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "instances_val.json").write_text(content)
+    result = cli("eval", tmp_path, "--checkpoint", weights)
+    assert result.code == 1
+    assert "instances_val.json" in result.err
+
+
+def test_exported_weights_detect_like_the_checkpoint(cli, scenes, weights, tmp_path):
+    training = torch.load(weights, weights_only=True)
+    training.update(format=checkpoints.FORMAT, state_dict_ema=training["state_dict"])
+    torch.save(training, tmp_path / "best.pth")
+    result = cli("export", tmp_path / "best.pth", "--out", tmp_path / "small.pth")
+    assert result.code == 0, result.err
+    (small,) = tmp_path.glob("small-*.pth")
+    assert small.stat().st_size < 0.6 * (tmp_path / "best.pth").stat().st_size
+    assert cli("eval", scenes, "--checkpoint", small, "--workers", 0).code == 0
+
+
+def test_export_of_other_files_is_refused(cli, weights, tmp_path):
+    result = cli("export", weights, "--out", tmp_path / "small.pth")
+    assert result.code == 1
+    assert "not written by `effdet train`" in result.err
+    assert not list(tmp_path.iterdir())

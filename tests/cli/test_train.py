@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+
+from effdet.engine import checkpoint as checkpoints
+from effdet.engine import trainer as trainer_module
+from effdet.engine.log import read_log
+
+_QUICK = ("--size", 64, "--batch-size", 4, "--epochs", 2, "--threads", 1, "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(scenes, tmp_path_factory):
+    """A finished run of 2 epochs, 3 steps each, without evaluation."""
+    from effdet.cli import main
+
+    out = tmp_path_factory.mktemp("uninterrupted")
+    args = ["train", scenes, "--out", out, *_QUICK, "--eval-every", 0, "--quiet"]
+    assert main([str(a) for a in args]) == 0
+    return out
+
+
+def _assert_equal_state(first, second):
+    for key in ("state_dict", "state_dict_ema"):
+        assert first[key].keys() == second[key].keys()
+        for name, value in first[key].items():
+            assert torch.equal(value, second[key][name]), f"{key} {name}"
+
+
+def test_a_run_leaves_checkpoints_log_and_plot(cli, scenes, tmp_path):
+    out = tmp_path / "run"
+    result = cli("train", scenes, "--out", out, *_QUICK, "--log-every", 2, "--workers", 1)
+    assert result.code == 0, result.err
+    assert "done, best AP" in result.out
+    names = {p.name for p in out.iterdir()}
+    assert {"last.pth", "log.jsonl"} <= names
+    assert not [n for n in names if n.endswith(".part")]
+    records = read_log(out / "log.jsonl")
+    assert records[0]["kind"] == "config" and records[0]["seed"] == 42
+    assert [r["step"] for r in records if r["kind"] == "step"] == [2, 3, 4, 6]
+    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2]
+    assert all(0 <= r["AP"] <= 1 for r in records if r["kind"] == "epoch")
+    content = checkpoints.read(out / "last.pth")
+    assert content["class_names"] == ["circle", "square", "triangle", "star", "cross"]
+    assert content["image_size"] == [64, 64] and content["epoch"] == 2
+
+
+def test_two_runs_are_equal_bit_for_bit_whatever_the_workers(cli, scenes, tmp_path, uninterrupted):
+    args = [*_QUICK[:-1], 2, "--eval-every", 0, "--quiet"]
+    assert cli("train", scenes, "--out", tmp_path / "b", *args).code == 0
+    _assert_equal_state(
+        checkpoints.read(uninterrupted / "last.pth"), checkpoints.read(tmp_path / "b" / "last.pth")
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_stopped_and_resumed_equals_uninterrupted(
+    cli, scenes, tmp_path, monkeypatch, uninterrupted, stop_after
+):
+    out = tmp_path / "run"
+    original = trainer_module.Trainer._train_step
+
+    def step_then_interrupt(self, *args):
+        lr = original(self, *args)
+        if self.step + 1 == stop_after:
+            signal.raise_signal(signal.SIGINT)
+        return lr
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "_train_step", step_then_interrupt)
+        result = cli("train", scenes, "--out", out, *_QUICK, "--eval-every", 0, "--quiet")
+    assert result.code == 130
+    assert f"effdet train --resume {out / 'last.pth'}" in result.out
+    assert checkpoints.read(out / "last.pth")["step_in_epoch"] == (stop_after - 1) % 3 + 1
+    torch.manual_seed(12345)  # what the process did in between must not matter
+    result = cli("train", "--resume", out / "last.pth", "--threads", 1, "--quiet")
+    assert result.code == 0, result.err
+    _assert_equal_state(
+        checkpoints.read(uninterrupted / "last.pth"), checkpoints.read(out / "last.pth")
+    )
+
+
+def test_ctrl_c_as_a_user_presses_it(cli_process, scenes, tmp_path):
+    out = tmp_path / "run"
+    args = [*_QUICK[:-5], 500, *_QUICK[-4:], "--eval-every", 0, "--log-every", 1]
+    process = cli_process("train", scenes, "--out", out, *args)
+    deadline = time.monotonic() + 120
+    log = out / "log.jsonl"
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stdout and "Traceback" not in stderr
+    content = checkpoints.read(out / "last.pth")
+    assert content["epoch"] * 3 + content["step_in_epoch"] >= 4
+
+
+def test_fine_tuning_starts_from_the_weights_with_a_new_head(cli, scenes, tmp_path, weights):
+    document = json.loads((scenes / "instances_train.json").read_text())
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(scenes / "images")
+    document["categories"] = [{"id": 7, "name": "shape"}]
+    for annotation in document["annotations"]:
+        annotation["category_id"] = 7
+    (data / "instances_train.json").write_text(json.dumps(document))
+    args = [*_QUICK[:-6], "--epochs", 1, *_QUICK[-4:], "--eval-every", 0, "--quiet"]
+    args += ["--checkpoint", weights, "--freeze-backbone"]
+    result = cli("train", data, "--out", tmp_path / "run", *args)
+    assert result.code == 0, result.err
+    content = checkpoints.read(tmp_path / "run" / "last.pth")
+    assert content["class_names"] == ["shape"] and content["category_ids"] == [7]
+    before = torch.load(weights, weights_only=True)["state_dict"]
+    after = content["state_dict"]
+    frozen = [name for name in before if name.startswith("backbone.")]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    fpn = "fpn.cell.0.fnode.0.after_combine.conv.conv_pw.weight"
+    assert not torch.equal(before[fpn], after[fpn])
+
+
+def test_an_old_run_is_not_overwritten(cli, scenes, uninterrupted):
+    before = (uninterrupted / "last.pth").read_bytes()
+    result = cli("train", scenes, "--out", uninterrupted, *_QUICK)
+    assert result.code == 1
+    assert "last.pth exists" in result.err and "--resume" in result.err
+    assert (uninterrupted / "last.pth").read_bytes() == before
+
+
+def test_resuming_with_another_recipe_is_refused(cli, uninterrupted):
+    result = cli("train", "--resume", uninterrupted / "last.pth", "--lr", 0.5)
+    assert result.code == 1
+    assert "lr: got 0.5, but the run to resume has" in result.err
+
+
+def test_resuming_from_plain_weights_is_refused(cli, weights):
+    result = cli("train", "--resume", weights)
+    assert result.code == 1
+    assert str(weights) in result.err and "--checkpoint" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--batch-size", 13], "batch_size: got 13"),
+        (["--model", "efficientdet_none"], "efficientdet_none"),
+        (["--train-split", "other"], "other"),
+        (["--lr", -1], "lr: got -1.0"),
+        (["--scale-min", 3], "scale_max: got 2.0"),
+        (["--size", 16], "size: got 16"),
+        (["--device", "cuda:99"], "device: got 'cuda:99'"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(cli, scenes, tmp_path, options, says):
+    out = tmp_path / "run"
+    result = cli("train", scenes, "--out", out, *options)
+    assert result.code == 1
+    assert says in result.err
+    assert not out.exists()
+
+
+def test_a_diverging_run_says_so(cli, scenes, tmp_path):
+    args = [*_QUICK, "--lr", 1e12, "--warmup-epochs", 0, "--clip-grad", 0, "--eval-every", 0]
+    result = cli("train", scenes, "--out", tmp_path / "run", *args, "--quiet")
+    assert result.code == 1
+    assert "a lower learning rate than 1e+12" in result.err
