@@ -200,7 +200,10 @@ class Op:
         with _dispatch.use_backend(ctx.backend):
             computed = iter(self._backward_overload(flat_grads, *args, needs))
         wanted = iter(needs)
-        result: list[Any] = [None] * len(args)
+        # A list of tensors takes a list of gradients, differentiable or not.
+        result: list[Any] = [
+            [None] * item.count if isinstance(item, _SavedList) else None for item in ctx.layout
+        ]
         for i in self._differentiable:
             if isinstance(args[i], Tensor):
                 result[i] = next(computed) if next(wanted) else None
