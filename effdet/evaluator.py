@@ -1,0 +1,253 @@
+"""Mean average precision of detections against the annotations of a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.cocoeval import COCOeval
+
+from .data.parsers.coco_json import make_coco
+from .distributed import all_gather, broadcast, is_main_process
+
+MIN_SCORE = 0.001
+
+_STATS = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+)
+
+
+class Evaluator:
+    """Collects detections; see `CocoEvaluator`.
+
+    Args:
+        distributed: gather the detections of all processes; each then has to call `evaluate`.
+        pred_yxyx: detections are (y1, x1, y2, x2, ...) instead of (x1, y1, x2, y2, ...).
+    """
+
+    def __init__(self, distributed: bool = False, pred_yxyx: bool = False):
+        self.distributed = distributed
+        self.pred_yxyx = pred_yxyx
+        self.img_indices: list[int] = []
+        self.predictions: list[np.ndarray] = []
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self.img_indices = []
+        self.predictions = []
+
+    def add_predictions(self, detections: torch.Tensor, target: dict[str, torch.Tensor]) -> None:
+        """Add the detections of a batch.
+
+        Args:
+            detections: [B, n, 6] rows (box in pixels of the original image, score, class), in any
+                order; rows with a score under 0.001 are padding.
+            target: `img_idx` [B], the number of each image in the data set.
+        """
+        if "img_idx" not in target:
+            raise KeyError(f"target: lacks 'img_idx'; it has {', '.join(target)}")
+        rows = torch.as_tensor(detections).detach().float().cpu().numpy()
+        indices = torch.as_tensor(target["img_idx"]).reshape(-1).tolist()
+        if rows.ndim != 3 or rows.shape[2] != 6 or len(rows) != len(indices):
+            raise ValueError(
+                f"detections: got shape {list(rows.shape)}; takes [{len(indices)}, n, 6]"
+            )
+        for index, image_rows in zip(indices, rows, strict=True):
+            self.img_indices.append(index)
+            self.predictions.append(_usable_rows(image_rows))
+
+    def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
+        """The metric; optionally writes the detections as `save` does."""
+        raise NotImplementedError
+
+    def save(self, result_file: str | os.PathLike) -> None:
+        """Write the detections as a COCO result file (json). The file appears complete or not.
+
+        With `distributed` every process calls it, and process 0 writes.
+        """
+        results, _ = self._coco_predictions()
+        self._write(results, result_file)
+
+    def _coco_predictions(self) -> tuple[list[dict], list]:
+        """(COCO results, ids of the images seen) of all processes."""
+        raise NotImplementedError
+
+    def _gathered(self) -> dict[int, np.ndarray]:
+        """Rows by image number; an image that several processes saw counts once."""
+        mine = (self.img_indices, self.predictions)
+        rows: dict[int, np.ndarray] = {}
+        for indices, predictions in all_gather(mine) if self.distributed else [mine]:
+            for index, image_rows in zip(indices, predictions, strict=True):
+                rows.setdefault(index, image_rows)
+        return rows
+
+    def _write(self, results: list[dict], result_file: str | os.PathLike) -> None:
+        if self.distributed and not is_main_process():
+            return
+        path = Path(result_file)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(results), encoding="utf-8")
+        os.replace(partial, path)
+
+
+class CocoEvaluator(Evaluator):
+    """COCO metrics by pycocotools, over the images that predictions were added for.
+
+    `dataset.parser` is a `CocoParser`. After `evaluate()`:
+
+    - `stats`: AP (IoU 0.50:0.95), AP50, AP75, APs, APm, APl (small, medium, large), AR1, AR10,
+      AR100, ARs, ARm, ARl; -1 where no annotation falls in the range.
+    - `per_class`: category name to {"AP", "AP50"}; NaN for a category without annotations.
+    - `summary`: the table of pycocotools as text.
+    """
+
+    def __init__(self, dataset, distributed: bool = False, pred_yxyx: bool = False):
+        super().__init__(distributed=distributed, pred_yxyx=pred_yxyx)
+        self._parser = dataset.parser
+        if not hasattr(self._parser, "coco"):
+            raise ValueError(
+                f"dataset: its parser is a {type(self._parser).__name__}; takes one with COCO "
+                "annotations"
+            )
+        self._clear_metrics()
+
+    def reset(self) -> None:
+        """Forget all detections and metrics."""
+        super().reset()
+        self._clear_metrics()
+
+    def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
+        """AP at IoU 0.50:0.95. The same on every process."""
+        results, image_ids = self._coco_predictions()
+        if not image_ids:
+            raise ValueError("no predictions were added, so there is nothing to evaluate")
+        if output_result_file:
+            self._write(results, output_result_file)
+        metrics = None
+        if not self.distributed or is_main_process():
+            metrics = self._measure(results, image_ids)
+        if self.distributed:
+            metrics = broadcast(metrics)
+        self.stats, self.per_class, self.summary = metrics
+        return self.stats["AP"]
+
+    def _clear_metrics(self) -> None:
+        self.stats: dict[str, float] = {}
+        self.per_class: dict[str, dict[str, float]] = {}
+        self.summary = ""
+
+    def _coco_predictions(self) -> tuple[list[dict], list]:
+        results, image_ids = [], []
+        for index, rows in self._gathered().items():
+            image_id = self._parser.img_ids[index]
+            image_ids.append(image_id)
+            order = [1, 0, 3, 2] if self.pred_yxyx else [0, 1, 2, 3]
+            boxes = rows[:, order]
+            boxes[:, 2:] -= boxes[:, :2]
+            for box, (score, label) in zip(boxes.tolist(), rows[:, 4:].tolist(), strict=True):
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "bbox": box,
+                        "score": score,
+                        "category_id": self._parser.label_to_cat_id(int(label)),
+                    }
+                )
+        return results, image_ids
+
+    def _measure(self, results: list[dict], image_ids: list) -> tuple[dict, dict, str]:
+        truth = self._parser.coco
+        # pycocotools' own loadRes fails on an empty list.
+        found = make_coco(
+            {
+                "images": truth.dataset["images"],
+                "categories": truth.dataset["categories"],
+                "annotations": [
+                    {**result, "id": n, "iscrowd": 0, "area": result["bbox"][2] * result["bbox"][3]}
+                    for n, result in enumerate(results, start=1)
+                ],
+            }
+        )
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            evaluation = COCOeval(truth, found, "bbox")
+            evaluation.params.imgIds = image_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            text.truncate(0)
+            text.seek(0)
+            evaluation.summarize()
+        stats = {name: float(value) for name, value in zip(_STATS, evaluation.stats, strict=True)}
+        return stats, self._measure_classes(evaluation), text.getvalue()
+
+    def _measure_classes(self, evaluation: COCOeval) -> dict[str, dict[str, float]]:
+        # [IoU thresholds, recalls, classes], all areas, 100 detections; -1: class not annotated
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        precision = np.where(precision < 0, np.nan, precision)
+        categories = evaluation.cocoGt.cats
+        return {
+            categories[cat_id]["name"]: {
+                "AP": float(precision[:, :, column].mean()),
+                "AP50": float(precision[0, :, column].mean()),
+            }
+            for column, cat_id in enumerate(evaluation.params.catIds)
+        }
+
+
+class TfmEvaluator(Evaluator):
+    """Pascal-style evaluation, which is not available yet."""
+
+    def __init__(
+        self, dataset, distributed: bool = False, pred_yxyx: bool = False, evaluator_cls=None
+    ):
+        raise NotImplementedError(
+            f"{type(self).__name__} is not available yet; CocoEvaluator gives AP at IoU 0.5 as "
+            'stats["AP50"] for COCO annotations'
+        )
+
+
+class PascalEvaluator(TfmEvaluator):
+    """Pascal VOC mean average precision, which is not available yet."""
+
+    def __init__(self, dataset, distributed: bool = False, pred_yxyx: bool = False):
+        super().__init__(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+
+
+class OpenImagesEvaluator(TfmEvaluator):
+    """OpenImages mean average precision, which is not available yet."""
+
+    def __init__(self, dataset, distributed: bool = False, pred_yxyx: bool = False):
+        super().__init__(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+
+
+def create_evaluator(
+    name: str, dataset, distributed: bool = False, pred_yxyx: bool = False
+) -> Evaluator:
+    """Evaluator for a data set name: COCO, OpenImages, or else Pascal VOC.
+
+    Raises:
+        NotImplementedError: for the latter two.
+    """
+    if "coco" in name:
+        return CocoEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+    if "openimages" in name:
+        return OpenImagesEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+    return PascalEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+
+
+def _usable_rows(rows: np.ndarray) -> np.ndarray:
+    """Copy of the rows [n, 6] above the minimum score, without non-finite ones."""
+    rows = rows[~(rows[:, 4] < MIN_SCORE)]
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        warnings.warn(
+            f"{(~finite).sum()} of the detections of an image are not finite and left out",
+            stacklevel=3,
+        )
+    return rows[finite].copy()
