@@ -1,0 +1,188 @@
+"""EfficientDet: backbone, feature pyramid, class head and box head (arXiv:1911.09070).
+
+The parts live in `layers`, `bifpn` and `heads`; their names are importable from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from .backbone import create_backbone
+from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine
+from .config import set_config_readonly, set_config_writeable
+from .config.config_utils import copy_config
+from .config.validate import check_config
+from .heads import HeadNet
+from .layers import (
+    ConvBnAct2d,
+    Interpolate2d,
+    ResampleFeatureMap,
+    SeparableConv2d,
+    SequentialList,
+)
+
+__all__ = [
+    "BiFpn",
+    "BiFpnLayer",
+    "ConvBnAct2d",
+    "EfficientDet",
+    "Fnode",
+    "FpnCombine",
+    "HeadNet",
+    "Interpolate2d",
+    "ResampleFeatureMap",
+    "SeparableConv2d",
+    "SequentialList",
+    "get_feature_info",
+]
+
+_DEBUG = False
+_USE_SCALE = False
+
+# The class head starts by predicting every class with this probability (arXiv:1708.02002, 4.1).
+_PRIOR = 0.01
+
+
+class EfficientDet(nn.Module):
+    """The detector without post-processing.
+
+    Attributes: `config` (a read-only copy of the one given), `backbone`, `fpn`, `class_net`,
+    `box_net`.
+
+    Raises:
+        TypeError, ValueError: a config entry is misspelt or out of range; named in the message.
+        ImportError: the backbone needs the timm package.
+    """
+
+    def __init__(
+        self, config: DictConfig, pretrained_backbone: bool = True, alternate_init: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = check_config(copy_config(config))
+        set_config_readonly(self.config)
+        self.backbone = create_backbone(
+            self.config.backbone_name,
+            out_indices=self.config.backbone_indices or (2, 3, 4),
+            pretrained=pretrained_backbone,
+            **(self.config.backbone_args or {}),
+        )
+        self.fpn = BiFpn(self.config, get_feature_info(self.backbone))
+        self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes)
+        self.box_net = HeadNet(self.config, num_outputs=4)
+        for name in ("fpn", "class_net", "box_net"):
+            self._init_child(name, alternate_init)
+
+    def _init_child(self, name: str, alternate_init: bool) -> None:
+        init = _init_weight_alt if alternate_init else _init_weight
+        for path, module in getattr(self, name).named_modules(prefix=name):
+            init(module, path)
+
+    def reset_head(
+        self,
+        num_classes: int | None = None,
+        aspect_ratios: Sequence[Any] | None = None,
+        num_scales: int | None = None,
+        alternate_init: bool = False,
+    ) -> None:
+        """Replace the heads that a new number of classes or of anchors changes, and the config.
+
+        A new head is freshly initialised: the class head whenever `num_classes` is given, both
+        when the anchors change. An enclosing bench keeps its own copy of these numbers.
+        """
+        config = copy_config(self.config)
+        changes = {
+            "num_classes": num_classes,
+            "aspect_ratios": aspect_ratios,
+            "num_scales": num_scales,
+        }
+        config.update({key: value for key, value in changes.items() if value is not None})
+        check_config(config)
+        set_config_writeable(self.config)
+        self.config.update({key: config[key] for key in changes})
+        set_config_readonly(self.config)
+        anchors_changed = aspect_ratios is not None or num_scales is not None
+        device = next(self.box_net.parameters()).device
+        if num_classes is not None or anchors_changed:
+            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device)
+            self._init_child("class_net", alternate_init)
+        if anchors_changed:
+            self.box_net = HeadNet(self.config, num_outputs=4).to(device)
+            self._init_child("box_net", alternate_init)
+
+    def toggle_head_bn_level_first(self) -> None:
+        """Swap the key layout of both heads' norms; see `HeadNet.toggle_bn_level_first`."""
+        self.class_net.toggle_bn_level_first()
+        self.box_net.toggle_bn_level_first()
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Normalised images -> class logits and box codes of each level, finest first.
+
+        x: [B, 3, H, W], any H and W; `config.image_size` only matters to the anchors.
+        Returns: maps [B, A * num_classes, H_l, W_l] and [B, A * 4, H_l, W_l] in channels_last
+        memory, with A anchors per place, anchor-major; codes are (ty, tx, th, tw).
+        """
+        if x.ndim != 4:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, 3, H, W]")
+        features = self.fpn(self.backbone(x))
+        return self.class_net(features), self.box_net(features)
+
+
+def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:
+    """One dict per map that `backbone` returns: `num_chs` and `reduction` (its stride)."""
+    info = backbone.feature_info
+    if callable(getattr(info, "get_dicts", None)):
+        return info.get_dicts(keys=["num_chs", "reduction"])
+    return [{"num_chs": i["num_chs"], "reduction": i["reduction"]} for i in info]
+
+
+def _init_weight(m: nn.Module, n: str = "") -> None:
+    """Initialise module `m` called `n` as the published TensorFlow models are.
+
+    Convolutions: heads normal, with variance 1 / fan_in if separable and 1e-4 if dense; the
+    pyramid Glorot uniform. Biases 0 but for the class prior; norms 1 and 0.
+    """
+    if isinstance(m, (SeparableConv2d, ConvBnAct2d)):
+        is_head = "class_net" in n or "box_net" in n
+        for conv in (c for c in m.children() if isinstance(c, nn.Conv2d)):
+            fan_in, fan_out = _fans(conv)
+            if not is_head:
+                bound = math.sqrt(6.0 / (fan_in + fan_out))
+                nn.init.uniform_(conv.weight, -bound, bound)
+            elif isinstance(m, SeparableConv2d):
+                nn.init.normal_(conv.weight, std=math.sqrt(1.0 / fan_in))
+            else:
+                nn.init.normal_(conv.weight, std=0.01)
+            _init_bias(conv, n)
+    elif isinstance(m, nn.BatchNorm2d):
+        _init_norm(m)
+
+
+def _init_weight_alt(m: nn.Module, n: str = "") -> None:
+    """The alternative of `_init_weight`: normal with variance 2 / fan_out everywhere."""
+    if isinstance(m, nn.Conv2d):
+        nn.init.normal_(m.weight, std=math.sqrt(2.0 / _fans(m)[1]))
+        _init_bias(m, n)
+    elif isinstance(m, nn.BatchNorm2d):
+        _init_norm(m)
+
+
+def _fans(conv: nn.Conv2d) -> tuple[int, int]:
+    area = math.prod(conv.kernel_size)
+    return area * conv.in_channels // conv.groups, area * conv.out_channels // conv.groups
+
+
+def _init_bias(conv: nn.Conv2d, name: str) -> None:
+    if conv.bias is not None:
+        is_class_output = "class_net.predict" in name
+        nn.init.constant_(conv.bias, math.log(_PRIOR / (1 - _PRIOR)) if is_class_output else 0.0)
+
+
+def _init_norm(norm: nn.BatchNorm2d) -> None:
+    if norm.affine:
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)

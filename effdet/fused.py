@@ -1,0 +1,293 @@
+"""Glue between modules and the ops of `effdet_kernels`: convolution, then normalisation, then act.
+
+The modules own the parameters, the ops do the arithmetic. For a norm that follows a convolution
+there are three cases, looked up at every call, so that freezing or replacing a module just works:
+
+* `nn.BatchNorm2d` that uses its running statistics: folded to (scale, shift) into the op's
+  epilogue. The fold is differentiable, so frozen batch norm can be fine-tuned.
+* `nn.BatchNorm2d` that uses batch statistics: the op computes the bare convolution and
+  `batch_norm_act` follows; the module's running statistics are updated here, as torch would.
+* anything else (`SyncBatchNorm`, `GroupNorm`, a subclass with its own forward): the module is
+  called, then the activation.
+
+Convolutions, norms and activations that are fused are not called as modules, so forward hooks on
+them do not fire; hooks on the blocks that contain them do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdet_kernels import (
+    batch_norm_act,
+    depthwise_conv,
+    expand_depthwise,
+    pointwise_conv,
+    separable_conv,
+)
+
+Padding = tuple[int, int, int, int]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "swish": nn.SiLU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hard_swish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+}
+_OP_NAMES = {
+    nn.Identity: "none",
+    nn.SiLU: "swish",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hard_swish",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Mish: "mish",
+}
+
+
+def activation_class(name: str) -> type[nn.Module]:
+    """The module class of the activation called `name`.
+
+    Raises:
+        ValueError: no such name; the message lists the names.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"act_type: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def op_activation(act: nn.Module | None) -> tuple[str, nn.Module | None]:
+    """`act` as (the name for an op, the module to call after it): one of the two does nothing."""
+    if act is None:
+        return "none", None
+    name = _OP_NAMES.get(type(act))
+    if name is None or (isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01):
+        return "none", act
+    return name, None
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether `norm` computes exactly what `nn.BatchNorm2d` computes."""
+    return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
+
+
+def is_folded(norm: nn.Module | None) -> bool:
+    """Whether `norm` is an affine map with constants: nothing, or batch norm in eval mode."""
+    if norm is None:
+        return True
+    return is_batch_norm(norm) and not norm.training and norm.running_mean is not None
+
+
+def fold(norm: nn.Module | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`norm(y + bias)` as `y * scale + shift`, both [C] in fp32 (fp64 for an fp64 model).
+
+    `None` stands for a scale of one or a shift of zero.
+    """
+    if norm is None:
+        return None, None if bias is None else _stable(bias)
+    scale = torch.rsqrt(_stable(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * _stable(norm.weight)
+    mean = _stable(norm.running_mean)
+    if bias is not None:
+        mean = mean - _stable(bias)
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + _stable(norm.bias)
+    return scale, shift
+
+
+def _stable(vector: Tensor) -> Tensor:
+    return vector if vector.dtype == torch.float64 else vector.float()
+
+
+def norm_act(y: Tensor, norm: nn.Module, act: nn.Module | None) -> Tensor:
+    """`act(norm(y))` for a norm that is not folded; updates running statistics.
+
+    Raises:
+        ValueError: batch statistics of a single value per channel were asked for.
+    """
+    name, after = op_activation(act)
+    if not is_batch_norm(norm) or is_folded(norm):
+        y = norm(y)
+        return y if act is None else act(y)
+    count = y.numel() // y.shape[1]
+    if count <= 1:
+        raise ValueError(
+            "batch norm in training mode needs more than one value per channel, got an input of"
+            f" size {tuple(y.shape)}; use a larger batch or image, or put the layer in eval mode"
+        )
+    weight = norm.weight if norm.weight is not None else y.new_ones(y.shape[1])
+    bias = norm.bias if norm.bias is not None else y.new_zeros(y.shape[1])
+    y, mean, var = batch_norm_act(y, _stable(weight), _stable(bias), eps=norm.eps, act=name)
+    if norm.training and norm.track_running_stats:
+        _update_running_stats(norm, mean, var * (count / (count - 1)))
+    return y if after is None else after(y)
+
+
+@torch.no_grad()
+def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:
+        momentum = 1.0 / norm.num_batches_tracked.float()
+    else:
+        momentum = norm.momentum
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
+        running.add_((batch.to(running.dtype) - running) * momentum)
+
+
+def dense(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    act: nn.Module | None,
+    padding: Padding | None = None,
+) -> Tensor:
+    """An ordinary convolution by torch; `padding` (left, right, top, bottom) goes before it."""
+    if padding is not None:
+        x, own = F.pad(x, padding), 0
+    else:
+        own = conv.padding
+    weight, bias = conv.weight, conv.bias
+    if is_folded(norm) and norm is not None:
+        scale, bias = fold(norm, bias)
+        weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        bias = bias.to(weight.dtype)
+    y = F.conv2d(x, weight, bias, conv.stride, own, conv.dilation, conv.groups)
+    if not is_folded(norm):
+        return norm_act(y, norm, act)
+    return y if act is None else act(y)
+
+
+def pointwise(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    act: nn.Module | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`act(norm(conv(x * gate))) + residual` for a 1x1 convolution.
+
+    Shapes: x [B, C, H, W], gate [B, C], residual and the result [B, O, H, W].
+    """
+    if not is_folded(norm):
+        shift = None if conv.bias is None else _stable(conv.bias)
+        y = norm_act(pointwise_conv(x, conv.weight, shift=shift, gate=gate), norm, act)
+        return y if residual is None else y + residual
+    name, after = op_activation(act)
+    scale, shift = fold(norm, conv.bias)
+    if after is None:
+        return pointwise_conv(x, conv.weight, scale, shift, gate=gate, residual=residual, act=name)
+    y = after(pointwise_conv(x, conv.weight, scale, shift, gate=gate))
+    return y if residual is None else y + residual
+
+
+def depthwise(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    act: nn.Module | None,
+    padding: Padding,
+    squeeze: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`y = act(norm(conv(x)))` and, if `squeeze`, the sums of y over H and W, [B, C]."""
+    stride = conv.stride[0]
+    if not is_folded(norm):
+        shift = None if conv.bias is None else _stable(conv.bias)
+        y = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
+        y = norm_act(y, norm, act)
+        return y, spatial_sums(y) if squeeze else None
+    name, after = op_activation(act)
+    scale, shift = fold(norm, conv.bias)
+    fused_squeeze = squeeze and after is None
+    y = depthwise_conv(
+        *(x, conv.weight, scale, shift),
+        stride=stride,
+        padding=padding,
+        act=name,
+        squeeze=fused_squeeze,
+    )
+    if fused_squeeze:
+        return y
+    y = y if after is None else after(y)
+    return y, spatial_sums(y) if squeeze else None
+
+
+def expand(
+    x: Tensor,
+    conv_pw: nn.Conv2d,
+    norm_pw: nn.Module,
+    conv_dw: nn.Conv2d,
+    norm_dw: nn.Module,
+    act: nn.Module | None,
+    padding: Padding,
+    squeeze: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A 1x1 and a depthwise convolution, each with norm and `act`; result as of `depthwise`.
+
+    One op as long as both norms are folded, two otherwise.
+    """
+    name, after = op_activation(act)
+    if after is not None or not (is_folded(norm_pw) and is_folded(norm_dw)):
+        y = pointwise(x, conv_pw, norm_pw, act)
+        return depthwise(y, conv_dw, norm_dw, act, padding, squeeze)
+    y = expand_depthwise(
+        *(x, conv_pw.weight, *fold(norm_pw, conv_pw.bias)),
+        *(conv_dw.weight, *fold(norm_dw, conv_dw.bias)),
+        stride=conv_dw.stride[0],
+        padding=padding,
+        act=name,
+        squeeze=squeeze,
+    )
+    return y if squeeze else (y, None)
+
+
+def spatial_sums(y: Tensor) -> Tensor:
+    return y.sum((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def separable(
+    x: Sequence[Tensor],
+    conv_dw: nn.Conv2d,
+    conv_pw: nn.Conv2d,
+    norms: Sequence[nn.Module | None],
+    act: nn.Module | None,
+    pre_act: nn.Module | None = None,
+) -> list[Tensor]:
+    """`act(norm(conv_pw(conv_dw(pre_act(x)))))` of every map, each with a norm of its own.
+
+    Both convolutions are shared by the maps; stride 1 and zero "same" padding.
+    """
+    before, call_before = op_activation(pre_act)
+    if call_before is not None:
+        x = [call_before(level) for level in x]
+    weights = [conv_dw.weight], [conv_pw.weight]
+    name, after = op_activation(act)
+    if all(is_folded(norm) for norm in norms):
+        scale, shift = zip(*(fold(norm, conv_pw.bias) for norm in norms), strict=True)
+        y = separable_conv(
+            list(x), *weights, _vectors(scale), _vectors(shift), pre_act=before, act=name
+        )
+        return y if after is None else [after(level) for level in y]
+    shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(x)
+    raw = separable_conv(list(x), *weights, [], shift, pre_act=before)
+    return [_finish(level, norm, act) for level, norm in zip(raw, norms, strict=True)]
+
+
+def _vectors(vectors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [v for v in vectors if v is not None]
+
+
+def _finish(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor:
+    if norm is not None:
+        return norm_act(y, norm, act)
+    return y if act is None else act(y)

@@ -1,0 +1,102 @@
+"""The two prediction heads: convolutions shared by the levels, a batch norm for each level."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from . import fused
+from .layers import ConvBnAct2d, SeparableConv2d
+
+
+class HeadNet(nn.Module):
+    """Class or box head (arXiv:1911.09070, section 4: box/class prediction network).
+
+    `num_outputs` values per anchor: the number of classes, or 4. The output has
+    `num_outputs * len(aspect_ratios) * num_scales` channels, anchor-major.
+
+    `norm_kwargs` replaces `config.norm_kwargs` when given, for code written for old versions.
+    """
+
+    def __init__(
+        self, config: DictConfig, num_outputs: int, norm_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.num_levels = config.num_levels
+        self.bn_level_first = config.head_bn_level_first
+        norm_kwargs = norm_kwargs or config.norm_kwargs or {}
+        norm_layer = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
+        conv_class = SeparableConv2d if config.separable_conv else ConvBnAct2d
+        channels, repeats = config.fpn_channels, config.box_class_repeats
+
+        def conv(out_channels: int, bias: bool) -> nn.Module:
+            return conv_class(
+                *(channels, out_channels),
+                kernel_size=3,
+                padding=config.pad_type,
+                bias=bias,
+                norm_layer=None,
+                act_layer=None,
+            )
+
+        self.conv_rep = nn.ModuleList(conv(channels, config.redundant_bias) for _ in range(repeats))
+        norms = [[norm_layer(channels) for _ in range(self.num_levels)] for _ in range(repeats)]
+        self.bn_rep = self._arrange(norms)
+        self.act = fused.activation_class(config.head_act_type or config.act_type)()
+        num_anchors = len(config.aspect_ratios) * config.num_scales
+        self.predict = conv(num_outputs * num_anchors, bias=True)
+
+    def _arrange(self, norms: list[list[nn.Module]]) -> nn.ModuleList:
+        """norms[repeat][level] as the containers that `bn_level_first` gives the keys of."""
+        if self.bn_level_first:
+            return nn.ModuleList(nn.ModuleList(level) for level in zip(*norms, strict=True))
+        rows = [[_named_bn(norm) for norm in row] for row in norms]
+        return nn.ModuleList(nn.ModuleList(row) for row in rows)
+
+    def norms(self, repeat: int) -> list[nn.Module]:
+        """The norms of one repeat, one per level."""
+        if self.bn_level_first:
+            return [self.bn_rep[level][repeat] for level in range(self.num_levels)]
+        return [self.bn_rep[repeat][level].bn for level in range(self.num_levels)]
+
+    def toggle_bn_level_first(self) -> None:
+        """Swap the two key layouts, `bn_rep.<repeat>.<level>.bn.*` and `bn_rep.<level>.<repeat>.*`.
+
+        The norms stay the same objects and so does every output.
+        """
+        norms = [self.norms(repeat) for repeat in range(len(self.conv_rep))]
+        self.bn_level_first = not self.bn_level_first
+        self.bn_rep = self._arrange(norms)
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """One map [B, fpn_channels, H_l, W_l] per level -> as many [B, num_outputs * A, H_l, W_l].
+
+        Raises:
+            ValueError: `x` does not hold one map per level.
+        """
+        if len(x) != self.num_levels:
+            raise ValueError(f"x: got {len(x)} maps, expected {self.num_levels}, one per level")
+        for repeat, conv in enumerate(self.conv_rep):
+            x = _conv_norm_act(x, conv, self.norms(repeat), self.act)
+        return _conv_norm_act(x, self.predict, [None] * len(x), None)
+
+
+def _named_bn(norm: nn.Module) -> nn.Sequential:
+    named = nn.Sequential()
+    named.add_module("bn", norm)
+    return named
+
+
+def _conv_norm_act(
+    x: list[Tensor], conv: nn.Module, norms: list[nn.Module | None], act: nn.Module | None
+) -> list[Tensor]:
+    if isinstance(conv, SeparableConv2d):
+        return fused.separable(x, conv.conv_dw, conv.conv_pw, norms, act)
+    padding = tuple(k // 2 for k in conv.conv.kernel_size for _ in range(2))
+    return [
+        fused.dense(level, conv.conv, norm, act, padding)
+        for level, norm in zip(x, norms, strict=True)
+    ]

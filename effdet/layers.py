@@ -1,0 +1,231 @@
+"""The convolutions and the resampling that the FPN and the heads are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdet_kernels import weighted_fusion
+
+from . import fused
+from .padding import Size, resolve_padding
+
+Layer = Callable[..., nn.Module]
+
+
+class SequentialList(nn.Sequential):
+    """`nn.Sequential` over a list of feature maps."""
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        for module in self:
+            x = module(x)
+        return x
+
+
+class ConvBnAct2d(nn.Module):
+    """Convolution, then norm, then activation; the last two may be absent (`None`)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "",
+        bias: bool = False,
+        norm_layer: Layer | None = nn.BatchNorm2d,
+        act_layer: Layer | None = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.pad_type = padding
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, dilation=dilation, bias=bias
+        )
+        self.bn = None if norm_layer is None else norm_layer(out_channels)
+        self.act = None if act_layer is None else act_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+            return fused.pointwise(x, conv, self.bn, self.act)
+        size = x.shape[-2], x.shape[-1]
+        padding = resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
+        return fused.dense(x, conv, self.bn, self.act, padding)
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise convolution, pointwise convolution, then norm and activation (may be `None`)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "",
+        bias: bool = False,
+        channel_multiplier: float = 1.0,
+        pw_kernel_size: int = 1,
+        norm_layer: Layer | None = nn.BatchNorm2d,
+        act_layer: Layer | None = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.pad_type = padding
+        middle = int(in_channels * channel_multiplier)
+        self.conv_dw = nn.Conv2d(
+            *(in_channels, middle, kernel_size, stride),
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
+        )
+        self.conv_pw = nn.Conv2d(middle, out_channels, pw_kernel_size, bias=bias)
+        self.bn = None if norm_layer is None else norm_layer(out_channels)
+        self.act = None if act_layer is None else act_layer()
+        self._one_op = (
+            (stride, dilation, pw_kernel_size) == (1, 1, 1)
+            and kernel_size % 2 == 1
+            and middle == in_channels
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        if self._one_op:
+            return fused.separable([x], self.conv_dw, self.conv_pw, [self.bn], self.act)[0]
+        y = fused.dense(x, self.conv_dw, None, None, self._padding(x, self.conv_dw))
+        return fused.dense(y, self.conv_pw, self.bn, self.act, self._padding(y, self.conv_pw))
+
+    def _padding(self, x: Tensor, conv: nn.Conv2d) -> tuple[int, ...]:
+        size = x.shape[-2], x.shape[-1]
+        return resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
+
+
+class Interpolate2d(nn.Module):
+    """`F.interpolate` as a module; `size` is (H, W), `align_corners` only acts if interpolating."""
+
+    def __init__(
+        self,
+        size: int | Size | None = None,
+        scale_factor: float | tuple[float, float] | None = None,
+        mode: str = "nearest",
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.scale_factor = scale_factor
+        self.mode = mode
+        self.align_corners = None if mode == "nearest" else align_corners
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.interpolate(
+            *(input, self.size, self.scale_factor, self.mode, self.align_corners),
+            recompute_scale_factor=False,
+        )
+
+
+class ResampleFeatureMap(nn.Module):
+    """A 1x1 convolution if the width changes, then resampling to another level's size.
+
+    Both sides shrink: `downsample` "max" or "avg" pools with kernel stride + 1, any other name
+    interpolates. A side grows: `upsample` interpolates. The sizes given here are only defaults;
+    what is done follows the sizes met at run time.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        input_size: Size,
+        output_size: Size,
+        pad_type: str = "",
+        downsample: str | None = None,
+        upsample: str | None = None,
+        norm_layer: Layer | None = nn.BatchNorm2d,
+        apply_bn: bool = False,
+        redundant_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_size = tuple(input_size)
+        self.output_size = tuple(output_size)
+        self.pad_type = pad_type
+        self.downsample = downsample or "max"
+        self.upsample = upsample or "nearest"
+        self.conv = None
+        if in_channels != out_channels:
+            self.conv = ConvBnAct2d(
+                *(in_channels, out_channels, 1),
+                padding=pad_type,
+                bias=not apply_bn or redundant_bias,
+                norm_layer=norm_layer if apply_bn else None,
+                act_layer=None,
+            )
+
+    def forward(self, x: Tensor, output_size: Size | None = None) -> Tensor:
+        """x [B, in_channels, H, W] -> [B, out_channels, *output_size]."""
+        return resample_and_fuse([self.project(x)], [self], output_size or self.output_size)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Only the 1x1 convolution, at the size of x."""
+        return x if self.conv is None else self.conv(x)
+
+    def kind(self, size: Size, output_size: Size) -> tuple[str, Size, Size]:
+        """What leads from one (H, W) to the other: its name, and kernel and stride if pooling."""
+        if size == output_size:
+            return "identity", (1, 1), (1, 1)
+        if size[0] < output_size[0] or size[1] < output_size[1]:
+            return self.upsample, (1, 1), (1, 1)
+        stride = tuple((i - 1) // o + 1 for i, o in zip(size, output_size, strict=True))
+        return self.downsample, tuple(s + 1 for s in stride), stride
+
+    def resample(self, x: Tensor, output_size: Size) -> Tensor:
+        """Only the resampling, by torch: for what the fusion op does not know."""
+        size = x.shape[-2], x.shape[-1]
+        kind, kernel, stride = self.kind(size, output_size)
+        if kind == "identity":
+            return x
+        if kind not in ("max", "avg"):
+            align_corners = None if kind in ("nearest", "nearest-exact", "area") else False
+            return F.interpolate(x, output_size, mode=kind, align_corners=align_corners)
+        padding = resolve_padding(self.pad_type, size, kernel, stride)
+        if kind == "max":
+            return F.max_pool2d(F.pad(x, padding, value=float("-inf")), kernel, stride)
+        return F.avg_pool2d(F.pad(x, padding), kernel, stride)
+
+
+def resample_and_fuse(
+    maps: list[Tensor],
+    resamples: list[ResampleFeatureMap],
+    output_size: Size,
+    weight: Tensor | None = None,
+    method: str = "sum",
+    act: str = "none",
+) -> Tensor:
+    """Bring each map to `output_size` by its own rule, add them up weighted, apply `act`.
+
+    One op where it can be: it reads nearest, bilinear and 3x3 stride 2 max-pooled inputs in place.
+    Shapes: maps [B, C, H_i, W_i], weight [len(maps)], result [B, C, *output_size].
+    """
+    ready, kinds = [], []
+    pool_padding = None
+    for x, rule in zip(maps, resamples, strict=True):
+        size = x.shape[-2], x.shape[-1]
+        kind, kernel, stride = rule.kind(size, output_size)
+        foldable = kind in ("identity", "nearest", "bilinear")
+        if kind == "max" and (kernel, stride) == ((3, 3), (2, 2)):
+            padding = resolve_padding(rule.pad_type, size, kernel, stride)
+            foldable = pool_padding in (None, padding)
+            pool_padding = padding if foldable else pool_padding
+        ready.append(x if foldable else rule.resample(x, output_size))
+        kinds.append(kind if foldable else "identity")
+    return weighted_fusion(
+        *(ready, weight),
+        method=method,
+        resample=tuple(kinds),
+        size=output_size,
+        pool_padding=pool_padding or (0, 0, 0, 0),
+        act=act,
+    )
