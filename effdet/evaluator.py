@@ -19,8 +19,8 @@ from .distributed import all_gather, broadcast, is_main_process
 MIN_SCORE = 0.001
 
 _STATS = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    *("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge"),
+    *("AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge"),
 )
 
 
@@ -102,8 +102,8 @@ class CocoEvaluator(Evaluator):
 
     `dataset.parser` is a `CocoParser`. After `evaluate()`:
 
-    - `stats`: AP (IoU 0.50:0.95), AP50, AP75, APs, APm, APl (small, medium, large), AR1, AR10,
-      AR100, ARs, ARm, ARl; -1 where no annotation falls in the range.
+    - `stats`: AP (IoU 0.50:0.95), AP50, AP75, APsmall, APmedium, APlarge, AR1, AR10, AR100,
+      ARsmall, ARmedium, ARlarge; -1 where no annotation falls in the range.
     - `per_class`: category name to {"AP", "AP50"}; NaN for a category without annotations.
     - `summary`: the table of pycocotools as text.
     """
@@ -116,12 +116,14 @@ class CocoEvaluator(Evaluator):
                 f"dataset: its parser is a {type(self._parser).__name__}; takes one with COCO "
                 "annotations"
             )
-        self._clear_metrics()
+        self.stats: dict[str, float] = {}
+        self.per_class: dict[str, dict[str, float]] = {}
+        self.summary = ""
 
     def reset(self) -> None:
         """Forget all detections and metrics."""
         super().reset()
-        self._clear_metrics()
+        self.stats, self.per_class, self.summary = {}, {}, ""
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """AP at IoU 0.50:0.95. The same on every process."""
@@ -130,18 +132,12 @@ class CocoEvaluator(Evaluator):
             raise ValueError("no predictions were added, so there is nothing to evaluate")
         if output_result_file:
             self._write(results, output_result_file)
-        metrics = None
-        if not self.distributed or is_main_process():
-            metrics = self._measure(results, image_ids)
-        if self.distributed:
-            metrics = broadcast(metrics)
-        self.stats, self.per_class, self.summary = metrics
+        main = not self.distributed or is_main_process()
+        metrics = self._measure(results, image_ids) if main else ({}, {}, "")
+        self.stats, self.per_class, self.summary = (
+            broadcast(metrics) if self.distributed else metrics
+        )
         return self.stats["AP"]
-
-    def _clear_metrics(self) -> None:
-        self.stats: dict[str, float] = {}
-        self.per_class: dict[str, dict[str, float]] = {}
-        self.summary = ""
 
     def _coco_predictions(self) -> tuple[list[dict], list]:
         results, image_ids = [], []

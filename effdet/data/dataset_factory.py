@@ -17,11 +17,12 @@ from .dataset_config import (
     Voc2012Cfg,
 )
 from .parsers import (
+    CocoParser,
     CocoParserCfg,
+    OpenImagesParser,
     OpenImagesParserCfg,
-    Parser,
+    VocParser,
     VocParserCfg,
-    create_parser,
 )
 
 _CONFIGS = {
@@ -66,15 +67,15 @@ def _create_split(config, root: Path, split: str) -> DetectionDatset:
     if config.parser == "coco":
         if not files["ann_filename"]:
             raise ValueError(f"splits: {split!r} of COCO {config.variant} has no annotation file")
-        parser_cfg = CocoParserCfg(
+        coco_cfg = CocoParserCfg(
             ann_filename=str(root / files["ann_filename"]), has_labels=files["has_labels"]
         )
-        return DetectionDatset(root / files["img_dir"], create_parser("coco", cfg=parser_cfg))
+        return DetectionDatset(root / files["img_dir"], CocoParser(coco_cfg))
     if config.parser == "voc":
         return DetectionDatset(root, _voc_parser(config, root, files))
     if not files["img_info"]:
         raise ValueError(f"splits: {split!r} of {config.parser} has no list of image sizes")
-    parser_cfg = OpenImagesParserCfg(
+    open_images_cfg = OpenImagesParserCfg(
         categories_filename=str(root / config.categories_map),
         img_info_filename=str(root / files["img_info"]),
         bbox_filename=str(root / files["ann_bbox"]),
@@ -82,23 +83,22 @@ def _create_split(config, root: Path, split: str) -> DetectionDatset:
         prefix_levels=files["prefix_levels"],
         has_labels=files["has_labels"],
     )
-    return DetectionDatset(root / files["img_dir"], create_parser("openimages", cfg=parser_cfg))
+    return DetectionDatset(root / files["img_dir"], OpenImagesParser(open_images_cfg))
 
 
-def _voc_parser(config, root: Path, files: dict) -> Parser:
+def _voc_parser(config, root: Path, files: dict) -> VocParser:
     """One parser over all years of a split; file names are relative to the root."""
 
     def listed(key: str) -> list[str]:
         return [files[key]] if isinstance(files[key], str) else files[key]
 
     parsers = [
-        create_parser(
-            "voc",
-            cfg=VocParserCfg(
+        VocParser(
+            VocParserCfg(
                 split_filename=str(root / split_filename),
                 ann_filename=str(root / ann_filename),
                 img_filename=str(Path(img_dir) / config.img_filename),
-            ),
+            )
         )
         for split_filename, ann_filename, img_dir in zip(
             listed("split_filename"), listed("ann_filename"), listed("img_dir"), strict=True

@@ -12,14 +12,16 @@ _NAMES_SHOWN = 3
 
 
 def coco_folder(
-    root: str | os.PathLike, split: str, num_classes: int | None = None
+    root: str | os.PathLike,
+    split: str,
+    num_classes: int | None = None,
 ) -> DetectionDatset:
     """Data set from a folder with COCO annotations.
 
     The annotation file is the first of `instances_{split}.json`, `instances_{split}*.json`,
     `{split}.json` in `root/annotations` or `root`, then `root/{split}/_annotations.coco.json`,
-    then `instances.json`. The pictures are in a folder of the split's name, `images` or `root`: the first
-    that holds them all.
+    then `instances.json`. The pictures are in a folder of the split's name, `images` or `root`:
+    the first that holds them all.
 
     Labels are 1..n by ascending category id; `parser.label_to_cat_id` maps them back. No image is
     left out for its size.
@@ -43,10 +45,11 @@ def coco_folder(
         lacking = "images" if not parser.img_ids else "categories"
         raise AnnotationError(f"{ann_file}: lists no {lacking}")
     if num_classes is not None and num_classes != len(parser.cat_ids):
-        if num_classes < max(parser.cat_ids):
+        largest = max(int(cat_id) for cat_id in parser.cat_ids)
+        if num_classes < largest:
             raise AnnotationError(
                 f"num_classes: got {num_classes}; {ann_file} has {len(parser.cat_ids)} categories "
-                f"with ids up to {max(parser.cat_ids)}"
+                f"with ids up to {largest}"
             )
         cfg.cat_ids_as_labels = True
         parser = CocoParser(cfg)

@@ -40,19 +40,17 @@ def load_image(path: str | os.PathLike | IO[bytes], exif: bool = True) -> Image.
         ImageError: the content is empty, truncated, not an image, or has floating-point samples.
         OSError: the file itself cannot be opened (missing, a folder, no permission).
     """
-    if not hasattr(path, "read"):
+    if isinstance(path, (str, os.PathLike)):
         with open(path, "rb") as file:
             return _decode(file, os.fspath(path), exif)
-    return _decode(path, getattr(path, "name", "<file object>"), exif)
+    return _decode(path, str(getattr(path, "name", "<file object>")), exif)
 
 
 def _decode(file: IO[bytes], name: str, exif: bool) -> Image.Image:
     try:
         image = Image.open(file)
         image.load()
-        if exif:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except _DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ImageError(f"{name}: {reason}; expected {_EXPECTED}") from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from effdet.distributed import get_rank, get_world_size
 
@@ -15,6 +16,7 @@ from .constants import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
 from .constants import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
 from .constants import IMAGENET_INCEPTION_MEAN as IMAGENET_INCEPTION_MEAN
 from .constants import IMAGENET_INCEPTION_STD as IMAGENET_INCEPTION_STD
+from .dataset import DetectionDatset, SkipSubset
 from .random_erasing import RandomErasing
 from .samplers import EpochSampler
 from .transforms import transforms_coco_eval, transforms_coco_train
@@ -83,7 +85,7 @@ class DetectionFastCollate:
         if dropped and not self.dropped_instances:
             warnings.warn(
                 f"an image has {dropped + capacity} boxes, max_instances={capacity}: the last "
-                f"{dropped} are not trained on (this and further losses are counted in "
+                f"{dropped} are left out (these and further ones are counted in "
                 "dropped_instances); raise max_instances to keep them",
                 stacklevel=4,
             )
@@ -162,7 +164,7 @@ class PrefetchLoader:
         return self.loader.sampler
 
     @property
-    def dataset(self) -> Dataset:
+    def dataset(self):
         """The data set of the wrapped loader."""
         return self.loader.dataset
 
@@ -198,7 +200,7 @@ class PrefetchLoader:
 
 
 def create_loader(
-    dataset: Dataset,
+    dataset: DetectionDatset | SkipSubset,
     input_size: int | Sequence[int],
     batch_size: int,
     is_training: bool = False,
@@ -225,7 +227,7 @@ def create_loader(
     """Loader of (images float32 [B, 3, H, W], target dict of tensors).
 
     Args:
-        dataset: a `DetectionDatset` or alike; its `transform` is set.
+        dataset: its `transform` is set.
         input_size: one number, (H, W) or (3, H, W).
         is_training: shuffle, flip and scale jitter (`scale`); else letterbox, in order.
         use_prefetcher: give batches on `device`; otherwise normalised on the CPU by the workers.
@@ -240,17 +242,11 @@ def create_loader(
     """
     size = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)[-2:]
     if transform_fn is None:
-        settings = {
-            "interpolation": interpolation,
-            "use_prefetcher": use_prefetcher,
-            "fill_color": fill_color,
-            "mean": mean,
-            "std": std,
-        }
+        settings = (interpolation, use_prefetcher, fill_color, mean, std)
         if is_training:
-            transform_fn = transforms_coco_train(size, scale=scale, **settings)
+            transform_fn = transforms_coco_train(size, *settings, scale=scale)
         else:
-            transform_fn = transforms_coco_eval(size, **settings)
+            transform_fn = transforms_coco_eval(size, *settings)
     dataset.transform = transform_fn
     generator = None
     if seed is not None:
@@ -287,7 +283,7 @@ def set_epoch(loader: PrefetchLoader | DataLoader, epoch: int, first_batch: int 
     With a seed, order and transforms are then a function of (seed, epoch), whatever `num_workers`,
     and starting at `first_batch` gives the same batches from there on as the whole epoch does.
     """
-    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    inner: Any = loader.loader if isinstance(loader, PrefetchLoader) else loader
     inner.sampler.set_epoch(epoch, first_batch * inner.batch_size)
     inner.dataset.set_epoch(epoch)
 

@@ -102,6 +102,7 @@ def _picture_sizes(batch: torch.Tensor, target: dict) -> tuple[list[int], list[i
     count, _, height, width = batch.shape
     if "img_size" not in target or "img_scale" not in target:
         return [height] * count, [width] * count
-    sides = torch.as_tensor(target["img_size"]).reshape(-1, 2)
-    sides = (sides / torch.as_tensor(target["img_scale"]).reshape(-1, 1)).long().tolist()
+    original = torch.as_tensor(target["img_size"]).reshape(-1, 2)
+    scale = torch.as_tensor(target["img_scale"]).reshape(-1, 1)
+    sides = (original / scale).long().tolist()
     return [min(height, side[1]) for side in sides], [min(width, side[0]) for side in sides]

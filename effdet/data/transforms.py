@@ -130,7 +130,7 @@ class ResizePad:
         self,
         target_size: int | Sequence[int],
         interpolation: str = "bilinear",
-        fill_color: Sequence[int] = (0, 0, 0),
+        fill_color: tuple[int, ...] = (0, 0, 0),
     ):
         self.target_size = _size_tuple(target_size)
         self.interpolation = interpolation
@@ -162,7 +162,7 @@ class RandomResizePad:
         target_size: int | Sequence[int],
         scale: tuple[float, float] = (0.1, 2.0),
         interpolation: str = "random",
-        fill_color: Sequence[int] = (0, 0, 0),
+        fill_color: tuple[int, ...] = (0, 0, 0),
     ):
         self.target_size = _size_tuple(target_size)
         if not 0 < scale[0] <= scale[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -144,10 +144,10 @@ class BoxAudit:
             )
 
 
-def image_size(width, height, source: str) -> tuple[int, int]:
+def image_size(width: Any, height: Any, source: str) -> tuple[int, int]:
     """Check a (width, height) read from an annotation file."""
-    if not all(isinstance(side, Integral) and side > 0 for side in (width, height)):
+    if not all(isinstance(side, int) and side > 0 for side in (width, height)):
         raise AnnotationError(
             f"{source}: width={width!r}, height={height!r}; takes positive whole numbers"
         )
-    return int(width), int(height)
+    return width, height

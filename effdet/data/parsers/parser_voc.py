@@ -93,10 +93,13 @@ class VocParser(Parser):
             except ElementTree.ParseError as error:
                 raise AnnotationError(f"{os.fspath(path)}: not valid XML ({error})") from error
         try:
-            sides = int(root.findtext("size/width")), int(root.findtext("size/height"))
-        except (TypeError, ValueError):
-            raise AnnotationError(f"{path}: lacks <size> with <width> and <height>") from None
-        width, height = image_size(*sides, path)
+            width, height = image_size(
+                int(root.findtext("size/width", "")), int(root.findtext("size/height", "")), path
+            )
+        except ValueError as error:
+            raise AnnotationError(
+                f"{path}: takes <size> with positive <width> and <height> ({error})"
+            ) from None
 
         anns = []
         for number, entry in enumerate(root.findall("object"), start=1):
@@ -106,10 +109,10 @@ class VocParser(Parser):
                     f"{path}: object {number} is of class {name!r}, which is not one of "
                     f"{', '.join(self.cat_names)}"
                 )
-            sides = [entry.findtext(f"bndbox/{s}") for s in ("xmin", "ymin", "xmax", "ymax")]
+            sides = [entry.findtext(f"bndbox/{s}", "") for s in ("xmin", "ymin", "xmax", "ymax")]
             try:
                 corners = tuple(float(side) - self.correct_bbox for side in sides)
-            except (TypeError, ValueError):
+            except ValueError:
                 raise AnnotationError(
                     f"{path}: object {number} has the box {sides}; takes four numbers in <bndbox>"
                 ) from None
