@@ -12,17 +12,19 @@ from effdet_kernels.ops._activations import widen
 
 def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
     """[B, A * width, H, W] per level to [B, N, width], anchors in level, row, column, anchor order."""
-    batch = maps[0].shape[0]
-    return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, width) for m in maps], 1)
+    rows = [m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (m.shape[1:].numel() // width, width)) for m in maps]
+    return torch.cat(rows, 1)
 
 
 def _top(values: Tensor, k: int) -> Tensor:
     """Indices [k] of the k largest of ``values`` [M], descending; lower index first on ties; NaN ranks as +inf."""
+    if k == 0:
+        return torch.zeros(0, dtype=torch.long, device=values.device)
     key = values.masked_fill(values.isnan(), torch.inf)
-    least = key.topk(k).values[-1:]  # empty for k = 0
+    least = key.topk(k).values[-1]
     above = (key > least).nonzero()[:, 0]
     tied = (key == least).nonzero()[: k - above.numel(), 0]
-    chosen = torch.cat([above, tied]) if k else above[:0]
+    chosen = torch.cat([above, tied])
     return chosen[key[chosen].argsort(descending=True, stable=True)]
 
 

@@ -1,0 +1,56 @@
+"""What the specs of the ops share: random draws, byte counts, and the making of mutants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdet_kernels.spec import Inputs
+
+BENCH = frozenset({"bench"})
+
+
+def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
+
+
+def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform numbers in float64."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+def weights(generator: torch.Generator, *shape: int) -> Tensor:
+    """Convolution weights [O, I, k, k] that keep the variance of their input."""
+    fan_in = shape[1] * shape[2] * shape[3]
+    return normal(generator, *shape, std=fan_in**-0.5)
+
+
+def nbytes(*values: Any) -> int:
+    """Bytes of tensors, of lists of tensors, and of None."""
+    total = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            total += value.nbytes
+        elif isinstance(value, (list, tuple)):
+            total += nbytes(*value)
+    return total
+
+
+def mutant(reference: Callable[..., Any], change: Callable[[Inputs], Inputs]) -> Callable[..., Any]:
+    """``reference`` called with some arguments changed."""
+
+    def changed(**arguments: Any) -> Any:
+        return reference(**{**arguments, **change(arguments)})
+
+    return changed
+
+
+def per_channel(vector: Tensor | None, default: float) -> Tensor:
+    """``vector`` [C] (None: ``default``) shaped to act on [B, C, H, W]."""
+    if vector is None:
+        return torch.full((1, 1, 1, 1), default, dtype=torch.float64)
+    return vector.view(1, -1, 1, 1)

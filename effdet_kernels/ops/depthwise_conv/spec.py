@@ -1,0 +1,133 @@
+"""OpSpec of ``depthwise_conv``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_kernels.ops._activations import ACTIVATIONS
+from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform, weights
+from effdet_kernels.ops.depthwise_conv import op, reference
+from effdet_kernels.spec import Case, Inputs, OpSpec
+
+
+def _case(
+    name: str,
+    *shape: int,
+    k: int = 3,
+    padding: tuple[int, ...] = (1, 1, 1, 1),
+    bn: bool = True,
+    **options: Any,
+) -> Case:
+    """A case on a map of ``shape`` [B, C, H, W]."""
+
+    def make(g) -> Inputs:
+        channels = shape[1]
+        arguments = {
+            "x": normal(g, *shape),
+            "weight": weights(g, channels, 1, k, k),
+            "scale": uniform(g, channels, low=0.5, high=1.5) if bn else None,
+            "shift": normal(g, channels) if bn else None,
+            "stride": 1,
+            "padding": padding,
+            "act": "swish",
+            "squeeze": False,
+        }
+        return {**arguments, **options}
+
+    real = max(shape[2:]) > 16
+    return Case(name, make, BENCH if real else frozenset())
+
+
+def _magnitude(x, weight, scale, shift, stride, padding, squeeze, **_) -> list[Tensor]:
+    padded = F.pad(x.abs(), tuple(padding))
+    conv = F.conv2d(padded, weight.abs(), stride=stride, groups=len(weight))
+    y = conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs()
+    return [y, y.sum((2, 3))] if squeeze else [y]
+
+
+def _out_pixels(x, weight, stride, padding, **_) -> int:
+    left, right, top, bottom = padding
+    k = weight.shape[2]
+    height = (x.shape[2] + top + bottom - k) // stride + 1
+    return height * ((x.shape[3] + left + right - k) // stride + 1)
+
+
+def _bytes(**a: Any) -> int:
+    maps = a["x"].shape[0] * a["x"].shape[1]
+    out = maps * _out_pixels(**a) * a["x"].element_size() + (maps * 4 if a["squeeze"] else 0)
+    return nbytes(a["x"], a["weight"], a["scale"], a["shift"]) + out
+
+
+def _flops(**a: Any) -> int:
+    maps = a["x"].shape[0] * a["x"].shape[1]
+    return 2 * maps * _out_pixels(**a) * a["weight"].shape[2] ** 2
+
+
+def _act_before_bn(**a: Any) -> list[Tensor]:
+    y = reference.depthwise_conv(**{**a, "scale": None, "shift": None})[0]
+    y = y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+    return [y, y.sum((2, 3))] if a["squeeze"] else [y]
+
+
+def _sums_before_activation(**a: Any) -> list[Tensor]:
+    y, *sums = reference.depthwise_conv(**{**a, "act": "none"})
+    return [ACTIVATIONS[a["act"]](y), *sums]
+
+
+def _rounded_result(**a: Any) -> list[Tensor]:
+    y = reference.depthwise_conv(**{**a, "scale": None, "shift": None, "act": "none"})[0]
+    y = y.bfloat16().double() * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+    y = ACTIVATIONS[a["act"]](y)
+    return [y, y.sum((2, 3))] if a["squeeze"] else [y]
+
+
+_reference = reference.depthwise_conv
+
+SPEC = OpSpec(
+    name="depthwise_conv",
+    op=op.depthwise_conv,
+    reference=_reference,
+    cases=(
+        _case("3x3", 2, 5, 7, 6, squeeze=True),
+        _case("3x3_stride2", 2, 3, 8, 9, stride=2, padding=(1, 1, 0, 1), act="relu6"),
+        _case(
+            "5x5_stride2",
+            1,
+            3,
+            9,
+            8,
+            k=5,
+            stride=2,
+            padding=(1, 2, 2, 2),
+            act="hard_swish",
+            squeeze=True,
+        ),
+        _case("raw", 1, 4, 5, 5, bn=False, act="none", squeeze=True),
+        _case("scale_only", 1, 3, 4, 5, act="leaky_relu", shift=None),
+        _case("no_padding", 1, 2, 6, 3, padding=(0, 0, 0, 0), act="mish"),
+        _case("one_pixel", 2, 3, 1, 1, squeeze=True),
+        _case("no_images", 0, 3, 4, 4, squeeze=True),
+        _case("d0_3x3_stride2", 1, 96, 256, 256, stride=2, padding=(0, 1, 0, 1), squeeze=True),
+        _case("d0_5x5", 1, 240, 64, 64, k=5, padding=(2, 2, 2, 2), squeeze=True),
+        _case("d0_5x5_small", 8, 1152, 16, 17, k=5, padding=(2, 2, 2, 2), squeeze=True),
+    ),
+    mutants={
+        "kernel flipped": mutant(_reference, lambda a: {"weight": a["weight"].flip(2, 3)}),
+        "left and right, top and bottom padding swapped": mutant(
+            _reference, lambda a: {"padding": [a["padding"][i] for i in (1, 0, 3, 2)]}
+        ),
+        "shift forgotten": mutant(_reference, lambda a: {"shift": None}),
+        "activation before BN": _act_before_bn,
+        "sums of the values before the activation": _sums_before_activation,
+        "result rounded to bfloat16 before BN": _rounded_result,
+    },
+    diff_args=("x", "weight", "scale", "shift"),
+    keep_wide=("scale", "shift"),
+    magnitude=_magnitude,
+    reduction=lambda **a: max(a["weight"].shape[2] ** 2, _out_pixels(**a) if a["squeeze"] else 0),
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,158 @@
+"""OpSpec of ``expand_depthwise``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform, weights
+from effdet_kernels.ops.depthwise_conv.reference import depthwise_conv
+from effdet_kernels.ops.expand_depthwise import op, reference
+from effdet_kernels.ops.pointwise_conv.reference import pointwise_conv
+from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, roundoff
+
+
+def _case(
+    name: str,
+    *shape: int,
+    expand: int,
+    k: int = 3,
+    padding: tuple[int, ...] = (1, 1, 1, 1),
+    raw: bool = False,
+    **options: Any,
+) -> Case:
+    """A case on a map of ``shape`` [B, C, H, W] expanded to ``expand`` channels."""
+
+    def make(g) -> Inputs:
+        arguments = {
+            "x": normal(g, *shape),
+            "expand_weight": weights(g, expand, shape[1], 1, 1),
+            "expand_scale": uniform(g, expand, low=0.5, high=1.5),
+            "expand_shift": normal(g, expand),
+            "dw_weight": weights(g, expand, 1, k, k),
+            "scale": None if raw else uniform(g, expand, low=0.5, high=1.5),
+            "shift": None if raw else normal(g, expand),
+            "stride": 1,
+            "padding": padding,
+            "act": "swish",
+            "squeeze": False,
+        }
+        return {**arguments, **options}
+
+    real = max(shape[2:]) > 16
+    return Case(name, make, BENCH if real else frozenset())
+
+
+def _expanded(a: Inputs) -> Tensor:
+    return pointwise_conv(
+        a["x"], a["expand_weight"], a["expand_scale"], a["expand_shift"], None, None, a["act"]
+    )
+
+
+def _depthwise(maps: Tensor, weight: Tensor, a: Inputs) -> Tensor:
+    return F.conv2d(
+        F.pad(maps, tuple(a["padding"])), weight, stride=a["stride"], groups=len(weight)
+    )
+
+
+def _magnitude(**a: Any) -> list[Tensor]:
+    expanded = F.conv2d(a["x"].abs(), a["expand_weight"].abs())
+    expanded = (
+        expanded * per_channel(a["expand_scale"], 1).abs() + per_channel(a["expand_shift"], 0).abs()
+    )
+    y = _depthwise(expanded, a["dw_weight"].abs(), a)
+    y = y * per_channel(a["scale"], 1).abs() + per_channel(a["shift"], 0).abs()
+    return [y, y.sum((2, 3))] if a["squeeze"] else [y]
+
+
+def _terms(a: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """The expanded map may be rounded to the input's dtype."""
+    if dtype == accumulator(dtype):
+        return []
+    square = _depthwise(_expanded(a).square(), a["dw_weight"].square(), a)
+    term = 4 * roundoff(dtype) * square.sqrt() * per_channel(a["scale"], 1).abs()
+    return [term, term.sum((2, 3))] if a["squeeze"] else [term]
+
+
+def _out_pixels(x, dw_weight, stride, padding, **_) -> int:
+    left, right, top, bottom = padding
+    k = dw_weight.shape[2]
+    height = (x.shape[2] + top + bottom - k) // stride + 1
+    return height * ((x.shape[3] + left + right - k) // stride + 1)
+
+
+def _bytes(**a: Any) -> int:
+    maps = a["x"].shape[0] * len(a["dw_weight"])
+    out = maps * _out_pixels(**a) * a["x"].element_size() + (maps * 4 if a["squeeze"] else 0)
+    return nbytes(*a.values()) + out
+
+
+def _flops(**a: Any) -> int:
+    maps = a["x"].shape[0] * len(a["dw_weight"])
+    return (
+        2 * a["x"].numel() * len(a["dw_weight"])
+        + 2 * maps * _out_pixels(**a) * a["dw_weight"].shape[2] ** 2
+    )
+
+
+def _padded_before_expansion(**a: Any) -> list[Tensor]:
+    """Zeros around x become act(expand_shift) around the expanded map."""
+    padded = {**a, "x": F.pad(a["x"], tuple(a["padding"])), "padding": (0, 0, 0, 0)}
+    return reference.expand_depthwise(**padded)
+
+
+def _one_activation(first: bool):
+    def mutated(**a: Any) -> list[Tensor]:
+        vectors = a["expand_scale"], a["expand_shift"]
+        expanded = pointwise_conv(
+            a["x"], a["expand_weight"], *vectors, None, None, a["act"] if first else "none"
+        )
+        raw = a["scale"] is None and a["shift"] is None
+        last = "none" if first or raw else a["act"]
+        geometry = a["stride"], a["padding"], last, a["squeeze"]
+        return depthwise_conv(expanded, a["dw_weight"], a["scale"], a["shift"], *geometry)
+
+    return mutated
+
+
+_reference = reference.expand_depthwise
+
+SPEC = OpSpec(
+    name="expand_depthwise",
+    op=op.expand_depthwise,
+    reference=_reference,
+    cases=(
+        _case("3x3", 2, 3, 5, 4, expand=7, squeeze=True),
+        _case(
+            "5x5_stride2", 1, 3, 8, 7, expand=5, k=5, stride=2, padding=(2, 2, 1, 2), squeeze=True
+        ),
+        _case("3x3_stride2", 2, 2, 6, 5, expand=6, stride=2, padding=(1, 1, 0, 1), act="relu6"),
+        _case("raw", 1, 4, 4, 5, expand=6, raw=True, squeeze=True),
+        _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
+        _case("no_images", 0, 3, 4, 4, expand=6, squeeze=True),
+        _case("d0_early", 1, 16, 256, 256, expand=96, stride=2, padding=(0, 1, 0, 1), squeeze=True),
+        _case("d0_middle", 1, 40, 64, 64, expand=240, k=5, padding=(2, 2, 2, 2), squeeze=True),
+        _case("d0_late", 8, 192, 16, 17, expand=1152, k=5, padding=(2, 2, 2, 2), squeeze=True),
+    ),
+    mutants={
+        "padding before the expansion": _padded_before_expansion,
+        "no activation after the expansion": _one_activation(first=False),
+        "no activation at the end": _one_activation(first=True),
+        "kernel flipped": mutant(_reference, lambda a: {"dw_weight": a["dw_weight"].flip(2, 3)}),
+        "left and right, top and bottom padding swapped": mutant(
+            _reference, lambda a: {"padding": [a["padding"][i] for i in (1, 0, 3, 2)]}
+        ),
+    },
+    diff_args=("x", "expand_weight", "expand_scale", "expand_shift", "dw_weight", "scale", "shift"),
+    keep_wide=("expand_scale", "expand_shift", "scale", "shift"),
+    magnitude=_magnitude,
+    reduction=lambda **a: max(
+        a["x"].shape[1], a["dw_weight"].shape[2] ** 2, _out_pixels(**a) if a["squeeze"] else 0
+    ),
+    terms=_terms,
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,110 @@
+"""OpSpec of ``label_anchors``: matches are exact on cases without near-ties, codes meet the bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdet_kernels.ops._cases import BENCH, mutant, nbytes, uniform
+from effdet_kernels.ops.label_anchors import op, reference
+from effdet_kernels.spec import Case, Inputs, OpSpec
+
+
+def _case(
+    name: str, batch: int, boxes: int, anchors: int, *, padding: float = 0.3, threshold: float = 0.5
+) -> Case:
+    """Boxes near anchors, and elsewhere; a share of ``padding`` among them."""
+
+    def make(g) -> Inputs:
+        corner = uniform(g, anchors, 2, low=-8, high=96)
+        base = torch.cat([corner, corner + uniform(g, anchors, 2, low=8, high=48)], 1)
+        near = base[torch.randint(anchors, (batch, boxes), generator=g)]
+        moved = near + uniform(g, batch, boxes, 4, low=-3, high=3)
+        classes = torch.randint(1, 90, (batch, boxes), generator=g)
+        absent = uniform(g, batch, boxes) < padding
+        return {
+            "gt_boxes": moved.masked_fill(absent[..., None], -1),
+            "gt_classes": classes.masked_fill(absent, -1),
+            "anchors": base,
+            "match_threshold": threshold,
+        }
+
+    return Case(name, make, BENCH if anchors > 1000 else frozenset())
+
+
+def _rivals(_generator: torch.Generator) -> Inputs:
+    """Exact arithmetic in float32: equal IoUs, two boxes for one anchor, a box that meets none, one of zero area."""
+    grid = torch.arange(0, 64, 16, dtype=torch.float64)
+    corner = torch.cartesian_prod(grid, grid)
+    anchors = torch.cat([corner, corner + 16], 1)
+    boxes = [[4, 4, 12, 12], [8, 0, 24, 16], [16, 16, 32, 32], [17, 16, 33, 32], [16, 17, 32, 33],
+             [200, 200, 220, 220], [40, 40, 40, 48], [34, 34, 46, 46]]  # fmt: skip
+    return {
+        "gt_boxes": torch.tensor([boxes, boxes[::-1]], dtype=torch.float64),
+        "gt_classes": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, -1, 3, 4, 5, 6, -1, 8]]),
+        "anchors": anchors,
+        "match_threshold": 0.5,
+    }
+
+
+def _magnitude(**a: Any) -> list[Tensor]:
+    """Codes divide a difference of centres by the anchor's size; the logarithm's argument carries a few roundings."""
+    _classes, codes, positives = reference.label_anchors(**a)
+    size = (a["anchors"][:, 2:] - a["anchors"][:, :2])[:, [1, 0]]
+    reach = a["anchors"].abs().sum(1)[:, None] / size
+    widest = torch.cat([reach + codes[..., :2].abs(), 1 + codes[..., 2:].abs()], -1)
+    # A narrow box magnifies the rounding of its own corners.
+    narrow = reach * (-codes[..., 2:]).clamp(min=0, max=20).exp()
+    widest[..., 2:] += narrow
+    return [widest, positives]
+
+
+def _with_matches(change) -> Any:
+    """The op with its class targets, codes and counts changed."""
+    return lambda **a: change(*reference.label_anchors(**a))
+
+
+_reference = reference.label_anchors
+
+SPEC = OpSpec(
+    name="label_anchors",
+    op=op.label_anchors,
+    reference=_reference,
+    dtypes=(torch.float32, torch.float64),
+    cases=(
+        _case("batch", 3, 7, 53),
+        _case("strict", 2, 5, 40, threshold=0.8),
+        _case("all_padding", 2, 3, 20, padding=1.0),
+        _case("no_boxes", 2, 0, 10),
+        _case("one", 1, 1, 1, padding=0.0),
+        _case("no_images", 0, 2, 5),
+        Case("rivals", _rivals),
+        _case("d0", 1, 100, 49104, padding=0.0),
+        _case("d0_batch8", 8, 100, 49104, padding=0.9),
+    ),
+    mutants={
+        "threshold 0.6": mutant(
+            _reference, lambda a: {"match_threshold": a["match_threshold"] + 0.1}
+        ),
+        "padding used": mutant(_reference, lambda a: {"gt_classes": a["gt_classes"].abs()}),
+        "classes stay 1-based": _with_matches(
+            lambda c, b, n: (torch.where(c >= 0, c + 1, c), b, n)
+        ),
+        "codes in xy order": _with_matches(lambda c, b, n: (c, b[..., [1, 0, 3, 2]], n)),
+        "later box wins": mutant(
+            _reference,
+            lambda a: {"gt_boxes": a["gt_boxes"].flip(1), "gt_classes": a["gt_classes"].flip(1)},
+        ),
+        "boxes claim nothing": mutant(
+            _reference, lambda a: {"gt_boxes": a["gt_boxes"], "match_threshold": 2.0}
+        ),
+    },
+    magnitude=_magnitude,
+    reduction=lambda **_: 4,
+    bytes=lambda gt_boxes, gt_classes, anchors, **_: (
+        nbytes(gt_boxes, gt_classes, anchors) + len(gt_boxes) * (len(anchors) * (8 + 16) + 4)
+    ),
+    flops=lambda gt_boxes, anchors, **_: 12 * gt_boxes.shape[0] * gt_boxes.shape[1] * len(anchors),
+)
