@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from effdet import DetBenchPredict, DetBenchTrain, create_model
 from effdet import loss as losses
 from effdet.anchors import AnchorLabeler, Anchors, generate_detections
@@ -18,7 +20,6 @@ from effdet.object_detection import (
     TargetAssigner,
 )
 from effdet.soft_nms import batched_soft_nms, soft_nms
-from torch import Tensor, nn
 
 from . import task
 
