@@ -78,7 +78,9 @@ def sliced(tensor: Tensor) -> Tensor:
         return tensor
     roomy = torch.full([2 * n + 1 for n in tensor.shape], torch.nan, device=tensor.device)
     roomy = roomy.to(tensor.dtype) if tensor.is_floating_point() else roomy.zero_().to(tensor.dtype)
-    view = roomy[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    steps = [slice(0, -1, 2) for _ in tensor.shape]
+    steps[-1] = slice(1, None, 2)
+    view = roomy[tuple(steps)]
     return view.copy_(tensor)
 
 

@@ -1,0 +1,89 @@
+"""Which backend serves a call: order, requests by name, absent backends, and the backward's choice."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import effdet_kernels as ek
+from effdet_kernels import BackendError, _dispatch, _library, use_backend
+
+BOXES, SCORES = torch.rand(1, 5, 4), torch.rand(1, 5)
+
+
+def test_native_kernel_comes_first_on_cpu():
+    op = _library.OPS["soft_nms"]
+    assert _dispatch.choose("soft_nms", op.impls, "cpu") is op.impls["cpu"]
+
+
+def test_reference_serves_where_there_is_nothing_else():
+    op = _library.OPS["batch_norm_act"]
+    assert _dispatch.choose("batch_norm_act", op.impls, "cuda") is op.impls["reference"]
+
+
+def test_request_by_name_ends_with_its_block():
+    assert _dispatch.requested() is None
+    with use_backend("reference"):
+        assert _dispatch.requested() == "reference"
+        with use_backend(None):
+            assert _dispatch.requested() is None
+    assert _dispatch.requested() is None
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("EFFDET_KERNELS_BACKEND", "reference")
+    assert _dispatch.requested() == "reference"
+    with use_backend("cpu"):
+        assert _dispatch.requested() == "cpu"
+    monkeypatch.setenv("EFFDET_KERNELS_BACKEND", "refrence")
+    with pytest.raises(BackendError, match="refrence.*takes one of reference, cpu, triton, cuda"):
+        ek.soft_nms(BOXES, SCORES)
+
+
+def test_unknown_name():
+    with pytest.raises(BackendError, match="'tensorrt', takes one of"), use_backend("tensorrt"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_absent_backend_says_why(name):
+    reason = _dispatch.unavailable_reason(name)
+    if reason is None:
+        pytest.skip(f"{name} is available here")
+    with pytest.raises(BackendError) as error, use_backend(name):
+        pass
+    assert reason in str(error.value)
+
+
+def test_backend_without_the_op_is_an_error():
+    mean = torch.ones(3)
+    with use_backend("cpu"), pytest.raises(BackendError, match="batch_norm_act: has no 'cpu'"):
+        ek.batch_norm_act(torch.rand(2, 3, 4, 4), mean, mean, eps=1e-3)
+
+
+def test_request_belongs_to_its_thread():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_dispatch.requested()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_backward_uses_the_backend_of_the_forward(monkeypatch):
+    seen = []
+    op = _library.OPS["batch_norm_act"]
+    overload = op._backward_overload
+
+    def record(*args):
+        seen.append(_dispatch.requested())
+        return overload(*args)
+
+    monkeypatch.setattr(op, "_backward_overload", record)
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+    with use_backend("reference"):
+        y, _, _ = ek.batch_norm_act(x, torch.ones(3), torch.ones(3), eps=1e-3)
+    y.sum().backward()
+    assert seen == ["reference"]
