@@ -75,6 +75,8 @@ class Anchors(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    boxes: Tensor
+
     def __init__(
         self,
         min_level: int,
@@ -334,20 +336,25 @@ def _batched_ground_truth(
     gt_boxes: Tensor | Sequence[Tensor], gt_classes: Tensor | Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``[B, M, 4]`` float32 boxes and ``[B, M]`` int64 classes; lists are padded with class -1."""
-    if isinstance(gt_boxes, Tensor) != isinstance(gt_classes, Tensor):
-        raise ValueError("gt_boxes and gt_classes must both be tensors or both be lists of tensors")
-    if not isinstance(gt_boxes, Tensor):
-        shapes = [list(boxes.shape) for boxes in gt_boxes], [list(c.shape) for c in gt_classes]
-        if shapes[0] != [[*shape, 4] for shape in shapes[1]] or any(len(s) != 1 for s in shapes[1]):
+    if isinstance(gt_boxes, Tensor) and isinstance(gt_classes, Tensor):
+        if gt_boxes.ndim != 3 or gt_boxes.shape != (*gt_classes.shape, 4):
             raise ValueError(
-                "gt_boxes and gt_classes must hold [M, 4] and [M] tensors, one of each per image, "
-                f"got {shapes[0]} and {shapes[1]}"
+                "gt_boxes and gt_classes must be [B, M, 4] and [B, M], got "
+                f"{list(gt_boxes.shape)} and {list(gt_classes.shape)}"
             )
-        gt_boxes = pad_sequence([boxes.float() for boxes in gt_boxes], True, -1.0)
-        gt_classes = pad_sequence([classes.long() for classes in gt_classes], True, -1.0)
-    if gt_boxes.ndim != 3 or gt_boxes.shape != (*gt_classes.shape, 4):
+        return gt_boxes.float(), gt_classes.long()
+    if isinstance(gt_boxes, Tensor) or isinstance(gt_classes, Tensor):
+        raise ValueError("gt_boxes and gt_classes must both be tensors or both be lists of tensors")
+    boxes_shapes = [list(boxes.shape) for boxes in gt_boxes]
+    classes_shapes = [list(classes.shape) for classes in gt_classes]
+    if boxes_shapes != [[*shape, 4] for shape in classes_shapes] or any(
+        len(shape) != 1 for shape in classes_shapes
+    ):
         raise ValueError(
-            "gt_boxes and gt_classes must be [B, M, 4] and [B, M], got "
-            f"{list(gt_boxes.shape)} and {list(gt_classes.shape)}"
+            "gt_boxes and gt_classes must hold [M, 4] and [M] tensors, one of each per image, "
+            f"got {boxes_shapes} and {classes_shapes}"
         )
-    return gt_boxes.float(), gt_classes.long()
+    return (
+        pad_sequence([boxes.float() for boxes in gt_boxes], True, -1.0),
+        pad_sequence([classes.long() for classes in gt_classes], True, -1.0),
+    )

@@ -5,13 +5,20 @@ Boxes are (x_min, y_min, x_max, y_max) in model-input pixels until ``detection_r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from effdet_kernels import soft_nms as _soft_nms_op
 
-HARD_NMS = {"method": "hard", "iou_threshold": 0.5, "score_threshold": 0.0}
-SOFT_NMS = {"method": "gaussian", "sigma": 0.5, "iou_threshold": 0.3, "score_threshold": 0.001}
+HARD_NMS: dict[str, Any] = {"method": "hard", "iou_threshold": 0.5, "score_threshold": 0.0}
+SOFT_NMS: dict[str, Any] = {
+    "method": "gaussian",
+    "sigma": 0.5,
+    "iou_threshold": 0.3,
+    "score_threshold": 0.001,
+}
 
 
 def swap_xy(boxes: Tensor) -> Tensor:
