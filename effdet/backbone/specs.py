@@ -196,6 +196,6 @@ SPECS: dict[str, Spec] = {
     "mobilenetv3_large_100": _mobilenet_v3_large(),
     "mixnet_m": _mixnet(1.0),
     "mixnet_l": _mixnet(1.3),
-    # Compound scaling continued below B0.
+    # For the model efficientdet_nano, whose config says why these numbers.
     "efficientnet_nano": _efficientnet(0.45, 0.6, tf=True),
 }
