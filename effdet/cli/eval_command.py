@@ -22,9 +22,9 @@ _LABELS = {
     "AP": "AP    @ IoU 0.50:0.95",
     "AP50": "AP50  @ IoU 0.50",
     "AP75": "AP75  @ IoU 0.75",
-    "APs": "AP    small objects",
-    "APm": "AP    medium objects",
-    "APl": "AP    large objects",
+    "APsmall": "AP    small objects",
+    "APmedium": "AP    medium objects",
+    "APlarge": "AP    large objects",
 }
 
 
@@ -100,10 +100,12 @@ def measure(
     print(f"{len(dataset)} images of {data}, split {split}")
     for key, label in _LABELS.items():
         print(f"  {label:<24} {_figure(result.stats[key])}")
-    for name, value in result.per_class.items():
-        print(f"  AP    {name:<18} {_figure(value)}")
+    width = max(map(len, result.per_class))
+    print(f"  {'class':<{width}}  {'AP':>10}  {'AP50':>10}")
+    for name, figures in result.per_class.items():
+        print(f"  {name:<{width}}  {_figure(figures['AP']):>10}  {_figure(figures['AP50']):>10}")
     return result.stats
 
 
-def _figure(value: float) -> str:
-    return "no objects" if value < 0 else f"{value:.4f}"
+def _figure(value: float | None) -> str:
+    return "no objects" if value is None or value < 0 else f"{value:.4f}"

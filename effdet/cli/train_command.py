@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     option("--epochs", "default: 300", type=positive_int)
     option("--batch-size", "default: 16", type=positive_int)
     option("--size", "side of the square input (default: the model's)", type=positive_int)
+    option("--eval-size", "side of the input in evaluation (default: --size)", type=positive_int)
     option("--opt", "sgd (default) or adamw", dest="optimizer", choices=("sgd", "adamw"))
     option("--lr", "peak rate (default: sgd 0.08, adamw 0.002, per 64 images)", type=float)
     option("--momentum", "default: 0.9", type=float)

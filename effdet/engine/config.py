@@ -19,7 +19,9 @@ class TrainConfig:
         checkpoint: weights to start from; empty trains from random weights.
         train_split, val_split: names of the two splits in ``data``.
         epochs, batch_size: length of the run.
-        size: side of the square network input in pixels; 0 takes the model's own.
+        size: side of the square input in training, in pixels; 0 takes the model's own.
+        eval_size: side of the input in evaluation, which the checkpoint names as its size; 0 takes
+            ``size``. Training on smaller crops is faster, and no worse (arXiv:1906.06423).
         optimizer: "sgd" or "adamw".
         lr: peak learning rate; 0 takes `default_learning_rate` for the batch size.
         momentum, weight_decay: of the optimizer; the decay spares biases, BN and fusion weights.
@@ -46,6 +48,7 @@ class TrainConfig:
     epochs: int = 300
     batch_size: int = 16
     size: int = 0
+    eval_size: int = 0
     optimizer: str = "sgd"
     lr: float = 0.0
     momentum: float = 0.9
@@ -68,6 +71,9 @@ class TrainConfig:
         self._require("epochs", self.epochs >= 1, "an integer >= 1")
         self._require("batch_size", self.batch_size >= 1, "an integer >= 1")
         self._require("size", self.size == 0 or self.size >= 32, "0 or an integer >= 32")
+        self._require(
+            "eval_size", self.eval_size == 0 or self.eval_size >= 32, "0 or an integer >= 32"
+        )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("lr", 0 <= self.lr < float("inf"), "a finite number >= 0")
         self._require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")

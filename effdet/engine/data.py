@@ -94,11 +94,19 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Any, model_config: Any, batch_size: int, workers: int, device: torch.device
+    dataset: Any,
+    model_config: Any,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
 ) -> PrefetchLoader:
-    """Letterbox and normalise every image once, in order; the last batch may be smaller."""
-    size, mean, std, fill = input_geometry(model_config)
-    dataset.transform = transforms_coco_eval(size, use_prefetcher=True, fill_color=fill)
+    """Letterbox and normalise every image once, in order; the last batch may be smaller.
+
+    ``size`` is (height, width) of the input; None takes the model's own.
+    """
+    own_size, mean, std, fill = input_geometry(model_config)
+    dataset.transform = transforms_coco_eval(size or own_size, use_prefetcher=True, fill_color=fill)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,15 @@ from effdet.evaluator import CocoEvaluator
 
 @dataclass(frozen=True)
 class Evaluation:
-    """COCO figures in [0, 1] (-1 where a size has no objects) and AP by class name."""
+    """What `effdet.CocoEvaluator` found.
+
+    Attributes:
+        stats: "AP", "AP50", "AP75", "APsmall", … in [0, 1]; -1 where there is no such object.
+        per_class: class name to {"AP", "AP50"}; None for a class without objects.
+    """
 
     stats: dict[str, float]
-    per_class: dict[str, float]
+    per_class: dict[str, dict[str, float | None]]
 
 
 @torch.inference_mode()
@@ -63,4 +69,8 @@ def evaluate(
         if stop:
             return None
     evaluator.evaluate(result_file)
-    return Evaluation(dict(evaluator.stats), dict(evaluator.per_class))
+    per_class = {
+        name: {key: None if math.isnan(value) else value for key, value in figures.items()}
+        for name, figures in evaluator.per_class.items()
+    }
+    return Evaluation(dict(evaluator.stats), per_class)

@@ -76,6 +76,8 @@ class Trainer:
             self.model.backbone.requires_grad_(False)
         self.ema = ModelEma(self.model, config.ema_decay)
         self.bench = DetBenchTrain(self.model, create_labeler=True)
+        side = config.eval_size
+        self.eval_size = (side, side) if side else tuple(self.model.config.image_size)
         self.loader, self.batches = train_loader(train_set, self.model.config, config, self.device)
         self.val_set, self.val_loader = None, None
         if config.eval_every:
@@ -86,7 +88,12 @@ class Trainer:
                     f" those of {config.train_split}"
                 )
             self.val_loader = eval_loader(
-                self.val_set, self.model.config, config.batch_size, config.workers, self.device
+                self.val_set,
+                self.model.config,
+                config.batch_size,
+                config.workers,
+                self.device,
+                self.eval_size,
             )
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, config.momentum, config.weight_decay
@@ -215,7 +222,7 @@ class Trainer:
         result = self._evaluate(stop) if due else None
         if stop:
             return
-        best = result is not None and result.stats["AP"] > self.best_ap
+        best = result is not None and result.stats["AP"] >= self.best_ap
         fields: dict[str, Any] = {}
         if result is not None:
             self.best_ap = max(self.best_ap, result.stats["AP"])
@@ -250,7 +257,7 @@ class Trainer:
         content = {
             "format": checkpoints.FORMAT,
             "model": self.config.model,
-            "image_size": [int(side) for side in self.model.config.image_size],
+            "image_size": list(self.eval_size),
             "class_names": self.class_names,
             "category_ids": self.category_ids,
             "config": self.config.to_dict(),
