@@ -18,6 +18,10 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def _describe_shape(shape: Sequence[int | str | None]) -> str:
+    return f"a tensor [{', '.join('*' if s is None else str(s) for s in shape)}]"
+
+
 def tensor(
     op: str,
     name: str,
@@ -28,14 +32,13 @@ def tensor(
     device: torch.device | None = None,
 ) -> None:
     """Checks that ``value`` is a tensor of ``shape`` (ints are exact; strings name free sizes), dtype and device."""
-    takes = f"a tensor [{', '.join('*' if s is None else str(s) for s in shape)}]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name}: got {describe(value)}, takes {takes}")
+        raise TypeError(f"{op}: {name}: got {describe(value)}, takes {_describe_shape(shape)}")
     fits = value.dim() == len(shape) and all(
         not isinstance(want, int) or got == want for got, want in zip(value.shape, shape)
     )
     if not fits:
-        raise ValueError(f"{op}: {name}: got {describe(value)}, takes {takes}")
+        raise ValueError(f"{op}: {name}: got {describe(value)}, takes {_describe_shape(shape)}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name}: got {describe(value)}, takes dtype {names}")

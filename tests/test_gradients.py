@@ -27,6 +27,7 @@ def test_gradcheck(spec, case):
 def test_ops_with_gradients_are_the_expected_ones():
     assert {spec.name for spec in iter_specs() if spec.diff_args} == {
         "batch_norm_act",
+        "decode_topk",
         "depthwise_conv",
         "detection_loss",
         "expand_depthwise",

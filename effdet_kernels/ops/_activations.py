@@ -1,4 +1,4 @@
-"""The activations of the fused ops in plain torch, by name: what every kernel's epilogue must compute."""
+"""The activations of the fused ops in plain torch: what every kernel's epilogue must compute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def affine_act(y: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], which is in the accumulation dtype."""
+    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], already widened."""
     if scale is not None:
         y = y * scale.to(y.dtype).view(1, -1, 1, 1)
     if shift is not None:

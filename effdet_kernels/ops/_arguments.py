@@ -1,4 +1,4 @@
-"""Argument checks that the convolutional ops share: maps, BN vectors, gates, padding, matching dtypes."""
+"""Argument checks that the ops share: maps, BN vectors, padding, lists, matching dtypes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from effdet_kernels.ops._activations import ACTIVATIONS, accumulation_dtype
 
 
 def feature_map(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
-    """Checks a map [B, C, H, W] with at least one pixel and channel, of the dtype and device of ``like``."""
+    """Checks a map [B, C, H, W] of at least one pixel, with dtype and device of ``like``."""
     device = None if like is None else like.device
     _checks.tensor(op, name, value, ("B", "C", "H", "W"), device=device)
     if min(value.shape[1:]) < 1:
         raise ValueError(
-            f"{op}: {name}: got {_checks.describe(value)}, takes at least one channel, row and column"
+            f"{op}: {name}: got {_checks.describe(value)},"
+            " takes at least one channel, row and column"
         )
     if like is not None:
         same_dtype(op, name, value, like)
@@ -67,7 +68,7 @@ def four_paddings(op: str, name: str, value: Any) -> list[int]:
 def tensor_list(
     op: str, name: str, value: Any, counts: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """Checks a non-empty list or tuple of tensors, with one of ``counts`` entries, and returns it as a list."""
+    """Checks a list of tensors, not empty or of one of ``counts`` lengths, and returns it."""
     takes = "at least one tensor" if counts is None else f"{' or '.join(map(str, counts))} tensors"
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{op}: {name}: got {_checks.describe(value)}, takes a list of {takes}")
@@ -79,11 +80,12 @@ def tensor_list(
 def convolved_size(
     op: str, x: Tensor, kernel: int, stride: int, padding: Sequence[int]
 ) -> tuple[int, int]:
-    """(height, width) of a convolution's output; an error when the padded map is smaller than the kernel."""
+    """(height, width) of a convolution's output; refuses a padded map smaller than the kernel."""
     left, right, top, bottom = padding
     height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
     if height < kernel or width < kernel:
         raise ValueError(
-            f"{op}: padding: got a padded map of {height}x{width}, takes at least the kernel's {kernel}x{kernel}"
+            f"{op}: padding: got a padded map of {height}x{width},"
+            f" takes at least the kernel's {kernel}x{kernel}"
         )
     return (height - kernel) // stride + 1, (width - kernel) // stride + 1

@@ -14,9 +14,10 @@ from effdet_kernels.ops.batch_norm_act import reference
 def batch_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, act: str = "none"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = act((x - mean) / sqrt(var + eps) * weight + bias), mean and var of x per channel over B, H and W.
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias), mean and var over the batch.
 
-    Source: batch normalisation, arXiv:1502.03167, algorithm 1.
+    Both are per channel, over B, H and W. Source: batch normalisation, arXiv:1502.03167,
+    algorithm 1.
 
     Args:
         x: [B, C, H, W] float32, float64, float16 or bfloat16, B at least 1, any strides.
@@ -26,11 +27,13 @@ def batch_norm_act(
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
 
     Returns:
-        y [B, C, H, W], dtype of ``x``, channels_last; mean [C] and biased variance [C] in the dtype of ``weight``,
-        for the caller to update running statistics with (those usually take var * n / (n - 1), n = B * H * W).
+        y [B, C, H, W], dtype of ``x``, channels_last; mean [C] and biased variance [C] in the dtype
+        of ``weight``, for the caller to update running statistics with (those usually take
+        var * n / (n - 1) with n = B * H * W).
 
     Statistics in float32 (float64 with float64). Under autocast x is cast, weight and bias are not.
-    Differentiable in x, weight and bias, through y only: mean and var carry no gradient. Deterministic.
+    Differentiable in x, weight and bias, through y only: mean and var carry no gradient.
+    Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -52,7 +55,8 @@ def _out_spec(x, *_) -> list[TensorSpec]:
 
 
 _batch_norm_act = _library.define(
-    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act)"
+    " -> (Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
     impls={"reference": reference.batch_norm_act},
     differentiable=("x", "weight", "bias"),

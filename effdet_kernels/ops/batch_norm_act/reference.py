@@ -11,7 +11,7 @@ from effdet_kernels.ops._activations import ACTIVATIONS, widen
 def batch_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = act((x - mean) / sqrt(var + eps) * weight + bias)`` with the batch's mean and biased variance."""
+    """``y = act((x - mean) / sqrt(var + eps) * weight + bias)``; mean and biased variance of x."""
     wide = widen(x)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     scale = weight.to(wide.dtype) * torch.rsqrt(var + eps)

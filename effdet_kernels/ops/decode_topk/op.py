@@ -25,19 +25,22 @@ def decode_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The K largest logits of each image, K = min(k, N * C), and the boxes of their anchors.
 
-    With (ty, tx, th, tw) the code of an anchor of centre (xa, ya) and size (wa, ha): the box has centre
-    (tx * wa + xa, ty * ha + ya) and size (exp(tw) * wa, exp(th) * ha). Source: the box coding of Faster R-CNN,
-    arXiv:1506.01497, section 3.1.2; the heads of EfficientDet, arXiv:1911.09070, section 4.
+    With (ty, tx, th, tw) the code of an anchor of centre (xa, ya) and size (wa, ha): the box has
+    centre (tx * wa + xa, ty * ha + ya) and size (exp(tw) * wa, exp(th) * ha). Source: the box
+    coding of Faster R-CNN, arXiv:1506.01497, section 3.1.2; the heads of EfficientDet,
+    arXiv:1911.09070, section 4.
 
     Args:
-        cls_outputs: per level [B, A * C, H_l, W_l] logits, anchor-major in channels; any floating dtype and strides.
-        box_outputs: per level [B, A * 4, H_l, W_l] codes (ty, tx, th, tw), dtype of ``cls_outputs``.
+        cls_outputs: per level [B, A * C, H_l, W_l] logits, anchor-major in channels; any floating
+            dtype and strides.
+        box_outputs: per level [B, A * 4, H_l, W_l] codes (ty, tx, th, tw), dtype of
+            ``cls_outputs``.
         anchors: [N, 4] float32 or float64, xyxy, in pixels, in level, row, column, anchor order;
             N = A * sum of H_l * W_l.
         num_classes: C, at least 1.
         k: pairs wanted, at least 0; an anchor may appear once for each class.
-        limits: [B, 2] (width, height), any floating dtype: boxes are clipped to [0, width] x [0, height]; None: they
-            are not.
+        limits: [B, 2] (width, height), any floating dtype: boxes are clipped to x in [0, width]
+            and y in [0, height]; None: they are not.
 
     Returns:
         boxes: [B, K, 4] float32 (float64 with float64), xyxy, in the unit of ``anchors``.
@@ -45,9 +48,10 @@ def decode_topk(
         anchor_index: [B, K] int64, row of ``anchors``.
         classes: [B, K] int64, 0-based.
 
-    Equal logits: the lower (anchor, class) first. NaN ranks with +inf, so that it is seen and not hidden. exp has no
-    clamp: a large code gives an infinite box. Under autocast all is float32. Differentiable in cls_outputs (through
-    the logits) and box_outputs (through the boxes). Deterministic.
+    Equal logits: the lower (anchor, class) first. NaN ranks with +inf, so that it is seen and not
+    hidden. There is no clamp before exp: a large code gives an infinite box. Under autocast all is
+    float32. Differentiable in cls_outputs (through the logits) and box_outputs (through the boxes).
+    Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -62,11 +66,12 @@ def decode_topk(
     batch, channels = first.shape[:2]
     if channels % num_classes:
         raise ValueError(
-            f"{op}: cls_outputs[0]: got {_checks.describe(first)}, takes channels divisible by {num_classes} classes"
+            f"{op}: cls_outputs[0]: got {_checks.describe(first)},"
+            f" takes channels divisible by {num_classes} classes"
         )
     per_location = channels // num_classes
     total = 0
-    for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs)):
+    for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
         _arguments.dense(op, f"cls_outputs[{i}]", cls, (batch, channels, "H", "W"), first)
         height, width = cls.shape[2:]
         shape = (batch, 4 * per_location, height, width)
@@ -92,8 +97,8 @@ def _out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits) -> list
 
 
 _decode_topk = _library.define(
-    "decode_topk(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, SymInt num_classes, SymInt k,"
-    " Tensor? limits) -> (Tensor, Tensor, Tensor, Tensor)",
+    "decode_topk(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, SymInt num_classes,"
+    " SymInt k, Tensor? limits) -> (Tensor, Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
     impls={"reference": reference.decode_topk},
     differentiable=("cls_outputs", "box_outputs"),

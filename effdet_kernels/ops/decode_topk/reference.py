@@ -11,13 +11,16 @@ from effdet_kernels.ops._activations import widen
 
 
 def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
-    """[B, A * width, H, W] per level to [B, N, width], anchors in level, row, column, anchor order."""
-    rows = [m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (m.shape[1:].numel() // width, width)) for m in maps]
+    """[B, A * width, H, W] per level to [B, N, width]: level, row, column, anchor."""
+    rows = [
+        m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (m.shape[1:].numel() // width, width))
+        for m in maps
+    ]
     return torch.cat(rows, 1)
 
 
 def _top(values: Tensor, k: int) -> Tensor:
-    """Indices [k] of the k largest of ``values`` [M], descending; lower index first on ties; NaN ranks as +inf."""
+    """Indices [k] of the largest ``values``, descending; ties: lower index first; NaN is +inf."""
     if k == 0:
         return torch.zeros(0, dtype=torch.long, device=values.device)
     key = values.masked_fill(values.isnan(), torch.inf)
@@ -36,7 +39,7 @@ def decode_topk(
     k: int,
     limits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k best (anchor, class) logits of each image and their boxes, decoded from (ty, tx, th, tw)."""
+    """The k best (anchor, class) logits of each image, and their boxes from (ty, tx, th, tw)."""
     logits = _rows(cls_outputs, num_classes).flatten(1)
     codes = _rows(box_outputs, 4)
     k = min(k, logits.shape[1])

@@ -24,13 +24,15 @@ def depthwise_conv(
     act: str = "none",
     squeeze: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y[b, c] = act((x[b, c] * weight[c]) * scale[c] + shift[c]), * the 2-d cross-correlation of zero-padded x.
+    """y[b, c] = act(conv(x[b, c], weight[c]) * scale[c] + shift[c]).
 
-    Source: the depthwise convolutions of MBConv, MobileNetV2 arXiv:1801.04381 section 3 and EfficientNet
+    conv is the 2-d cross-correlation of zero-padded x. Source: the depthwise
+    convolutions of MBConv, MobileNetV2 arXiv:1801.04381 section 3 and EfficientNet
     arXiv:1905.11946; squeeze-excite arXiv:1709.01507 averages what ``squeeze`` sums.
 
     Args:
-        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in place).
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
+            place).
         weight: [C, 1, k, k], dtype of ``x``.
         scale: [C] float32 (float64 with float64), the folded BN's factor; None: 1.
         shift: [C] like ``scale``; None: 0.
@@ -40,11 +42,12 @@ def depthwise_conv(
         squeeze: also return the sums of y over each map.
 
     Returns:
-        y [B, C, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype of ``x``,
-        channels_last. With ``squeeze``: (y, sums [B, C] float32, float64 with float64; of y before its rounding).
+        y [B, C, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype
+        of ``x``, channels_last. With ``squeeze``: (y, sums [B, C] float32, float64 with float64; of
+        y before its rounding).
 
-    Accumulates in float32 (float64 with float64). Under autocast x and weight are cast, scale and shift are not.
-    Differentiable in x, weight, scale and shift. Deterministic.
+    Accumulates in float32 (float64 with float64). Under autocast x and weight are cast, scale and
+    shift are not. Differentiable in x, weight, scale and shift. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -72,8 +75,8 @@ def _out_spec(x, weight, scale, shift, stride, padding, act, squeeze) -> list[Te
 
 
 _depthwise_conv = _library.define(
-    "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride, SymInt[] padding,"
-    " str act, bool squeeze) -> Tensor[]",
+    "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
+    " SymInt[] padding, str act, bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
     impls={"reference": reference.depthwise_conv},
     differentiable=("x", "weight", "scale", "shift"),

@@ -20,7 +20,7 @@ def depthwise_conv(
     act: str,
     squeeze: bool,
 ) -> list[Tensor]:
-    """``y = act(conv(x) * scale + shift)``, and with ``squeeze`` also the sums of ``y`` over H and W."""
+    """``y = act(conv(x) * scale + shift)``; with ``squeeze`` also its sums over H and W."""
     padded = F.pad(widen(x), tuple(padding))
     conv = F.conv2d(padded, widen(weight), stride=stride, groups=x.shape[1])
     y = affine_act(conv, scale, shift, act)

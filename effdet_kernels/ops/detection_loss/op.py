@@ -28,35 +28,39 @@ def detection_loss(
     label_smoothing: float = 0.0,
     legacy_focal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """cls = sum a_t (1 - p_t)^gamma ce / n; box = sum over targets != 0 of huber(box - target) / 4n.
+    """cls = sum a_t (1 - p_t)^gamma ce / n; box = sum huber(box - target) / 4n over targets != 0.
 
-    n = sum(num_positives) + 1. Per logit x with t = 1 for the target's class, else 0: p_t = sigmoid(x) or
-    1 - sigmoid(x), a_t = alpha or 1 - alpha, ce = softplus(x) - x * (t * (1 - s) + s / 2), s = label_smoothing.
-    huber(e) = e^2 / 2 up to |e| = delta, then delta * (|e| - delta / 2). Source: focal loss, arXiv:1708.02002,
-    section 3; EfficientDet, arXiv:1911.09070, section 5.1.
+    n = sum(num_positives) + 1. Per logit x, with t = 1 for the target's class and else 0:
+    p_t = sigmoid(x) or 1 - sigmoid(x), a_t = alpha or 1 - alpha,
+    ce = softplus(x) - x * (t * (1 - s) + s / 2) with s = label_smoothing.
+    huber(e) = e^2 / 2 up to |e| = delta, then delta * (|e| - delta / 2). Source: focal
+    loss, arXiv:1708.02002, section 3; EfficientDet, arXiv:1911.09070, section 5.1.
 
     Args:
-        cls_outputs: per level [B, A * C, H_l, W_l] logits, anchor-major; any floating dtype and strides.
+        cls_outputs: per level [B, A * C, H_l, W_l] logits, anchor-major; any floating dtype and
+            strides.
         box_outputs: per level [B, A * 4, H_l, W_l] codes, dtype of ``cls_outputs``.
         cls_targets: per level [B, H_l, W_l, A] int64: class 0 to C - 1, -1 background, -2 ignored.
-        box_targets: per level [B, H_l, W_l, A * 4], any floating dtype; an element of exactly 0 is not trained.
+        box_targets: per level [B, H_l, W_l, A * 4], any floating dtype; an element of exactly 0 is
+            not trained.
         num_positives: [B], any floating or integer dtype, positives of each image.
         num_classes: C, at least 1.
         alpha, gamma: balance and focus of the focal loss; gamma at least 0.
         delta: knee of the huber loss, above 0.
         label_smoothing: s, 0 to 1.
-        legacy_focal: ignore label_smoothing (in exact arithmetic that is all that the older form differs in).
+        legacy_focal: ignore label_smoothing (in exact arithmetic that is all that the older form
+            differs in).
 
     Returns:
         cls_loss, box_loss: 0-d, float32 (float64 with float64).
 
-    Accumulates in float32 (float64 with float64); under autocast all is float32. (1 - p_t)^gamma is computed in the
-    log domain: finite loss and gradient for every finite logit and gamma. Differentiable in cls_outputs and
-    box_outputs. Deterministic.
+    Accumulates in float32 (float64 with float64); under autocast all is float32. The power of
+    1 - p_t is taken in the log domain, so that loss and gradient are finite for every finite logit
+    and gamma. Differentiable in cls_outputs and box_outputs. Deterministic.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message; on CPU also a
-            target class outside -2 to C - 1.
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message;
+            on CPU also a target class outside -2 to C - 1.
     """
     op = "detection_loss"
     cls_outputs = _arguments.tensor_list(op, "cls_outputs", cls_outputs)
@@ -70,11 +74,12 @@ def detection_loss(
     batch, channels = first.shape[:2]
     if channels % num_classes:
         raise ValueError(
-            f"{op}: cls_outputs[0]: got {_checks.describe(first)}, takes channels divisible by {num_classes} classes"
+            f"{op}: cls_outputs[0]: got {_checks.describe(first)},"
+            f" takes channels divisible by {num_classes} classes"
         )
     per_location = channels // num_classes
     for i, (cls, box, label, code) in enumerate(
-        zip(cls_outputs, box_outputs, cls_targets, box_targets)
+        zip(cls_outputs, box_outputs, cls_targets, box_targets, strict=True)
     ):
         _arguments.dense(op, f"cls_outputs[{i}]", cls, (batch, channels, "H", "W"), first)
         size = tuple(cls.shape[2:])
@@ -118,9 +123,9 @@ def _out_spec(cls_outputs, *_) -> list[TensorSpec]:
 
 
 _detection_loss = _library.define(
-    "detection_loss(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor[] cls_targets, Tensor[] box_targets,"
-    " Tensor num_positives, SymInt num_classes, float alpha, float gamma, float delta, float label_smoothing,"
-    " bool legacy_focal) -> (Tensor, Tensor)",
+    "detection_loss(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor[] cls_targets,"
+    " Tensor[] box_targets, Tensor num_positives, SymInt num_classes, float alpha, float gamma,"
+    " float delta, float label_smoothing, bool legacy_focal) -> (Tensor, Tensor)",
     out_spec=_out_spec,
     impls={"reference": reference.detection_loss},
     differentiable=("cls_outputs", "box_outputs"),

@@ -15,18 +15,19 @@ def _check_classes(label: Tensor, num_classes: int) -> None:
     least, most = int(label.min()), int(label.max())
     if least < -2 or most >= num_classes:
         raise ValueError(
-            f"detection_loss: cls_targets: got classes from {least} to {most}, takes -2 to {num_classes - 1}"
+            f"detection_loss: cls_targets: got classes from {least} to {most},"
+            f" takes -2 to {num_classes - 1}"
         )
 
 
 def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: float) -> Tensor:
-    """Sum of the focal loss of logits ``x`` [..., C] against class indices ``label`` [...]; -2 is ignored."""
+    """Sum of the focal loss of logits ``x`` [..., C] against classes ``label`` [...]."""
     positive = label[..., None] == torch.arange(x.shape[-1], device=x.device)
     target = positive.to(x.dtype)
     entropy = F.binary_cross_entropy_with_logits(
         x, target * (1 - smoothing) + smoothing / 2, reduction="none"
     )
-    # (1 - p_t) ** gamma in the log domain: no cancellation, and a finite gradient for any logit and gamma.
+    # (1 - p_t) ** gamma in the log domain: no cancellation, a finite gradient for any logit.
     modulator = torch.exp(gamma * F.logsigmoid(torch.where(positive, -x, x)))
     balance = torch.where(positive, alpha, 1 - alpha)
     return (balance * modulator * entropy * (label != -2)[..., None]).sum()
@@ -58,7 +59,9 @@ def detection_loss(
     smoothing = 0.0 if legacy_focal else label_smoothing
     positives = num_positives.to(dtype).sum() + 1
     cls_loss = box_loss = torch.zeros((), dtype=dtype, device=num_positives.device)
-    for x, code, label, target in zip(cls_outputs, box_outputs, cls_targets, box_targets):
+    for x, code, label, target in zip(
+        cls_outputs, box_outputs, cls_targets, box_targets, strict=True
+    ):
         if not x.is_cuda and label.numel():  # on a GPU the check would wait for the device
             _check_classes(label, num_classes)
         rows = widen(x).permute(0, 2, 3, 1).reshape(*label.shape, num_classes)

@@ -24,7 +24,7 @@ def _case(
     spread: float = 2.0,
     **options: Any,
 ) -> Case:
-    """Levels of ``sizes`` (H, W), a share of ``positives`` among the anchors, logits ``spread`` wide."""
+    """Levels of ``sizes`` (H, W), a share of ``positives``, logits ``spread`` wide."""
 
     def make(g) -> Inputs:
         cls_targets, box_targets, count = [], [], torch.zeros(batch, dtype=torch.float64)
@@ -59,7 +59,7 @@ def _case(
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
-    """Terms are positive, so their sum is M, magnified where exp and a difference magnify rounding."""
+    """Terms are positive: their sum is M, magnified where exp and a difference magnify."""
     cls_loss, box_loss = reference.detection_loss(**a)
     steepest = max((float(x.abs().max()) for x in a["cls_outputs"] if x.numel()), default=0.0)
     cancelled = sum(

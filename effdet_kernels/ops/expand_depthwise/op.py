@@ -27,29 +27,35 @@ def expand_depthwise(
     act: str = "none",
     squeeze: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y = act((e * dw_weight) * scale + shift), e = act((expand_weight x) * expand_scale + expand_shift).
+    """y = act(depthwise(e) * scale + shift), e = act(expand(x) * expand_scale + expand_shift).
 
-    The depthwise convolution sees zeros around e, not around x. Source: MBConv, MobileNetV2 arXiv:1801.04381
-    section 3, EfficientNet arXiv:1905.11946; squeeze-excite arXiv:1709.01507 averages what ``squeeze`` sums.
+    The depthwise convolution sees zeros around e, not around x. Source: MBConv, MobileNetV2
+    arXiv:1801.04381 section 3, EfficientNet arXiv:1905.11946; squeeze-excite arXiv:1709.01507
+    averages what ``squeeze`` sums.
 
     Args:
-        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in place).
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
+            place).
         expand_weight: [E, C, 1, 1], dtype of ``x``.
         expand_scale, expand_shift: [E] float32 (float64 with float64), the first BN, folded.
         dw_weight: [E, 1, k, k], dtype of ``x``.
-        scale, shift: [E] like ``expand_scale``, the second BN, folded. Both None: y is the raw depthwise result,
-            without activation, for statistics to be taken from it. One None: 1 or 0.
+        scale, shift: [E] like ``expand_scale``, the second BN, folded. Both None: y is the raw
+            depthwise result, without activation, for statistics to be taken from it. One None: 1 or
+            0.
         stride: of the depthwise convolution, both axes, at least 1.
         padding: zeros (left, right, top, bottom) around the expanded map, in pixels.
-        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish"; used twice.
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish";
+            used twice.
         squeeze: also return the sums of y over each map.
 
     Returns:
-        y [B, E, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype of ``x``,
-        channels_last. With ``squeeze``: (y, sums [B, E] float32, float64 with float64; of y before its rounding).
+        y [B, E, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype
+        of ``x``, channels_last. With ``squeeze``: (y, sums [B, E] float32, float64 with float64; of
+        y before its rounding).
 
-    Accumulates in float32 (float64 with float64); e is rounded to the dtype of ``x``. Under autocast x and the weights
-    are cast, the vectors are not. Differentiable in every tensor. Deterministic.
+    Accumulates in float32 (float64 with float64); e is rounded to the dtype of ``x``. Under
+    autocast x and the weights are cast, the vectors are not. Differentiable in every tensor.
+    Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -105,8 +111,9 @@ def _out_spec(
 
 
 _expand_depthwise = _library.define(
-    "expand_depthwise(Tensor x, Tensor expand_weight, Tensor expand_scale, Tensor expand_shift, Tensor dw_weight,"
-    " Tensor? scale, Tensor? shift, SymInt stride, SymInt[] padding, str act, bool squeeze) -> Tensor[]",
+    "expand_depthwise(Tensor x, Tensor expand_weight, Tensor expand_scale, Tensor expand_shift,"
+    " Tensor dw_weight, Tensor? scale, Tensor? shift, SymInt stride, SymInt[] padding, str act,"
+    " bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
     impls={"reference": reference.expand_depthwise},
     differentiable=(

@@ -23,7 +23,7 @@ def expand_depthwise(
     act: str,
     squeeze: bool,
 ) -> list[Tensor]:
-    """``act(depthwise(act(expand(x) * expand_scale + expand_shift)) * scale + shift)``; raw without BN vectors."""
+    """``act(dw(e) * scale + shift)`` with ``e = act(expand(x) * expand_scale + expand_shift)``."""
     raw = scale is None and shift is None
     expanded = pointwise_conv(x, expand_weight, expand_scale, expand_shift, None, None, act)
     last_act = "none" if raw else act

@@ -13,16 +13,18 @@ from effdet_kernels.ops.label_anchors import reference
 def label_anchors(
     gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, *, match_threshold: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An anchor is positive for its box of largest IoU where that is >= match_threshold, or where a box claims it.
+    """An anchor is positive for its box of largest IoU >= match_threshold, or for one claiming it.
 
-    Every box claims the anchor of its largest IoU, over any other match; of several boxes that claim one anchor the
-    first wins, and of several anchors or boxes at equal IoU the first counts (a box that meets no anchor claims anchor
-    0). The code of a positive is ty = (yc - ya) / ha, tx = (xc - xa) / wa, th = log(h / ha), tw = log(w / wa), with
-    1e-7 added to h, w, ha and wa. Source: the matching of SSD, arXiv:1512.02325, section 2.2; the box coding of
-    Faster R-CNN, arXiv:1506.01497, section 3.1.2.
+    Every box claims the anchor of its largest IoU, over any other match; of several boxes that
+    claim one anchor the first wins, and of several anchors or boxes at equal IoU the first counts
+    (a box that meets no anchor claims anchor 0). The code of a positive is ty = (yc - ya) / ha,
+    tx = (xc - xa) / wa, th = log(h / ha), tw = log(w / wa), with 1e-7 added to h, w, ha and wa.
+    Source: the matching of SSD, arXiv:1512.02325, section 2.2; the box coding of Faster R-CNN,
+    arXiv:1506.01497, section 3.1.2.
 
     Args:
-        gt_boxes: [B, M, 4] any floating dtype, xyxy in pixels, continuous coordinates (no +1), finite where not padding.
+        gt_boxes: [B, M, 4] any floating dtype, xyxy in pixels, continuous coordinates (no +1),
+            finite where not padding.
         gt_classes: [B, M] any floating or integer dtype, 1-based; a class <= -1 marks padding.
         anchors: [N, 4] float32 or float64, xyxy, in pixels.
         match_threshold: 0 or more.
@@ -35,8 +37,8 @@ def label_anchors(
     Computed in the dtype of ``anchors``, also under autocast. Not differentiable. Deterministic.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message; on CPU also a
-            non-finite box.
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message;
+            on CPU also a non-finite box.
     """
     op = "label_anchors"
     _checks.tensor(op, "gt_boxes", gt_boxes, ("B", "M", 4))

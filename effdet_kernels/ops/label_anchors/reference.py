@@ -27,7 +27,7 @@ def _encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def _label(boxes: Tensor, classes: Tensor, anchors: Tensor, threshold: float) -> tuple[Tensor, ...]:
-    """One image: every anchor takes its best box at IoU >= threshold; every box also claims its best anchor."""
+    """One image: anchors take their best box at IoU >= threshold, boxes claim their best anchor."""
     total = anchors.shape[0]
     cls_target = torch.full((total,), -1, dtype=torch.long, device=anchors.device)
     box_target = anchors.new_zeros((total, 4))
@@ -50,7 +50,7 @@ def _label(boxes: Tensor, classes: Tensor, anchors: Tensor, threshold: float) ->
 def label_anchors(
     gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, match_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Class targets (0-based, -1 background), box codes and the number of positives for each image."""
+    """Class targets (0-based, -1 background), box codes and number of positives of each image."""
     boxes = gt_boxes.to(anchors.dtype)
     real = gt_classes > -1
     if not boxes.is_cuda and not boxes[real].isfinite().all():
@@ -59,11 +59,11 @@ def label_anchors(
         )
     rows = [
         _label(b[keep], c[keep], anchors, match_threshold)
-        for b, c, keep in zip(boxes, gt_classes, real)
+        for b, c, keep in zip(boxes, gt_classes, real, strict=True)
     ]
     if not rows:
         count = anchors.shape[0]
         empty = torch.zeros((0, count), dtype=torch.long, device=anchors.device)
         return empty, anchors.new_zeros((0, count, 4)), anchors.new_zeros((0,))
-    cls_target, box_target, positives = zip(*rows)
+    cls_target, box_target, positives = zip(*rows, strict=True)
     return torch.stack(cls_target), torch.stack(box_target), torch.stack(positives)

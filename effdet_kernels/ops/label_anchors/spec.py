@@ -1,4 +1,4 @@
-"""OpSpec of ``label_anchors``: matches are exact on cases without near-ties, codes meet the bound."""
+"""OpSpec of ``label_anchors``: matches are exact (no near-ties here), codes meet the bound."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _case(
 
 
 def _rivals(_generator: torch.Generator) -> Inputs:
-    """Exact arithmetic in float32: equal IoUs, two boxes for one anchor, a box that meets none, one of zero area."""
+    """Exact in float32: equal IoUs, two boxes for one anchor, boxes that meet none or are empty."""
     grid = torch.arange(0, 64, 16, dtype=torch.float64)
     corner = torch.cartesian_prod(grid, grid)
     anchors = torch.cat([corner, corner + 16], 1)
@@ -50,7 +50,7 @@ def _rivals(_generator: torch.Generator) -> Inputs:
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
-    """Codes divide a difference of centres by the anchor's size; the logarithm's argument carries a few roundings."""
+    """Codes divide a difference of centres by the anchor's size, or take a logarithm of sizes."""
     _classes, codes, positives = reference.label_anchors(**a)
     size = (a["anchors"][:, 2:] - a["anchors"][:, :2])[:, [1, 0]]
     reach = a["anchors"].abs().sum(1)[:, None] / size

@@ -1,4 +1,4 @@
-"""1x1 convolution with the squeeze-excite gate applied on load, BN, activation and the residual, in one pass."""
+"""1x1 convolution with squeeze-excite gate, BN, activation and residual, in one pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ def pointwise_conv(
     residual: Tensor | None = None,
     act: str = "none",
 ) -> Tensor:
-    """y[b, o] = act(sum_c weight[o, c] * gate[b, c] * x[b, c] * scale[o] + shift[o]) + residual[b, o].
+    """y[b, o] = act(sum_c weight[o, c] * gate[b, c] * x[b, c] * scale[o] + shift[o]) + residual[b,
+    o].
 
-    Source: expansion and projection of MBConv, MobileNetV2 arXiv:1801.04381 section 3, with the gate of
-    squeeze-excite arXiv:1709.01507; the lateral convolutions of BiFPN, arXiv:1911.09070 section 3.
+    Source: expansion and projection of MBConv, MobileNetV2 arXiv:1801.04381 section 3, with the
+    gate of squeeze-excite arXiv:1709.01507; the lateral convolutions of BiFPN, arXiv:1911.09070
+    section 3.
 
     Args:
-        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in place).
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
+            place).
         weight: [O, C, 1, 1], dtype of ``x``.
         scale: [O] float32 (float64 with float64), the folded BN's factor; None: 1.
         shift: [O] like ``scale``; None: 0.
@@ -37,8 +40,8 @@ def pointwise_conv(
     Returns:
         y [B, O, H, W], dtype of ``x``, channels_last.
 
-    Accumulates in float32 (float64 with float64). Under autocast x, weight, gate and residual are cast, scale and
-    shift are not. Differentiable in every tensor. Deterministic.
+    Accumulates in float32 (float64 with float64). Under autocast x, weight, gate and residual are
+    cast, scale and shift are not. Differentiable in every tensor. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -65,8 +68,8 @@ def _out_spec(x, weight, *_) -> list[TensorSpec]:
 
 
 _pointwise_conv = _library.define(
-    "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual,"
-    " str act) -> Tensor",
+    "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate,"
+    " Tensor? residual, str act) -> Tensor",
     out_spec=_out_spec,
     impls={"reference": reference.pointwise_conv},
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),

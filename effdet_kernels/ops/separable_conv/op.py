@@ -1,4 +1,4 @@
-"""Depthwise-separable convolution of a whole pyramid, for one or two nets that share their weights over levels."""
+"""Depthwise-separable convolution of a whole pyramid, for one or two nets."""
 
 from __future__ import annotations
 
@@ -24,24 +24,29 @@ def separable_conv(
 ) -> list[Tensor]:
     """y[n, l] = act(pw_weight[n] (dw_weight[n] * pre_act(x[n, l])) * scale[n, l] + shift[n, l]).
 
-    n counts nets (their weights are shared by all levels), l levels (BN differs per level). Stride 1, zeros around,
-    so that sizes stay. Source: EfficientDet, arXiv:1911.09070, sections 3 and 4 (BiFPN nodes, class and box nets).
+    n counts nets (their weights are shared by all levels), l levels (BN differs per level). Stride
+    1, zeros around, so that sizes stay. Source: EfficientDet, arXiv:1911.09070, sections 3 and 4
+    (BiFPN nodes, class and box nets).
 
     Args:
-        x: maps [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in place).
-            Either n * l maps, net-major (all levels of net 0, then of net 1), or, where scale or shift tell the
-            number of outputs, l maps that all nets read. Without scale and shift: n * l maps (repeat the list).
+        x: maps [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is
+            read in place). Either n * l maps, net-major (all levels of net 0, then of net 1), or,
+            where scale or shift tell the number of outputs, l maps that all nets read. Without
+            scale and shift: n * l maps (repeat the list).
         dw_weight: per net [C, 1, k, k], k odd, dtype of ``x``; 1 or 2 nets.
         pw_weight: per net [O, C, 1, 1], dtype of ``x``; O may differ between nets.
-        scale: empty (1), or n * l vectors [O], net-major, float32 (float64 with float64): the folded BN's factor.
+        scale: empty (1), or n * l vectors [O], net-major, float32 (float64 with float64): the
+            folded BN's factor.
         shift: empty (0), or n * l vectors like ``scale``.
-        pre_act, act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        pre_act, act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or
+            "mish".
 
     Returns:
         n * l maps [B, O, H, W], net-major, dtype of ``x``, channels_last.
 
-    Accumulates in float32 (float64 with float64); the depthwise result is rounded to the dtype of ``x``. Under autocast
-    x and the weights are cast, scale and shift are not. Differentiable in every tensor. Deterministic.
+    Accumulates in float32 (float64 with float64); the depthwise result is rounded to the dtype of
+    ``x``. Under autocast x and the weights are cast, scale and shift are not. Differentiable in
+    every tensor. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -64,9 +69,10 @@ def separable_conv(
         if level.shape[:2] != x[0].shape[:2]:
             want = list(x[0].shape[:2])
             raise ValueError(
-                f"{op}: x[{i}]: got {_checks.describe(level)}, takes the batch and channels {want} of x[0]"
+                f"{op}: x[{i}]: got {_checks.describe(level)},"
+                f" takes the batch and channels {want} of x[0]"
             )
-    for n, (dw, pw) in enumerate(zip(dw_weight, pw_weight)):
+    for n, (dw, pw) in enumerate(zip(dw_weight, pw_weight, strict=True)):
         channels = x[0].shape[1]
         _arguments.depthwise_weight(op, f"dw_weight[{n}]", dw, x[0], channels)
         if dw.shape[2] % 2 == 0:
@@ -96,8 +102,8 @@ def _out_spec(x, dw_weight, pw_weight, scale, shift, *_) -> list[TensorSpec]:
 
 
 _separable_conv = _library.define(
-    "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale, Tensor[] shift,"
-    " str pre_act, str act) -> Tensor[]",
+    "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale,"
+    " Tensor[] shift, str pre_act, str act) -> Tensor[]",
     out_spec=_out_spec,
     impls={"reference": reference.separable_conv},
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift"),

@@ -1,4 +1,4 @@
-"""Weighted fusion of one to three maps, each resampled to the output's size on load: a BiFPN node's first half."""
+"""Weighted fusion of one to three maps, resampled on load: the first half of a BiFPN node."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ def weighted_fusion(
         x: 1 to 3 maps [B, C, H_i, W_i] float32, float64, float16 or bfloat16, any strides.
         weight: [len(x)], any floating dtype; None with method "sum".
         method: "fastattn" (the ratio above), "attn" (softmax) or "sum".
-        resample: r_i per map; "identity"; "nearest" (source pixel floor(i * H_i / H)); "bilinear" (half-pixel
-            centres, no anti-aliasing); "max" (3x3 max-pool of stride 2 over the map padded with -inf by
-            ``pool_padding``). None: "identity" for all.
-        size: (H, W) of the output; None: that of ``x[0]``. "identity" and "max" must give exactly this size.
+        resample: r_i per map; "identity"; "nearest" (source pixel floor(i * H_i / H)); "bilinear"
+            (half-pixel centres, no anti-aliasing); "max" (3x3 max-pool of stride 2 over the map
+            padded with -inf by ``pool_padding``). None: "identity" for all.
+        size: (H, W) of the output; None: that of ``x[0]``. "identity" and "max" must give exactly
+            this size.
         pool_padding: (left, right, top, bottom) of "max", each 0 to 2.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
 
     Returns:
         y [B, C, H, W], dtype of ``x``, channels_last.
 
-    Weights are normalised, and maps summed, in float32 (float64 with float64). Under autocast x is cast, weight is not.
-    Differentiable in x and weight; the gradient of a max-pool tie goes to the first maximum in row-major order.
-    Deterministic.
+    Weights are normalised, and maps summed, in float32 (float64 with float64). Under autocast x is
+    cast, weight is not. Differentiable in x and weight; the gradient of a max-pool tie goes to the
+    first maximum in row-major order. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -58,7 +59,8 @@ def weighted_fusion(
         if level.shape[:2] != x[0].shape[:2]:
             want = list(x[0].shape[:2])
             raise ValueError(
-                f"{op}: x[{i}]: got {_checks.describe(level)}, takes the batch and channels {want} of x[0]"
+                f"{op}: x[{i}]: got {_checks.describe(level)},"
+                f" takes the batch and channels {want} of x[0]"
             )
     _checks.choice(op, "method", method, METHODS)
     if method == "sum" and weight is not None:
@@ -74,7 +76,7 @@ def weighted_fusion(
     resample = ["identity"] * len(x) if resample is None else list(resample)
     if len(resample) != len(x):
         raise ValueError(f"{op}: resample: got {len(resample)} names, takes one per map: {len(x)}")
-    for i, (level, how) in enumerate(zip(x, resample)):
+    for i, (level, how) in enumerate(zip(x, resample, strict=True)):
         _checks.choice(op, f"resample[{i}]", how, RESAMPLE)
         _check_size(op, i, level, how, size, pool_padding)
     _arguments.activation(op, "act", act)

@@ -32,14 +32,16 @@ def weighted_fusion(
     act: str,
 ) -> Tensor:
     """``y = act(sum_i w_i * resample_i(x_i))`` with ``w`` normalised as ``method`` says."""
-    maps = [_resample(widen(m), how, size, pool_padding) for m, how in zip(x, resample)]
+    maps = [
+        _resample(widen(m), how, size, pool_padding) for m, how in zip(x, resample, strict=True)
+    ]
     if method == "sum":
         y = sum(maps[1:], maps[0])
     elif method == "attn":
         share = weight.to(maps[0].dtype).softmax(0)
-        y = sum(m * w for m, w in zip(maps, share))
+        y = sum(m * w for m, w in zip(maps, share, strict=True))
     else:
         share = weight.to(maps[0].dtype).relu()
         total = share.sum() + FASTATTN_EPS
-        y = sum(m * w / total for m, w in zip(maps, share))
+        y = sum(m * w / total for m, w in zip(maps, share, strict=True))
     return ACTIVATIONS[act](y).to(x[0].dtype)

@@ -49,7 +49,7 @@ def _case(
 
 
 def _size(x: Tensor, how: str, size: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Magnitude of one resampled map; a bilinear coordinate is rounded in proportion to the map's extent."""
+    """Magnitude of one resampled map; bilinear coordinates round in proportion to its extent."""
     if how != "bilinear":
         return reference._resample(x, how, size, padding).abs()
     largest = x.abs().amax((2, 3), keepdim=True)
