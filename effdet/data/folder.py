@@ -20,8 +20,8 @@ def coco_folder(
 
     The annotation file is the first of `instances_{split}.json`, `instances_{split}*.json`,
     `{split}.json` in `root/annotations` or `root`, then `root/{split}/_annotations.coco.json`,
-    then `instances.json`. The pictures are in a folder of the split's name, `images` or `root`:
-    the first that holds them all.
+    then `instances.json`. The pictures are in `root/{split}*`, `root/images/{split}`,
+    `root/images` or `root`: the first that holds them all.
 
     Labels are 1..n by ascending category id; `parser.label_to_cat_id` maps them back. No image is
     left out for its size.
@@ -80,9 +80,8 @@ def _find_annotations(root: Path, split: str) -> Path:
 def _find_images(root: Path, split: str, ann_file: Path, parser: CocoParser) -> Path:
     """The folder that holds every picture; else say what the best one lacks."""
     stem = ann_file.stem.removeprefix("instances_")
-    names = dict.fromkeys([stem, split])
-    folders = [root / name for name in names] + [root / "images" / name for name in names]
-    folders += [root / "images", root, ann_file.parent]
+    folders = [base / name for base in (root, root / "images") for name in (stem, split)]
+    folders += [*sorted(root.glob(f"{split}*")), root / "images", root, ann_file.parent]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     file_names = [info["file_name"] for info in parser.img_infos]
     fewest, best = file_names, root

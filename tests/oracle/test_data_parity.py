@@ -29,7 +29,7 @@ SIZES = ((61, 37), (40, 80), (128, 128), (300, 33))
 
 
 def _annotate(images: list[dict]) -> list[dict]:
-    """Boxes of all kinds that the peer takes too: crowd, ignored, thin, overshooting by rounding."""
+    """Boxes of every kind: usual, crowd, ignored, too thin."""
     rng = np.random.default_rng(0)
     annotations = []
     for image in images[:-1]:

@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import effdet.data.loader
 import torch
+
+import effdet.data.loader
 from effdet import CocoEvaluator
 from effdet.data import (
     DetectionDatset,
