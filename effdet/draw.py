@@ -11,9 +11,10 @@ _GOLDEN_RATIO = 0.618033988749895
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A fixed RGB colour for a label; hues of neighbouring labels lie far apart."""
+    """A fixed RGB colour for a label; neighbouring labels differ in hue, labels 8 apart in tone."""
     hue = (label * _GOLDEN_RATIO) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, 1.0 if label % 2 else 0.75)
+    value = 1.0 if label // 8 % 2 == 0 else 0.65
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

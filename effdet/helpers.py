@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from .download import DownloadError, download
 
-__all__ = ["CheckpointError", "DownloadError", "load_checkpoint", "load_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "load_checkpoint",
+    "load_pretrained",
+    "read_checkpoint",
+]
 
 StateDict = dict[str, Tensor]
 _logger = logging.getLogger(__name__)
@@ -62,13 +68,26 @@ def load_checkpoint(
             the model.
     """
     path = Path(checkpoint_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint_path: no file at {path}")
     _load(model, _read_state_dict(path, use_ema), path, strict)
 
 
+def read_checkpoint(path: str | Path) -> Any:
+    """The content of a file saved by torch, or of a `.safetensors` file; on the CPU.
+
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint_path: no file at {path}")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
 def _read_state_dict(path: Path, use_ema: bool) -> StateDict:
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = read_checkpoint(path)
     names = ("state_dict_ema", "state_dict", "model")[0 if use_ema else 1 :]
     if isinstance(content, Mapping):
         content = next((content[name] for name in names if content.get(name)), content)
@@ -95,7 +114,7 @@ def _read_torch(path: Path) -> Any:
             reason = "it is not a checkpoint of torch, or it holds objects other than tensors and"
             reason += " plain data, which are refused because loading them can run code"
             raise CheckpointError(f"{path}: cannot be read: {reason}") from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the bytes of a damaged pickle can lead to any of them
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{path}: cannot be read, it may be incomplete ({first})"

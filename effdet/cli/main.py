@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output went away; keep the interpreter from flushing into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         if args.traceback or not _is_explained(error):
             raise
         message = error.args[0] if isinstance(error, KeyError) else error
@@ -59,10 +59,12 @@ def _is_explained(error: Exception) -> bool:
     """Whether the error speaks to the user; one raised by the interpreter or torch shows its trace.
 
     Errors of the system (a missing file, a full disk) and those that this package raises do. A
-    `KeyError` or `ValueError` from anywhere else is a bug, and a bug must be seen.
+    `KeyError` or `RuntimeError` from anywhere else is a bug, and a bug must be seen.
     """
     if isinstance(error, OSError):
         return True
+    if isinstance(error, ImportError) and error.name is not None:
+        return False  # an import statement failed; our own messages name no module
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

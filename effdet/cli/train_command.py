@@ -114,11 +114,12 @@ def _resumed(path: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The checkpoint and its settings; a given option may not contradict them."""
     from effdet.engine import checkpoint as checkpoints
     from effdet.engine.config import TrainConfig
+    from effdet.helpers import CheckpointError
 
     content = checkpoints.read(path)
     if content.get("format") != checkpoints.FORMAT:
-        raise checkpoints.CheckpointError(
-            f"checkpoint {path}: not written by `effdet train`, so no run can go on from it;"
+        raise CheckpointError(
+            f"{path}: not written by `effdet train`, so no run can go on from it;"
             " start a new one from its weights with --checkpoint"
         )
     settings = content["config"]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effdet.helpers import CheckpointError, read_checkpoint
+
 FORMAT = "effdet-checkpoint-1"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file cannot be read or does not fit; the message names the file."""
 
 
 def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -33,32 +30,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint on the CPU. Only tensors and plain containers load; no code is run.
 
     Raises:
-        CheckpointError: the file is missing, truncated, no checkpoint, or holds pickled code.
+        FileNotFoundError: no such file.
+        CheckpointError: the file is truncated, no checkpoint, or holds pickled code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path}: refused, it is no weights file or holds Python objects other than"
-            f" tensors and plain containers, which could run code ({_first_line(error)})"
-        ) from error
-    except Exception as error:  # the bytes of a damaged pickle can lead to any of them
-        raise CheckpointError(
-            f"checkpoint {path}: truncated or not written by torch.save ({_first_line(error)})"
-        ) from error
+    content = read_checkpoint(os.fspath(path))
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"checkpoint {path}: holds a {type(content).__name__}, expected a dict of tensors"
-        )
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def rng_state() -> dict[str, Any]:
@@ -94,12 +72,12 @@ def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str])
     """
     content = read(checkpoint)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {checkpoint}: not written by `effdet train`")
+        raise CheckpointError(f"{checkpoint}: not written by `effdet train`")
     weights = {}
     for name, value in content["state_dict_ema"].items():
         half = value.half() if value.is_floating_point() else value
         if not bool(torch.isfinite(half).all()):
-            raise CheckpointError(f"checkpoint {checkpoint}: {name} does not fit half precision")
+            raise CheckpointError(f"{checkpoint}: {name} does not fit half precision")
         weights[name] = half.contiguous()
     small = {key: content[key] for key in ("model", "image_size", "class_names", "category_ids")}
     out = Path(out)

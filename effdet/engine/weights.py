@@ -12,7 +12,7 @@ from torch import nn
 
 from effdet.config import get_efficientdet_config
 from effdet.factory import create_model
-from effdet.helpers import load_checkpoint
+from effdet.helpers import CheckpointError, load_checkpoint
 
 from . import checkpoint as checkpoints
 from .coco_names import COCO_NAMES
@@ -67,8 +67,9 @@ def load_model(
 
     Raises:
         KeyError: no such model.
-        ValueError: the file is unusable, does not fit the model, or says too little.
-        OSError: weights cannot be downloaded.
+        CheckpointError: the file is unusable, does not fit the model, or says too little.
+        ValueError: the model has no published weights.
+        OSError: no such file, or weights cannot be downloaded.
     """
     if not model and not checkpoint:
         checkpoint = bundled_checkpoint()
@@ -77,8 +78,8 @@ def load_model(
     content = checkpoints.read(checkpoint)
     name = model or content.get("model", "")
     if not isinstance(name, str) or not name:
-        raise checkpoints.CheckpointError(
-            f"checkpoint {checkpoint}: does not say which model it is for; give the model's name"
+        raise CheckpointError(
+            f"{checkpoint}: does not say which model it is for; give the model's name"
         )
     config = get_efficientdet_config(name)
     weights = content.get("state_dict_ema") or content.get("state_dict") or content
@@ -86,8 +87,8 @@ def load_model(
     names = content.get("class_names") or default_class_names(num_classes)
     ids = content.get("category_ids") or list(range(1, num_classes + 1))
     if len(names) != num_classes or len(ids) != num_classes:
-        raise checkpoints.CheckpointError(
-            f"checkpoint {checkpoint}: {len(names)} class names and {len(ids)} category ids for"
+        raise CheckpointError(
+            f"{checkpoint}: {len(names)} class names and {len(ids)} category ids for"
             f" weights of {num_classes} classes"
         )
     built = create_model(
@@ -125,7 +126,7 @@ def _class_count(weights: dict[str, Any], config: Any, checkpoint: object) -> in
         is_last_bias = key.startswith(_HEAD_PREFIX) and key.endswith(".bias")
         if is_last_bias and value.ndim == 1 and value.numel() % anchors == 0:
             return value.numel() // anchors
-    raise checkpoints.CheckpointError(
-        f"checkpoint {checkpoint}: has no EfficientDet class head ({_HEAD_PREFIX}*.bias);"
+    raise CheckpointError(
+        f"{checkpoint}: has no EfficientDet class head ({_HEAD_PREFIX}*.bias);"
         f" first keys: {', '.join(list(map(str, weights))[:3]) or 'none'}"
     )

@@ -36,7 +36,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
 def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": _RunsCode()}, "evil.pth")
-    with pytest.raises(checkpoints.CheckpointError, match=r"evil\.pth.*could run code"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"evil\.pth.*can run code"):
         checkpoints.read("evil.pth")
     assert not os.path.exists("created-by-a-checkpoint")
 
@@ -51,7 +51,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):
-    with pytest.raises(checkpoints.CheckpointError, match=r"none\.pth: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         checkpoints.read(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(checkpoints.CheckpointError, match=r"text\.pth"):
