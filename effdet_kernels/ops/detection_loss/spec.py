@@ -54,7 +54,7 @@ def _case(
         }
         return {**arguments, **options}
 
-    real = max(max(size) for size in sizes) > 16
+    real = max(max(size) for size in sizes) >= 16
     return Case(name, make, BENCH if real else frozenset())
 
 

@@ -37,7 +37,7 @@ def _case(
             "act": act,
         }
 
-    real = max(shape[2:]) > 16
+    real = max(shape[2:]) >= 16
     return Case(name, make, BENCH if real else frozenset())
 
 
@@ -91,7 +91,7 @@ SPEC = OpSpec(
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
         _case("d0_expand", 1, 16, 256, 256, out=96, act="swish"),
         _case("d0_project", 1, 240, 64, 64, out=40, gate=True, residual=True),
-        _case("d0_lateral", 8, 320, 16, 17, out=64),
+        _case("d0_lateral_batch8", 8, 320, 16, 16, out=64),
     ),
     mutants={
         "gate ignored": mutant(_reference, lambda a: {"gate": None}),

@@ -45,7 +45,7 @@ def _case(
             "act": act,
         }
 
-    return Case(name, make, BENCH if max(size) > 16 else frozenset())
+    return Case(name, make, BENCH if max(size) >= 16 else frozenset())
 
 
 def _size(x: Tensor, how: str, size: Sequence[int], padding: Sequence[int]) -> Tensor:
