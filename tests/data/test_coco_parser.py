@@ -82,7 +82,12 @@ def test_small_images_are_left_out_with_a_warning(tmp_path):
 
 
 def test_absent_fields_are_filled_in(tmp_path):
-    parser = _parser(tmp_path, [annotation(1, [1, 2, 20, 30], 4), annotation(2, [1, 2, 3, 4], 9)])
+    annotations = [
+        annotation(1, [1, 2, 20, 30], 4),
+        annotation(2, [1, 2, 3, 4], 9, iscrowd=None, area=None),
+    ]
+    parser = _parser(tmp_path, annotations, [{**IMAGES[0], "width": 64.0}, IMAGES[1]])
+    assert parser.img_infos[0]["width"] == 64
     entries = parser.coco.loadAnns(parser.coco.getAnnIds())
     assert [(entry["id"], entry["area"], entry["iscrowd"]) for entry in entries] == [
         (1, 600, 0),
@@ -114,6 +119,7 @@ GOOD = annotation(1, [1, 2, 3, 4], 4, id=77)
         ([{**GOOD, "bbox": "1 2 3 4"}], "annotation 77: bbox"),
         ([{"image_id": 1, "category_id": 4}], "annotation .* lacks bbox"),
         (["box"], "annotation box lacks image_id"),
+        ([{**GOOD, "category_id": [4]}], r"annotation 77: category_id is \[4\]; takes an id"),
     ],
 )
 def test_unusable_annotation_is_named(tmp_path, annotations, message):
@@ -127,6 +133,8 @@ def test_unusable_annotation_is_named(tmp_path, annotations, message):
         ([{"id": 1, "file_name": "1.png"}], "image .*1.png.* lacks width, height"),
         ([{**IMAGES[0], "width": 0}], r"image 1 \(1.png\): width=0"),
         ([{**IMAGES[0], "height": "48"}], "height='48'; takes positive whole numbers"),
+        ([{**IMAGES[0], "width": 64.5}], "width=64.5"),
+        ([{**IMAGES[0], "id": None}], "takes a number or text as id"),
         ([IMAGES[0], IMAGES[0]], "image id 1 occurs twice"),
     ],
 )

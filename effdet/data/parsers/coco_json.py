@@ -38,8 +38,8 @@ def load_coco_json(path: str | os.PathLike) -> COCO:
             f'{name}: not a COCO file; expected an object with the lists "images", "annotations" '
             'and "categories"'
         )
-    data.setdefault("annotations", [])
-    data.setdefault("categories", [])
+    for key in ("annotations", "categories"):
+        data[key] = data.get(key) or []
     images = _check_images(data["images"], name)
     categories = _check_categories(data["categories"], name)
     for annotation in data["annotations"]:
@@ -61,6 +61,8 @@ def _check_images(images: list, name: str) -> set:
     for image in images:
         _require(image, ("id", "file_name", "width", "height"), f"{name}: image")
         where = f"{name}: image {image['id']!r} ({image['file_name']})"
+        if not isinstance(image["id"], (int, str)) or not isinstance(image["file_name"], str):
+            raise AnnotationError(f"{where}: takes a number or text as id, and text as file_name")
         image["width"], image["height"] = image_size(image["width"], image["height"], where)
     ids = Counter(image["id"] for image in images)
     repeated = [image_id for image_id, count in ids.items() if count > 1]
@@ -93,6 +95,9 @@ def _check_categories(categories: list, name: str) -> set:
 def _check_annotation(annotation: dict, images: set, categories: set, name: str) -> None:
     _require(annotation, ("image_id", "category_id", "bbox"), f"{name}: annotation")
     where = f"{name}: annotation {annotation.get('id')!r}"
+    for key in ("image_id", "category_id"):
+        if not isinstance(annotation[key], (int, str)):
+            raise AnnotationError(f"{where}: {key} is {annotation[key]!r}; takes an id")
     if annotation["image_id"] not in images:
         raise AnnotationError(f"{where}: image_id {annotation['image_id']!r} is not in the images")
     if annotation["category_id"] not in categories:
@@ -104,8 +109,9 @@ def _check_annotation(annotation: dict, images: set, categories: set, name: str)
     numbers = isinstance(box, list) and all(isinstance(v, Real) and math.isfinite(v) for v in box)
     if not numbers or len(box) != 4:
         raise AnnotationError(f"{where}: bbox is {box!r}; takes four numbers [x, y, width, height]")
-    annotation.setdefault("iscrowd", 0)
-    annotation.setdefault("area", box[2] * box[3])
+    annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+    if not isinstance(annotation.get("area"), Real):
+        annotation["area"] = box[2] * box[3]
 
 
 def _require(entry: dict, keys: tuple[str, ...], what: str) -> None:

@@ -104,14 +104,14 @@ class Parser:
                 stacklevel=2,
             )
 
-    def _as_target(self, boxes: list, labels: list, ignored: list) -> dict[str, np.ndarray]:
-        """Arrays from lists of (x1, y1, x2, y2) and labels."""
+    def _as_target(self, boxes, labels, ignored=()) -> dict[str, np.ndarray]:
+        """Arrays from (x1, y1, x2, y2) per box and labels."""
         target = {"bbox": self._box_array(boxes), "cls": np.array(labels, dtype=np.int64)}
         if self.include_bboxes_ignore:
             target["bbox_ignore"] = self._box_array(ignored)
         return target
 
-    def _box_array(self, boxes: list) -> np.ndarray:
+    def _box_array(self, boxes) -> np.ndarray:
         array = np.array(boxes, dtype=np.float32).reshape(-1, 4)
         return np.ascontiguousarray(array[:, [1, 0, 3, 2]]) if self.yxyx else array
 
@@ -146,8 +146,9 @@ class BoxAudit:
 
 def image_size(width: Any, height: Any, source: str) -> tuple[int, int]:
     """Check a (width, height) read from an annotation file."""
-    if not all(isinstance(side, int) and side > 0 for side in (width, height)):
+    numbers = all(isinstance(side, (int, float)) for side in (width, height))
+    if not numbers or width % 1 or height % 1 or min(width, height) < 1:
         raise AnnotationError(
             f"{source}: width={width!r}, height={height!r}; takes positive whole numbers"
         )
-    return width, height
+    return int(width), int(height)

@@ -2,7 +2,9 @@
 
 Common fields: `bbox_yxyx` gives boxes as (y1, x1, y2, x2) instead of (x1, y1, x2, y2);
 `min_img_size` leaves out images with a shorter side below it; `ignore_empty_gt` leaves out images
-without any annotation; `has_labels=False` reads the image list only.
+without any annotation; `has_labels=False` reads the image list only. Accepted without effect, for
+programs that set them: `add_background` (labels always count from 1, 0 is the background),
+`img_label_filename`, `masks_filename`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ __all__ = ["CocoParserCfg", "OpenImagesParserCfg", "VocParserCfg"]
 
 @dataclass
 class CocoParserCfg:
-    """`cat_ids_as_labels=False` numbers the categories 1..n by ascending id instead."""
+    """Settings of `CocoParser`.
+
+    `include_masks` leaves out annotations of zero area; `cat_ids_as_labels=False` numbers the
+    categories 1..n by ascending id instead of taking the ids as labels.
+    """
 
     ann_filename: str
     include_masks: bool = False
@@ -28,7 +34,10 @@ class CocoParserCfg:
 
 @dataclass
 class VocParserCfg:
-    """`ann_filename` and `img_filename` hold a `%s` for the image id."""
+    """Settings of `VocParser`.
+
+    `ann_filename` and `img_filename` hold a `%s` for the image id; `classes` default to VOC's 20.
+    """
 
     split_filename: str
     ann_filename: str

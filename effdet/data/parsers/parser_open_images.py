@@ -112,12 +112,12 @@ class OpenImagesParser(Parser):
         return columns, starts
 
     def _fit_boxes(self, boxes: dict, source: str) -> None:
-        """Relative to pixel coordinates; unusable boxes are marked in `valid`."""
+        """Relative to pixel coordinates; `valid` marks the boxes to train on."""
         audit = BoxAudit()
         valid = np.zeros(len(boxes["label"]), dtype=bool)
         for info, (start, stop) in zip(self.img_infos, self._img_to_ann, strict=True):
             width, height = info["width"], info["height"]
-            for row in range(start, stop):
+            for row in np.flatnonzero(~boxes["group"][start:stop]) + start:
                 corners = tuple((boxes["bbox"][row] * (width, height, width, height)).tolist())
                 box = audit.fit(corners, width, height)
                 if box is not None:
@@ -127,8 +127,7 @@ class OpenImagesParser(Parser):
 
     def _parse_ann_info(self, img_idx: int, ann_keys: slice, ann_values: dict) -> dict:
         rows = {key: column[ann_keys] for key, column in ann_values.items()}
-        kept, group = rows["valid"] & ~rows["group"], rows["valid"] & rows["group"]
-        return self._as_target(rows["bbox"][kept], rows["label"][kept], rows["bbox"][group])
+        return self._as_target(rows["bbox"][rows["valid"]], rows["label"][rows["valid"]])
 
 
 def _read(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:

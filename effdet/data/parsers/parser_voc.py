@@ -125,7 +125,4 @@ class VocParser(Parser):
 
     def _parse_ann_info(self, ann_info: list[dict]) -> dict[str, np.ndarray]:
         kept = [ann for ann in ann_info if self.keep_difficult or not ann["difficult"]]
-        ignored = [ann["bbox"] for ann in ann_info if ann not in kept]
-        return self._as_target(
-            [ann["bbox"] for ann in kept], [ann["label"] for ann in kept], ignored
-        )
+        return self._as_target([ann["bbox"] for ann in kept], [ann["label"] for ann in kept])
