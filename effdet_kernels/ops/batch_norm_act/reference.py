@@ -13,8 +13,11 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = act((x - mean) / sqrt(var + eps) * weight + bias)``; mean and biased variance of x."""
     wide = widen(x)
-    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    scale = weight.to(wide.dtype) * torch.rsqrt(var + eps)
-    centred = wide - mean.view(1, -1, 1, 1)
-    y = centred * scale.view(1, -1, 1, 1) + bias.to(wide.dtype).view(1, -1, 1, 1)
-    return ACTIVATIONS[act](y).to(x.dtype), mean.detach(), var.detach()
+    mean, unbiased = wide.new_zeros(2, x.shape[1])
+    # Momentum 1 makes the running statistics those of this batch.
+    y, _, _ = torch.native_batch_norm(
+        wide, weight.to(wide.dtype), bias.to(wide.dtype), mean, unbiased, True, 1.0, eps
+    )
+    count = x.numel() // x.shape[1]
+    var = unbiased * ((count - 1) / count) if count > 1 else torch.zeros_like(unbiased)
+    return ACTIVATIONS[act](y).to(x.dtype), mean, var
