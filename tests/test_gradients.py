@@ -16,12 +16,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("spec", "case"), CASES)
-def test_gradcheck(spec, case):
+def test_gradcheck(spec, case, fast):
     for backend, reason in testing.backends(spec).items():
         if backend in ("reference", "cpu"):
             assert reason is None
-            assert testing.check_gradient(spec, case, backend)
+            assert testing.check_gradient(spec, case, backend, fast=fast)
 
 
 def test_ops_with_gradients_are_the_expected_ones():
