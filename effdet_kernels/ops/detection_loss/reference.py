@@ -29,7 +29,7 @@ def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: floa
     )
     # (1 - p_t) ** gamma in the log domain: no cancellation, a finite gradient for any logit.
     modulator = torch.exp(gamma * F.logsigmoid(torch.where(positive, -x, x)))
-    balance = torch.where(positive, alpha, 1 - alpha)
+    balance = target * alpha + (1 - target) * (1 - alpha)
     return (balance * modulator * entropy * (label != -2)[..., None]).sum()
 
 

@@ -88,7 +88,7 @@ def _zero_targets_trained(a: Inputs) -> Inputs:
 
 _reference = reference.detection_loss
 _PYRAMID = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))
-_D0 = {"classes": 90, "per_location": 9, "positives": 0.001}
+_D0: dict[str, Any] = {"classes": 90, "per_location": 9, "positives": 0.001}
 
 SPEC = OpSpec(
     name="detection_loss",

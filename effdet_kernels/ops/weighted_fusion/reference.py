@@ -35,7 +35,7 @@ def weighted_fusion(
     maps = [
         _resample(widen(m), how, size, pool_padding) for m, how in zip(x, resample, strict=True)
     ]
-    if method == "sum":
+    if weight is None:  # "sum"
         y = sum(maps[1:], maps[0])
     elif method == "attn":
         share = weight.to(maps[0].dtype).softmax(0)
