@@ -56,12 +56,19 @@ def activation(op: str, name: str, value: Any) -> None:
     _checks.choice(op, name, value, tuple(ACTIVATIONS))
 
 
+def integer(op: str, name: str, value: Any, *, least: int) -> None:
+    """Checks that ``value`` is a whole number of at least ``least``."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: got {_checks.describe(value)}, takes an int")
+    _checks.number(op, name, value, least=least)
+
+
 def four_paddings(op: str, name: str, value: Any) -> list[int]:
     """Checks (left, right, top, bottom), none negative, and returns it as a list."""
-    if not isinstance(value, (tuple, list)) or len(value) != 4 or min(value) < 0:
-        raise ValueError(
-            f"{op}: {name}: got {value!r}, takes 4 non-negative ints (left, right, top, bottom)"
-        )
+    if not isinstance(value, (tuple, list)) or len(value) != 4:
+        raise ValueError(f"{op}: {name}: got {value!r}, takes 4 ints (left, right, top, bottom)")
+    for side in value:
+        integer(op, name, side, least=0)
     return list(value)
 
 

@@ -59,8 +59,8 @@ def decode_topk(
     op = "decode_topk"
     cls_outputs = _arguments.tensor_list(op, "cls_outputs", cls_outputs)
     box_outputs = _arguments.tensor_list(op, "box_outputs", box_outputs, (len(cls_outputs),))
-    _checks.number(op, "num_classes", num_classes, least=1)
-    _checks.number(op, "k", k, least=0)
+    _arguments.integer(op, "num_classes", num_classes, least=1)
+    _arguments.integer(op, "k", k, least=0)
     first = cls_outputs[0]
     _arguments.feature_map(op, "cls_outputs[0]", first)
     batch, channels = first.shape[:2]

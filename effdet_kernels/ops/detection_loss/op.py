@@ -68,7 +68,7 @@ def detection_loss(
     box_outputs = _arguments.tensor_list(op, "box_outputs", box_outputs, levels)
     cls_targets = _arguments.tensor_list(op, "cls_targets", cls_targets, levels)
     box_targets = _arguments.tensor_list(op, "box_targets", box_targets, levels)
-    _checks.number(op, "num_classes", num_classes, least=1)
+    _arguments.integer(op, "num_classes", num_classes, least=1)
     first = cls_outputs[0]
     _arguments.feature_map(op, "cls_outputs[0]", first)
     batch, channels = first.shape[:2]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _library
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -70,7 +70,7 @@ def expand_depthwise(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None:
             _arguments.channel_vector(op, name, vector, expanded, x)
-    _checks.number(op, "stride", stride, least=1)
+    _arguments.integer(op, "stride", stride, least=1)
     padding = _arguments.four_paddings(op, "padding", padding)
     _arguments.activation(op, "act", act)
     _arguments.convolved_size(op, x, dw_weight.shape[2], stride, padding)

@@ -67,9 +67,12 @@ def weighted_fusion(
         raise ValueError(f'{op}: weight: got {_checks.describe(weight)}, takes None with "sum"')
     if method != "sum":
         _checks.tensor(op, "weight", weight, (len(x),), device=x[0].device)
-    size = list(x[0].shape[2:] if size is None else size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{op}: size: got {size!r}, takes (H, W), both at least 1")
+    size = x[0].shape[2:] if size is None else size
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"{op}: size: got {size!r}, takes (H, W)")
+    size = list(size)
+    for extent in size:
+        _arguments.integer(op, "size", extent, least=1)
     pool_padding = _arguments.four_paddings(op, "pool_padding", pool_padding)
     if max(pool_padding) >= POOL:
         raise ValueError(f"{op}: pool_padding: got {pool_padding!r}, takes 0 to {POOL - 1} a side")
