@@ -100,7 +100,8 @@ def create_model_from_config(
     for key in _CONFIG_OVERRIDES:
         value = kwargs.pop(key, None)
         if value is not None:
-            config[key] = value
+            is_square = key == "image_size" and isinstance(value, int)
+            config[key] = (value, value) if is_square else value
     bench_labeler = kwargs.pop("bench_labeler", False)
     alternate_init = kwargs.pop("alternate_init", False)
     if kwargs:
