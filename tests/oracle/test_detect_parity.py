@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effdet import create_model
 from effdet import loss as losses
 from effdet.anchors import (
     AnchorLabeler,
@@ -387,3 +388,54 @@ def test_soft_nms(oracle, by_class, gaussian):
         index, score = soft_nms(boxes, scores, **settings)
     assert torch.equal(index, theirs["index"])
     torch.testing.assert_close(score, theirs["score"], rtol=1e-6, atol=1e-7)
+
+
+def make_realistic(model: nn.Module, size: tuple[int, int]) -> None:
+    """Batch norm statistics of noise images; logits and codes spread as after training."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for net, maps, spread in zip(
+            (model.class_net, model.box_net), model.eval()(x), (2.0, 0.3), strict=True
+        ):
+            net.predict.conv_pw.weight *= spread / torch.cat([m.flatten() for m in maps]).std()
+
+
+@pytest.mark.parametrize("size", [(256, 256), (192, 320), (512, 512)])
+def test_d0_from_image_to_rows_and_losses(oracle, size):
+    """In float64, so that rounding does not reorder candidates of nearly equal score."""
+    torch.manual_seed(0)
+    bench = create_model(
+        "tf_efficientdet_d0", "predict", image_size=size, pretrained_backbone=False
+    )
+    make_realistic(bench.model, size)
+    state_dict = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    boxes, classes = ground_truth("random")
+    target = {
+        "bbox": boxes[None],
+        "cls": classes[None].float(),
+        "img_scale": torch.tensor([1.7]),
+        "img_size": torch.tensor([[400.0, 300.0]]),
+    }
+    theirs = oracle.call(
+        "d0_benches", image_size=size, state_dict=state_dict, x=x, target=target, points=500
+    )
+    train = DetBenchTrain(bench.model)
+    bench.max_detection_points = train.max_detection_points = 500
+    bench.double().eval()
+    train.double().eval()
+    with torch.no_grad():
+        assert_rows_equal(bench(x), theirs["rows"])
+        output = train(x, target)
+    assert_rows_equal(output.pop("detections"), theirs["train"].pop("detections"))
+    for name, value in output.items():
+        torch.testing.assert_close(
+            value.double(), theirs["train"][name].double(), rtol=1e-6, atol=0
+        )
