@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from effdet.factory import create_model
 
 from effdet.cli import main
+from effdet.factory import create_model
 from effdet.scenes import CLASS_NAMES, generate_scenes
 
 

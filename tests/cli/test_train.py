@@ -51,7 +51,7 @@ def test_a_run_leaves_checkpoints_log_and_plot(cli, scenes, tmp_path):
 
 
 def test_two_runs_are_equal_bit_for_bit_whatever_the_workers(cli, scenes, tmp_path, uninterrupted):
-    args = [*_QUICK[:-1], 2, "--eval-every", 0, "--quiet"]
+    args = [*_QUICK, "--workers", 2, "--eval-every", 0, "--quiet"]
     assert cli("train", scenes, "--out", tmp_path / "b", *args).code == 0
     _assert_equal_state(
         checkpoints.read(uninterrupted / "last.pth"), checkpoints.read(tmp_path / "b" / "last.pth")
@@ -87,7 +87,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 def test_ctrl_c_as_a_user_presses_it(cli_process, scenes, tmp_path):
     out = tmp_path / "run"
-    args = [*_QUICK[:-5], 500, *_QUICK[-4:], "--eval-every", 0, "--log-every", 1]
+    args = [*_QUICK, "--epochs", 500, "--eval-every", 0, "--log-every", 1]
     process = cli_process("train", scenes, "--out", out, *args)
     deadline = time.monotonic() + 120
     log = out / "log.jsonl"
@@ -112,7 +112,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(cli, scenes, tmp_pa
     for annotation in document["annotations"]:
         annotation["category_id"] = 7
     (data / "instances_train.json").write_text(json.dumps(document))
-    args = [*_QUICK[:-6], "--epochs", 1, *_QUICK[-4:], "--eval-every", 0, "--quiet"]
+    args = [*_QUICK, "--epochs", 1, "--eval-every", 0, "--quiet"]
     args += ["--checkpoint", weights, "--freeze-backbone"]
     result = cli("train", data, "--out", tmp_path / "run", *args)
     assert result.code == 0, result.err
