@@ -65,7 +65,8 @@ def generate_scenes(
         raise ValueError(f"split: got {split!r}, takes letters, digits, '-' and '_'")
     out = Path(out_dir)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for index in range(count):
         picture, objects = draw_scene(seed, index, size, split)
         name = f"{split}_{index:06d}.png"

@@ -97,6 +97,7 @@ def measure(
             max_det=max_det,
             result_file=results,
         )
+    assert result is not None  # nothing could stop it
     print(f"{len(dataset)} images of {data}, split {split}")
     for key, label in _LABELS.items():
         print(f"  {label:<24} {_figure(result.stats[key])}")

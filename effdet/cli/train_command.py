@@ -122,7 +122,7 @@ def _resumed(path: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             f"{path}: not written by `effdet train`, so no run can go on from it;"
             " start a new one from its weights with --checkpoint"
         )
-    settings = content["config"]
+    settings = {**content["config"], "out": os.path.dirname(path) or "."}
     for name, value in given.items():
         if name not in _MAY_CHANGE and settings[name] != value:
             raise ValueError(

@@ -69,7 +69,7 @@ class Trainer:
         self.class_names = list(train_set.parser.cat_names)
         self.category_ids = [int(i) for i in train_set.parser.cat_ids]
         _seed_everything(config.seed)
-        self.model = self._build_model(fresh=resume is None).to(self.device)
+        self.model: Any = self._build_model(fresh=resume is None).to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.freeze_backbone:
@@ -79,7 +79,8 @@ class Trainer:
         side = config.eval_size
         self.eval_size = (side, side) if side else tuple(self.model.config.image_size)
         self.loader, self.batches = train_loader(train_set, self.model.config, config, self.device)
-        self.val_set, self.val_loader = None, None
+        self.val_set: Any = None
+        self.val_loader: Any = None
         if config.eval_every:
             self.val_set = coco_folder(config.data, config.val_split)
             if list(self.val_set.parser.cat_names) != self.class_names:
@@ -144,11 +145,11 @@ class Trainer:
             self.out / "best.pth",
         )
 
-    def _build_model(self, fresh: bool) -> nn.Module:
+    def _build_model(self, fresh: bool) -> Any:
         size = (self.config.size, self.config.size) if self.config.size else None
         count = len(self.class_names)
         if fresh and self.config.checkpoint:
-            model = load_model(self.config.model, self.config.checkpoint, size).model
+            model: Any = load_model(self.config.model, self.config.checkpoint, size).model
             if model.config.num_classes != count:
                 model.reset_head(num_classes=count)
             return model

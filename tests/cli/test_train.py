@@ -134,6 +134,23 @@ def test_an_old_run_is_not_overwritten(cli, scenes, uninterrupted):
     assert (uninterrupted / "last.pth").read_bytes() == before
 
 
+def test_a_run_that_was_moved_goes_on_where_its_checkpoint_is(cli, uninterrupted, tmp_path):
+    (tmp_path / "last.pth").write_bytes((uninterrupted / "last.pth").read_bytes())
+    before = (uninterrupted / "log.jsonl").read_bytes()
+    assert cli("train", "--resume", tmp_path / "last.pth", "--quiet").code == 0
+    assert read_log(tmp_path / "log.jsonl")[0]["resumed_at_step"] == 6
+    assert (uninterrupted / "log.jsonl").read_bytes() == before
+
+
+def test_mixed_precision_trains_on_the_cpu(cli, scenes, tmp_path):
+    args = [*_QUICK, "--epochs", 1, "--eval-every", 0, "--amp", "bf16", "--quiet"]
+    result = cli("train", scenes, "--out", tmp_path / "run", *args)
+    assert result.code == 0, result.err
+    content = checkpoints.read(tmp_path / "run" / "last.pth")
+    values = [v for v in content["state_dict"].values() if v.is_floating_point()]
+    assert all(v.dtype == torch.float32 and bool(v.isfinite().all()) for v in values)
+
+
 def test_resuming_with_another_recipe_is_refused(cli, uninterrupted):
     result = cli("train", "--resume", uninterrupted / "last.pth", "--lr", 0.5)
     assert result.code == 1
