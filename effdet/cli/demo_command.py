@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from effdet.engine.weights import load_model
 
     out = Path(args.out)
-    with tqdm(total=_SCENES, desc="drawing scenes", leave=False) as bar:
+    with tqdm(total=_SCENES, desc="drawing scenes", leave=False, disable=None) as bar:
         generate_scenes(
-            out / "scenes", _SCENES, _SEED, split="val", progress=lambda done: bar.update()
+            out / "scenes", _SCENES, _SEED, split="val", progress=lambda done: bar.update(1)
         )
     scene = out / "scenes" / "images" / "val_000000.png"
     options = argparse.ArgumentParser()

@@ -23,6 +23,7 @@ _TEXT = """\
 Writes OUT/<name> with the boxes drawn and OUT/detections.json: the list of files and the
 detections in COCO's result format (bbox is x, y, width, height in pixels of the file, upright).
 A file that is no picture is reported, the others are still processed, and the exit code is 1.
+The table's time is from the picture to its boxes; that of the first includes one-time set-up.
 
 examples:
   effdet detect street.jpg                             the small bundled model

@@ -87,7 +87,9 @@ def measure(
     place = resolve_device(device)
     model = loaded.model.to(place)
     loader = eval_loader(dataset, model.config, batch_size, workers, place)
-    with tqdm(total=len(dataset), desc="evaluating", unit="image", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="evaluating", unit="image", leave=False, disable=None
+    ) as bar:
         result = evaluate(
             model,
             loader,

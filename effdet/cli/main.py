@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from effdet.version import __version__
+
 _COMMANDS = ("detect", "eval", "train", "scenes", "export", "demo", "models", "info")
 _DESCRIPTION = """\
 EfficientDet object detection: train it, measure it, run it.
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the code an error came from"
     )
+    parser.add_argument("--version", action="version", version=f"effdet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in _COMMANDS:
         module = importlib.import_module(f"effdet.cli.{name}_command")

@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with tqdm(total=args.count, desc="drawing", unit="scene", leave=False) as bar:
+    with tqdm(total=args.count, desc="drawing", unit="scene", leave=False, disable=None) as bar:
         path = generate_scenes(
             args.out,
             args.count,

@@ -42,7 +42,9 @@ def add_parser(commands: Any) -> None:
     def option(flag: str, text: str, **settings: Any) -> None:
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **settings)
 
-    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS)
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help="folder in COCO format"
+    )
     option("--out", "folder for checkpoints, log and plot", metavar="OUT")
     option("--model", "configuration (default: efficientdet_nano); see `effdet models`")
     option("--checkpoint", "weights to start from (default: random)", metavar="FILE")

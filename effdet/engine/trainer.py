@@ -297,7 +297,8 @@ class Trainer:
         return torch.autocast(self.device.type, dtype)
 
     def _bar(self, text: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=text, disable=self.quiet, leave=False, dynamic_ncols=True)
+        hidden = True if self.quiet else None  # None: hidden where stderr is no terminal
+        return tqdm(total=total, desc=text, disable=hidden, leave=False, dynamic_ncols=True)
 
     def _print(self, text: str) -> None:
         if not self.quiet:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from effdet.cli.main import _COMMANDS
+from effdet.version import __version__
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
@@ -11,6 +12,11 @@ def test_help_explains_and_shows_examples(cli, command):
     assert result.code == 0
     assert f"effdet {command}" in result.out
     assert "example" in result.out
+
+
+def test_version(cli):
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"effdet {__version__}\n")
 
 
 def test_help_lists_every_command(cli):
