@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effdet import create_model
 from effdet.anchors import Anchors, generate_detections
 from effdet.bench import (
     DetBenchPredict,
@@ -388,3 +389,26 @@ def test_scores_and_boxes_are_differentiable():
     p = torch.tensor(2.0).sigmoid()
     torch.testing.assert_close(model.cls_maps[0].grad[0, 1, 3, 5], p * (1 - p))
     assert model.box_maps[0].grad[0, :2, 3, 5].tolist() == [64, 64]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_bench_can_be_traced_and_exported():
+    model = Maps()
+    model.see(0, 3, 5, label=1, logit=2.0)
+    bench, x = DetBenchPredict(model).eval(), torch.zeros(1, 3, *SIZE)
+    with torch.no_grad():
+        expected = bench(x)
+        assert torch.equal(torch.jit.trace(bench, x, check_trace=False)(x), expected)
+        assert torch.equal(torch.export.export(bench, (x,)).module()(x), expected)
+
+
+def test_benches_follow_reset_head_of_a_real_model():
+    bench = create_model(
+        "efficientdet_nano", "train", pretrained_backbone=False, bench_labeler=True, num_classes=2
+    )
+    x = torch.zeros(1, 3, 128, 128)
+    bench.eval()(x, TARGET)
+    bench.model.reset_head(num_classes=5, aspect_ratios=[1.0, 2.0])
+    output = bench.eval()(x, {**TARGET, "cls": torch.tensor([[5.0, 4.0]])})
+    assert output["loss"].isfinite() and output["detections"].shape == (1, 100, 6)
+    assert (bench.num_classes, bench.anchors.get_anchors_per_location()) == (5, 6)
