@@ -95,7 +95,27 @@ class Op:
         self._register(schema)
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        return self._reference(args) if self._is_plain_torch(args) else self._overload(*args)
+
+    def _is_plain_torch(self, args: Sequence[Any]) -> bool:
+        """Whether this is an eager call with gradients that the reference serves.
+
+        Autograd then goes through the reference's own graph: no backward op, so nothing is computed twice.
+        """
+        if not self._differentiable or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        tensors = _tensors(args)
+        if not any(t.requires_grad for t in tensors):
+            return False
+        chosen = _dispatch.choose(self.name, self.impls, tensors[0].device.type)
+        return chosen is self.impls["reference"]
+
+    def _reference(self, args: Sequence[Any]) -> Any:
+        device = _tensors(args)[0].device.type
+        if torch.is_autocast_enabled(device):
+            args = self._cast(args, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return self._conformed(self.impls["reference"], args)
 
     # Registration --------------------------------------------------------------------------------
 
@@ -128,14 +148,16 @@ class Op:
     # Kernels of the dispatcher -------------------------------------------------------------------
 
     def _forward(self, *args: Any) -> Any:
-        tensors = _tensors(args)
-        implementation = _dispatch.choose(self.name, self.impls, tensors[0].device.type)
+        device = _tensors(args)[0].device.type
+        return self._conformed(_dispatch.choose(self.name, self.impls, device), args)
+
+    def _conformed(self, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """What ``implementation`` returns, in the layouts of ``out_spec`` and apart from the inputs."""
         outputs = implementation(*args)
         flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        specs = self._out_spec(*args)
-        return self._pack(
-            [spec.conform(out, tensors) for spec, out in zip(specs, flat, strict=True)]
-        )
+        pairs = zip(self._out_spec(*args), flat, strict=True)
+        tensors = _tensors(args)
+        return self._pack([spec.conform(out, tensors) for spec, out in pairs])
 
     def _fake(self, *args: Any) -> Any:
         return self._pack([spec.empty() for spec in self._out_spec(*args)])
@@ -149,17 +171,20 @@ class Op:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
         def kernel(*args: Any) -> Any:
-            low = torch.get_autocast_dtype(device)
-            cast = [
-                _cast(value, torch.float32 if self._autocast == "float32" else low)
-                if self._autocast == "float32" or name in self._autocast
-                else value
-                for name, value in zip(self._arguments, args, strict=True)
-            ]
+            cast = self._cast(args, torch.get_autocast_dtype(device))
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return self._overload(*cast)
 
         return kernel
+
+    def _cast(self, args: Sequence[Any], low: torch.dtype) -> list[Any]:
+        """The arguments as the op's autocast rule wants them, ``low`` being the autocast dtype."""
+        if self._autocast == "float32":
+            return [_cast(value, torch.float32) for value in args]
+        return [
+            _cast(value, low) if name in self._autocast else value
+            for name, value in zip(self._arguments, args, strict=True)
+        ]
 
     # Autograd ------------------------------------------------------------------------------------
 
@@ -215,9 +240,11 @@ class Op:
         *args, needs = rest
         variables = _tensors([args[i] for i in self._differentiable])
         needed = [t for t, need in zip(variables, needs, strict=True) if need]
-        gradients = reference_backward(
-            self.impls["reference"], grads, args, self._differentiable, needs
-        )
+        # A backward may be called inside an autocast region; the forward's casts are in the graph already.
+        with torch.autocast(variables[0].device.type, enabled=False):
+            gradients = reference_backward(
+                self.impls["reference"], grads, args, self._differentiable, needs
+            )
         return [
             _like_spec(t).conform(g, _tensors([grads, *args]))
             for t, g in zip(needed, gradients, strict=True)

@@ -47,11 +47,18 @@ def check_forward(
 
 
 def check_gradient(
-    spec: OpSpec, case: Case, backend: str, device: str = "cpu", fast: bool = True
+    spec: OpSpec,
+    case: Case,
+    backend: str,
+    device: str = "cpu",
+    fast: bool = True,
+    registered: bool = True,
 ) -> bool:
     """torch.autograd.gradcheck of one case in float64.
 
     ``fast`` compares random projections of the Jacobian, not every entry: minutes become seconds.
+    ``registered``: through the registered op and its backward op, also where the public function
+    would run the reference under autograd.
     """
     inputs = case.inputs(torch.float64, device)
     names = [n for n in spec.diff_args if _has_tensor(inputs[n])]
@@ -63,10 +70,18 @@ def check_gradient(
         changed: Inputs = dict(inputs)
         for name, count in layout:
             changed[name] = rest.pop(0) if count is None else [rest.pop(0) for _ in range(count)]
-        with _dispatch.use_backend(backend):
+        route = through_registration(operator(spec)) if registered else contextlib.nullcontext()
+        with _dispatch.use_backend(backend), route:
             return tuple(out for out in flatten(spec.op(**changed)) if out.requires_grad)
 
     return torch.autograd.gradcheck(call, leaves, nondet_tol=0.0, fast_mode=fast)
+
+
+@contextlib.contextmanager
+def through_registration(op: _library.Op) -> Iterator[None]:
+    """Inside, calls of ``op`` go to the dispatcher even where the reference could serve them directly."""
+    with unittest.mock.patch.object(op, "_is_plain_torch", lambda args: False):
+        yield
 
 
 def contiguous(tensor: Tensor) -> Tensor:

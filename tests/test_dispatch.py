@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effdet_kernels as ek
-from effdet_kernels import BackendError, _dispatch, _library, use_backend
+from effdet_kernels import BackendError, _dispatch, _library, testing, use_backend
 
 BOXES, SCORES = torch.rand(1, 5, 4), torch.rand(1, 5)
 
@@ -83,7 +83,27 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch):
 
     monkeypatch.setattr(op, "_backward_overload", record)
     x = torch.rand(2, 3, 4, 4, requires_grad=True)
-    with use_backend("reference"):
+    with use_backend("reference"), testing.through_registration(op):
         y, _, _ = ek.batch_norm_act(x, torch.ones(3), torch.ones(3), eps=1e-3)
     y.sum().backward()
     assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_backward_and_the_references_graph_agree(dtype):
+    """Eager calls without a better kernel skip the registered op; the gradients are the same bits."""
+    op = _library.OPS["pointwise_conv"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 4, 4, generator=generator).requires_grad_()
+    weight = torch.rand(5, 3, 1, 1, generator=generator).requires_grad_()
+
+    def gradients():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = ek.pointwise_conv(x, weight, act="swish")
+            assert y.dtype == dtype
+            return torch.autograd.grad(y.sum(), (x, weight))
+
+    direct = gradients()
+    with testing.through_registration(op):
+        registered = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(registered, direct, strict=True))

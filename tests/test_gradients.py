@@ -25,6 +25,12 @@ def test_gradcheck(spec, case, fast):
             assert testing.check_gradient(spec, case, backend, fast=fast)
 
 
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_gradcheck_of_the_reference_under_autograd(spec, case):
+    """What the public function does in eager mode where no kernel is better than the reference."""
+    assert testing.check_gradient(spec, case, "reference", registered=False)
+
+
 def test_ops_with_gradients_are_the_expected_ones():
     assert {spec.name for spec in iter_specs() if spec.diff_args} == {
         "batch_norm_act",
