@@ -22,9 +22,9 @@ CLASS_NAMES = ("circle", "square", "triangle", "star", "cross")
 """Names of the classes; category ids in the annotation file are 1, 2, … in this order."""
 
 _SUPERSAMPLE = 4
-_MIN_SIZE_FRACTION = 16 / 256
-_MAX_SIZE_FRACTION = 120 / 256
-_MIN_VISIBLE = 0.55  # of an object, whatever is placed above it
+_MIN_SIZE_FRACTION = 32 / 256
+_MAX_SIZE_FRACTION = 128 / 256
+_MIN_VISIBLE = 0.7  # of an object, whatever is placed above it
 _MIN_CONTRAST = 70.0  # distance in RGB between an object and the background below it
 _PLACEMENT_TRIES = 20
 _SMALLEST_IMAGE = 64
