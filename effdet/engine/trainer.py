@@ -64,6 +64,8 @@ class Trainer:
         self.config = config
         self.quiet = quiet
         self.device = resolve_device(config.device)
+        if config.amp == "fp16" and self.device.type == "cpu":
+            raise ValueError("amp: got 'fp16' on the CPU, takes 'bf16' or 'off' there")
         self.out = Path(config.out)
         train_set = coco_folder(config.data, config.train_split)
         self.class_names = list(train_set.parser.cat_names)
@@ -103,9 +105,7 @@ class Trainer:
         self.schedule = WarmupCosine(
             config.lr, round(config.warmup_epochs * steps), config.epochs * steps
         )
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.amp == "fp16" and self.device.type == "cuda"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = 0
         self.step_in_epoch = 0
         self.best_ap = -1.0

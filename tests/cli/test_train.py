@@ -172,6 +172,7 @@ def test_resuming_from_plain_weights_is_refused(cli, weights):
         (["--lr", -1], "lr: got -1.0"),
         (["--scale-min", 3], "scale_max: got 2.0"),
         (["--size", 16], "size: got 16"),
+        (["--amp", "fp16", "--device", "cpu"], "amp: got 'fp16' on the CPU"),
         (["--device", "cuda:99"], "device: got 'cuda:99'"),
     ],
 )
