@@ -21,7 +21,7 @@ class TrainConfig:
         epochs, batch_size: length of the run.
         size: side of the square input in training, in pixels; 0 takes the model's own.
         eval_size: side of the input in evaluation, which the checkpoint names as its size; 0 takes
-            ``size``. Training on smaller crops is faster, and no worse (arXiv:1906.06423).
+            ``size``. Training on smaller crops is faster; objects larger than them suffer.
         optimizer: "sgd" or "adamw".
         lr: peak learning rate; 0 takes `default_learning_rate` for the batch size.
         momentum, weight_decay: of the optimizer; the decay spares biases, BN and fusion weights.
