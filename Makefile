@@ -22,7 +22,7 @@ parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, r
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 types: $(INSTALLED)
 	$(BIN)/mypy
