@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="smallest cases, one round: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="smallest cases, one round: does it run?"
+    )
     parser.add_argument("--out", type=Path, help="append the rows to this JSON-lines file")
 
 
@@ -51,7 +53,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dtype = DTYPES[args.dtype]
     found = [(s, c) for s in iter_specs() for c in _cases(s, args) if dtype in s.dtypes]
     if not found:
-        raise ValueError(f"no benchmark case for --op {args.op} --case {args.case} --dtype {args.dtype}")
+        raise ValueError(
+            f"no benchmark case for --op {args.op} --case {args.case} --dtype {args.dtype}"
+        )
     for spec, case in found:
         yield from _measure_case(spec, case, dtype, bandwidth, described, args)
 
@@ -106,7 +110,9 @@ def _measure_case(spec, case, dtype, bandwidth, described, args) -> Iterator[dic
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'op':<18}{'case':<16}{'backend':<11}{'median':>12}{'min':>12}{'×ref':>9}{'% copy':>8}{'err/bound':>11}")
+    print(
+        f"{'op':<18}{'case':<16}{'backend':<11}{'median':>12}{'min':>12}{'×ref':>9}{'% copy':>8}{'err/bound':>11}"
+    )
     for row in rows:
         share = row["of_copy_bandwidth"]
         print(

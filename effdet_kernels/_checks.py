@@ -35,7 +35,8 @@ def tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: got {describe(value)}, takes {_describe_shape(shape)}")
     fits = value.dim() == len(shape) and all(
-        not isinstance(want, int) or got == want for got, want in zip(value.shape, shape)
+        not isinstance(want, int) or got == want
+        for got, want in zip(value.shape, shape, strict=True)
     )
     if not fits:
         raise ValueError(f"{op}: {name}: got {describe(value)}, takes {_describe_shape(shape)}")
@@ -58,7 +59,7 @@ def number(
     op: str, name: str, value: Any, *, least: float | None = None, above: float | None = None
 ) -> None:
     """Checks that ``value`` is a number, at least ``least`` or above ``above``; NaN is refused."""
-    if isinstance(value, Tensor) or isinstance(value, (str, bool)):
+    if isinstance(value, (Tensor, str, bool)):
         raise TypeError(f"{op}: {name}: got {describe(value)}, takes a number")
     if least is not None and not value >= least:
         raise ValueError(f"{op}: {name}: got {value!r}, takes a number of at least {least}")

@@ -320,7 +320,7 @@ def reference_backward(
     ]
     if not pairs:
         return [torch.zeros_like(t) for t in leaves]
-    outs, weights = zip(*pairs, strict=True)
+    outs = [out for out, _ in pairs]
     found = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 

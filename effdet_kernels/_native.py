@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # before _C: the loader then resolves libgomp to torch's copy, so that there is one thread pool
 
 try:
-    from effdet_kernels import _C
+    from effdet_kernels import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     REASON: str | None = (

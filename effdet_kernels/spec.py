@@ -40,12 +40,12 @@ class Case:
         """The case's arguments, floating tensors rounded to ``dtype`` (those named in ``keep``: at least float32)."""
         drawn = self.make(torch.Generator().manual_seed(self.seed))
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        return {
-            name: map_tensors(
-                value, lambda t, to=wide if name in keep else dtype: _to(t, to, device)
-            )
-            for name, value in drawn.items()
-        }
+
+        def rounded(name: str) -> Callable[[Tensor], Tensor]:
+            target = wide if name in keep else dtype
+            return lambda t: t.to(device, target) if t.is_floating_point() else t.to(device)
+
+        return {name: map_tensors(value, rounded(name)) for name, value in drawn.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,6 @@ def iter_specs() -> Iterator[OpSpec]:
     for module in sorted(pkgutil.iter_modules(ops.__path__), key=lambda m: m.name):
         if module.ispkg:
             yield importlib.import_module(f"effdet_kernels.ops.{module.name}.spec").SPEC
-
-
-def _to(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ LAYOUTS = {"contiguous": contiguous, "channels_last": channels_last, "sliced": s
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Inside, kernels' output buffers are full of NaN (integers: the lowest) between two zones that must stay as they are.
+    """Inside, kernels' outputs start as NaN (integers: the lowest), between two zones that must stay as they are.
 
     Raises:
         AssertionError: at the end, when a kernel wrote outside of its output.

@@ -43,7 +43,17 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 def test_command_line_writes_rows(tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "bench", "kernels", "--smoke", "--op", "soft_nms", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "kernels",
+        "--smoke",
+        "--op",
+        "soft_nms",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     row = json.loads(out.read_text().splitlines()[0])

@@ -38,7 +38,7 @@ def test_environment_variable(monkeypatch):
     with use_backend("cpu"):
         assert _dispatch.requested() == "cpu"
     monkeypatch.setenv("EFFDET_KERNELS_BACKEND", "refrence")
-    with pytest.raises(BackendError, match="refrence.*takes one of reference, cpu, triton, cuda"):
+    with pytest.raises(BackendError, match=r"refrence.*takes one of reference, cpu, triton, cuda"):
         ek.soft_nms(BOXES, SCORES)
 
 

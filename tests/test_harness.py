@@ -14,7 +14,10 @@ SPEC = TensorSpec((2, 3), torch.float32, torch.device("cpu"))
 
 def test_guards_see_a_write_before_and_after_the_output():
     for position in (-1, 6):
-        with pytest.raises(AssertionError, match="outside of its output"), testing.guarded_outputs():
+        with (
+            pytest.raises(AssertionError, match="outside of its output"),
+            testing.guarded_outputs(),
+        ):
             out = SPEC.empty()
             out.as_strided((1,), (1,), out.storage_offset() + position).fill_(1.0)
 
@@ -41,7 +44,9 @@ def test_bound_tells_float32_from_bfloat16_accumulation():
         name="sum",
         op=lambda x: x.sum(0),
         reference=lambda x: x.sum(0),
-        cases=(Case("long", lambda g: {"x": torch.rand(1024, 8, generator=g, dtype=torch.float64)}),),
+        cases=(
+            Case("long", lambda g: {"x": torch.rand(1024, 8, generator=g, dtype=torch.float64)}),
+        ),
         mutants={},
         magnitude=lambda x: [x.abs().sum(0)],
         reduction=lambda x: len(x),

@@ -55,7 +55,11 @@ SOFT_NMS = {"boxes": torch.rand(2, 5, 4), "scores": torch.rand(2, 5)}
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"boxes": torch.rand(2, 5, 5)}, ValueError, r"boxes: got float32\[2, 5, 5\].*takes a tensor \[B, N, 4\]"),
+        (
+            {"boxes": torch.rand(2, 5, 5)},
+            ValueError,
+            r"boxes: got float32\[2, 5, 5\].*takes a tensor \[B, N, 4\]",
+        ),
         ({"scores": torch.rand(2, 6)}, ValueError, "scores: got"),
         ({"boxes": torch.ones(2, 5, 4, dtype=torch.int32)}, TypeError, "boxes: got int32"),
         ({"classes": torch.rand(2, 5)}, TypeError, "classes: got float32"),

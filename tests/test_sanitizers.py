@@ -19,7 +19,14 @@ def test_fuzz(op, tmp_path):
     program = tmp_path / op
     sources = [ROOT / "tests" / "native" / f"{op}_fuzz.cpp", ROOT / "csrc" / op / "cpu.cpp"]
     flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined"]
-    command = [COMPILER, *flags, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", "-o", str(program)]
+    command = [
+        COMPILER,
+        *flags,
+        "-fno-sanitize-recover=all",
+        f"-I{ROOT / 'csrc'}",
+        "-o",
+        str(program),
+    ]
     subprocess.run([*command, *map(str, sources)], check=True)
     # libgomp keeps its threads' memory to the end of the process: not a leak of ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}

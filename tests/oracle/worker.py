@@ -19,8 +19,8 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(2)
     sys.path.insert(0, str(HERE))
-    import torchvision_stub  # noqa: F401  before effdet
     import tasks
+    import torchvision_stub  # noqa: F401  before effdet
 
     for module in pkgutil.iter_modules(tasks.__path__):
         importlib.import_module(f"tasks.{module.name}")
