@@ -91,8 +91,9 @@ class EfficientDet(nn.Module):
     ) -> None:
         """Replace the heads that a new number of classes or of anchors changes, and the config.
 
-        A new head is freshly initialised: the class head whenever `num_classes` is given, both
-        when the anchors change. An enclosing bench keeps its own copy of these numbers.
+        A new head is freshly initialised, on the device and in the dtype of the old one: the class
+        head whenever `num_classes` is given, both when the anchors change. An enclosing bench keeps
+        its own copy of these numbers.
         """
         config = copy_config(self.config)
         changes = {
@@ -106,12 +107,14 @@ class EfficientDet(nn.Module):
         self.config.update({key: config[key] for key in changes})
         set_config_readonly(self.config)
         anchors_changed = aspect_ratios is not None or num_scales is not None
-        device = next(self.box_net.parameters()).device
+        like = next(self.box_net.parameters())
         if num_classes is not None or anchors_changed:
-            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(device)
+            self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes).to(like)
+            self.class_net.train(self.training)
             self._init_child("class_net", alternate_init)
         if anchors_changed:
-            self.box_net = HeadNet(self.config, num_outputs=4).to(device)
+            self.box_net = HeadNet(self.config, num_outputs=4).to(like)
+            self.box_net.train(self.training)
             self._init_child("box_net", alternate_init)
 
     def toggle_head_bn_level_first(self) -> None:

@@ -18,6 +18,9 @@ class HeadNet(nn.Module):
     `num_outputs` values per anchor: the number of classes, or 4. The output has
     `num_outputs * len(aspect_ratios) * num_scales` channels, anchor-major.
 
+    All levels go through one op, so the modules inside are not called one by one: hooks on them do
+    not fire, those on the head do.
+
     `norm_kwargs` replaces `config.norm_kwargs` when given, for code written for old versions.
     """
 

@@ -103,6 +103,16 @@ def test_reset_head() -> None:
     assert model.config.num_classes == 5
 
 
+def test_a_new_head_is_like_the_old_one_and_touches_no_other_mode() -> None:
+    model = nano().double().eval()
+    model.backbone.train()
+    model.reset_head(num_classes=5, num_scales=1)
+    assert model.backbone.training
+    for head in (model.class_net, model.box_net):
+        assert not any(module.training for module in head.modules())
+        assert {p.dtype for p in head.parameters()} == {torch.float64}
+
+
 def test_a_new_class_head_predicts_the_prior() -> None:
     model = nano(num_classes=4)
     bias = model.class_net.predict.conv_pw.bias
