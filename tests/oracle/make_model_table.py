@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torchvision_stub  # noqa: F401  declares the operators that a CPU torchvision lacks
+
 from effdet import EfficientDet, get_efficientdet_config
 from effdet.anchors import get_feat_sizes
 from effdet.config.model_config import efficientdet_model_param_dict

@@ -17,35 +17,41 @@ OUTPUT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
 
 
-def realistic_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """A state dict with batch norm statistics and affine values as after training."""
+def give_realistic_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Parameters and batch norm statistics as after some training; returns the state dict.
+
+    The statistics lie half way to those of random images, and are disturbed: where they do not fit
+    the weights at all, the signal grows over the depth until any two roundings of it diverge.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(like: Tensor, low: float, high: float) -> Tensor:
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(like.shape, generator=generator) * (high - low) + low
 
-    state = {}
-    for key, value in model.state_dict().items():
-        if key.endswith("running_var"):
-            value = draw(value, 0.5, 2.0)
-        elif key.endswith("running_mean"):
-            value = draw(value, -0.5, 0.5)
-        elif key.endswith("edge_weights"):
-            value = draw(value, -0.2, 1.5)
-        elif value.ndim == 1 and key.endswith("weight"):
-            value = draw(value, 0.6, 1.4)
-        elif value.ndim == 1 and key.endswith("bias"):
-            value = value + draw(value, -0.3, 0.3)
-        state[key] = value.clone()
-    return state
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if key.endswith("edge_weights"):
+                value.copy_(uniform(value, -0.2, 1.5))
+            elif value.ndim == 1 and key.endswith("weight"):
+                value.copy_(uniform(value, 0.6, 1.4))
+            elif value.ndim == 1 and key.endswith("bias"):
+                value.copy_(uniform(value, -0.1, 0.1))
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.5
+        model.train()(images((128, 128), batch=2, seed=seed))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.running_mean += norm.running_var.sqrt() * uniform(norm.running_mean, -0.2, 0.2)
+            norm.running_var *= uniform(norm.running_var, 0.7, 1.4)
+    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def build(name: str, options: dict[str, Any], seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(seed)
     model = create_model(name, pretrained_backbone=False, **options)
-    state = realistic_state(model, seed)
-    model.load_state_dict(state)
-    return model, state
+    return model, give_realistic_state(model, seed)
 
 
 def images(size: tuple[int, int], batch: int, seed: int = 3) -> Tensor:
@@ -67,20 +73,20 @@ def assert_close_in_deviations(ours: list[Tensor], theirs: list[Tensor]) -> None
         ("tf_efficientdet_d0", (200, 312)),
         ("efficientdet_d0", (256, 256)),
         ("efficientdet_lite0", (256, 192)),
-        ("tf_efficientdet_lite0", (256, 256)),
-        ("tf_efficientdet_d7x", (256, 256)),
-        ("efficientdet_q1", (256, 256)),
+        ("tf_efficientdet_lite0", (128, 128)),
+        ("tf_efficientdet_d7x", (128, 128)),
+        ("efficientdet_q1", (128, 128)),
         ("efficientdet_q1", (216, 136)),
-        ("efficientdetv2_dt", (256, 256)),
+        ("efficientdetv2_dt", (128, 128)),
         ("efficientdetv2_ds", (128, 128)),
-        ("efficientdet_w0", (256, 256)),
-        ("efficientdet_es", (256, 256)),
+        ("efficientdet_w0", (128, 128)),
+        ("efficientdet_es", (128, 128)),
         ("efficientdet_em", (128, 128)),
-        ("mixdet_m", (256, 256)),
+        ("mixdet_m", (128, 128)),
         ("mixdet_l", (128, 128)),
-        ("mobiledetv2_110d", (256, 256)),
+        ("mobiledetv2_110d", (128, 128)),
         ("mobiledetv2_120d", (128, 128)),
-        ("mobiledetv3_large", (256, 256)),
+        ("mobiledetv3_large", (128, 128)),
     ],
 )
 def test_outputs_are_equal(oracle: Any, name: str, size: tuple[int, int]) -> None:
@@ -101,8 +107,7 @@ def test_outputs_of_other_pyramids_are_equal(oracle: Any, fpn_name: str) -> None
     config.image_size = (128, 128)
     torch.manual_seed(5)
     model = create_model_from_config(config, pretrained_backbone=False)
-    state = realistic_state(model, 5)
-    model.load_state_dict(state)
+    state = give_realistic_state(model, 5)
     x = images((128, 128), batch=2)
     with torch.no_grad():
         cls, box = model.eval()(x)
@@ -114,7 +119,7 @@ def test_outputs_of_other_pyramids_are_equal(oracle: Any, fpn_name: str) -> None
 @pytest.mark.parametrize("name", ["tf_efficientdet_d0", "efficientdet_d0", "efficientdet_es"])
 def test_a_training_step_is_equal(oracle: Any, name: str) -> None:
     """In float64, where the gradients of 250 layers can be told from rounding."""
-    size, seed = (128, 128), 23
+    size, seed = (64, 64), 23
     options = {"image_size": size}
     model, state = build(name, options, seed=7)
     model = model.double().train()
@@ -130,7 +135,7 @@ def test_a_training_step_is_equal(oracle: Any, name: str) -> None:
     sum((y * w).sum() for y, w in maps).backward()
     theirs = oracle.call(
         "model_training_step",
-        **dict(name=name, options=options, state=state, x=x, weights=weights, seed=seed),
+        name=name, options=options, state=state, x=x, weights=weights, seed=seed,
     )
     assert_close_in_deviations([y.detach() for y in cls], theirs["cls"])
     gradients = dict(model.named_parameters())
@@ -165,38 +170,36 @@ def test_initial_parameters_have_the_same_distribution(
 
 @pytest.mark.parametrize("pad_type", ["", "same"])
 @pytest.mark.parametrize("downsample", ["max", "avg", "bilinear", "nearest"])
-@pytest.mark.parametrize("sizes", [((13, 16), (7, 8)), ((12, 9), (6, 5)), ((13, 16), (5, 4))])
+@pytest.mark.parametrize("sizes", [((13, 16), (7, 8)), ((12, 9), (6, 5)), ((11, 11), (4, 4))])
 def test_downsampling_is_equal(oracle: Any, sizes: Any, downsample: str, pad_type: str) -> None:
-    arguments = dict(
-        in_channels=4,
-        out_channels=4,
-        input_size=sizes[0],
-        output_size=sizes[1],
-        pad_type=pad_type,
-        downsample=downsample,
-    )
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "input_size": sizes[0],
+        "output_size": sizes[1],
+        "pad_type": pad_type,
+        "downsample": downsample,
+    }
     x = torch.randn(2, 4, *sizes[0], generator=torch.Generator().manual_seed(0))
     theirs = oracle.call("resample", arguments=arguments, x=x)["y"]
     ours = ResampleFeatureMap(**arguments)(x)
-    if theirs.shape[2:] != sizes[1]:
-        pytest.skip("the oracle's own pooling misses the asked size here")
     assert_close_in_deviations([ours], [theirs])
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("method", ["fastattn", "attn", "sum"])
 def test_combining_is_equal(oracle: Any, method: str, upsample: str) -> None:
-    info = [dict(num_chs=4, size=s) for s in ((7, 10), (4, 5), (13, 19))]
-    arguments = dict(
-        feature_info=info,
-        fpn_channels=4,
-        inputs_offsets=(0, 1, 2),
-        output_size=(7, 10),
-        pad_type="same",
-        downsample="max",
-        upsample=upsample,
-        weight_method=method,
-    )
+    info = [{"num_chs": 4, "size": s} for s in ((7, 10), (4, 5), (13, 19))]
+    arguments = {
+        "feature_info": info,
+        "fpn_channels": 4,
+        "inputs_offsets": (0, 1, 2),
+        "output_size": (7, 10),
+        "pad_type": "same",
+        "downsample": "max",
+        "upsample": upsample,
+        "weight_method": method,
+    }
     generator = torch.Generator().manual_seed(2)
     x = [torch.randn(2, 4, *i["size"], generator=generator) for i in info]
     weights = None if method == "sum" else torch.tensor([0.7, -0.1, 1.2])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from effdet import EfficientDet, create_model, get_efficientdet_config
 from effdet.efficientdet import FpnCombine, ResampleFeatureMap
-from torch import Tensor
 
 from . import task
 
@@ -46,7 +47,7 @@ def model_training_step(
     model = _build(name, options, state).to(x.dtype).train()
     torch.manual_seed(seed)
     cls, box = model(x)
-    maps = [(y, w) for kind, ys in (("cls", cls), ("box", box)) for y, w in zip(ys, weights[kind])]
+    maps = zip([*cls, *box], [*weights["cls"], *weights["box"]], strict=True)
     sum((y * w).sum() for y, w in maps).backward()
     return {
         "gradients": {n: p.grad for n, p in model.named_parameters()},
