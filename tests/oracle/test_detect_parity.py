@@ -390,11 +390,11 @@ def test_soft_nms(oracle, by_class, gaussian):
     torch.testing.assert_close(score, theirs["score"], rtol=1e-6, atol=1e-7)
 
 
-def make_realistic(model: nn.Module, size: tuple[int, int]) -> None:
+def make_realistic(model: nn.Module) -> None:
     """Batch norm statistics of noise images; logits and codes spread as after training."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    x = torch.randn(2, 3, *size)
+    x = torch.randn(2, 3, 256, 256)
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 1.0
@@ -414,7 +414,7 @@ def test_d0_from_image_to_rows_and_losses(oracle, size):
     bench = create_model(
         "tf_efficientdet_d0", "predict", image_size=size, pretrained_backbone=False
     )
-    make_realistic(bench.model, size)
+    make_realistic(bench.model)
     state_dict = {name: value.clone() for name, value in bench.model.state_dict().items()}
     x = torch.randn(1, 3, *size, dtype=torch.float64)
     boxes, classes = ground_truth("random")
