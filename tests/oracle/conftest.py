@@ -22,6 +22,8 @@ class Oracle:
         self._folder = folder
         self._calls = 0
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        # Its threads must not spin while this process works: on few cores that slows both manifold.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self._process = subprocess.Popen(
             [str(python.absolute()), str(HERE / "worker.py")],
             stdin=subprocess.PIPE,
@@ -56,7 +58,9 @@ class Oracle:
 def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
     python = request.config.getoption("--oracle")
     if python is None:
-        pytest.skip("needs PyPI effdet 0.4.1: pass --oracle PYTHON (make oracle builds its environment)")
+        pytest.skip(
+            "needs PyPI effdet 0.4.1: pass --oracle PYTHON (make oracle builds its environment)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         worker = Oracle(python, Path(folder))
         yield worker
