@@ -94,7 +94,7 @@ class FpnCombine(nn.Module):
         self, x: list[Tensor], output_size: Size | None = None, act: str = "none"
     ) -> Tensor:
         """The running list of maps -> act(fused) [B, fpn_channels, *output_size]."""
-        rules = list(self.resample.values())
+        rules: list[Any] = list(self.resample.values())
         maps = [
             rule.project(x[offset]) for rule, offset in zip(rules, self.inputs_offsets, strict=True)
         ]

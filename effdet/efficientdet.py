@@ -137,7 +137,7 @@ class EfficientDet(nn.Module):
 
 def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:
     """One dict per map that `backbone` returns: `num_chs` and `reduction` (its stride)."""
-    info = backbone.feature_info
+    info: Any = backbone.feature_info
     if callable(getattr(info, "get_dicts", None)):
         return info.get_dicts(keys=["num_chs", "reduction"])
     return [{"num_chs": i["num_chs"], "reduction": i["reduction"]} for i in info]

@@ -17,6 +17,7 @@ them do not fire; hooks on the blocks that contain them do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,10 @@ from effdet_kernels import (
     separable_conv,
 )
 
-Padding = tuple[int, int, int, int]
+Padding = tuple[int, ...]  # (left, right, top, bottom)
+# A norm module or None. What its attributes are is checked by `is_batch_norm`, which types cannot
+# follow: torch declares every attribute of a module as Tensor or Module.
+Norm = Any
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
@@ -74,22 +78,22 @@ def op_activation(act: nn.Module | None) -> tuple[str, nn.Module | None]:
     return name, None
 
 
-def is_batch_norm(norm: nn.Module) -> bool:
+def is_batch_norm(norm: Norm) -> bool:
     """Whether `norm` computes exactly what `nn.BatchNorm2d` computes."""
     return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
 
 
-def is_folded(norm: nn.Module | None) -> bool:
+def is_folded(norm: Norm) -> bool:
     """Whether `norm` is an affine map with constants: nothing, or batch norm in eval mode."""
     if norm is None:
         return True
     return is_batch_norm(norm) and not norm.training and norm.running_mean is not None
 
 
-def fold(norm: nn.Module | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def fold(norm: Norm, bias: Tensor | None) -> tuple[Any, Any]:
     """`norm(y + bias)` as `y * scale + shift`, both [C] in fp32 (fp64 for an fp64 model).
 
-    `None` stands for a scale of one or a shift of zero.
+    Two tensors, but `None` stands for a scale of one or a shift of zero.
     """
     if norm is None:
         return None, None if bias is None else _stable(bias)
@@ -109,7 +113,7 @@ def _stable(vector: Tensor) -> Tensor:
     return vector if vector.dtype == torch.float64 else vector.float()
 
 
-def norm_act(y: Tensor, norm: nn.Module, act: nn.Module | None) -> Tensor:
+def norm_act(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
     """`act(norm(y))` for a norm that is not folded; updates running statistics.
 
     Raises:
@@ -134,7 +138,7 @@ def norm_act(y: Tensor, norm: nn.Module, act: nn.Module | None) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
+def _update_running_stats(norm: Norm, mean: Tensor, unbiased_var: Tensor) -> None:
     norm.num_batches_tracked.add_(1)
     if norm.momentum is None:
         momentum = 1.0 / norm.num_batches_tracked.float()
@@ -147,15 +151,14 @@ def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tens
 def dense(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: nn.Module | None,
+    norm: Norm,
     act: nn.Module | None,
     padding: Padding | None = None,
 ) -> Tensor:
     """An ordinary convolution by torch; `padding` (left, right, top, bottom) goes before it."""
+    own: Any = conv.padding
     if padding is not None:
         x, own = F.pad(x, padding), 0
-    else:
-        own = conv.padding
     weight, bias = conv.weight, conv.bias
     if is_folded(norm) and norm is not None:
         scale, bias = fold(norm, bias)
@@ -170,7 +173,7 @@ def dense(
 def pointwise(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: nn.Module | None,
+    norm: Norm,
     act: nn.Module | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -194,7 +197,7 @@ def pointwise(
 def depthwise(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: nn.Module,
+    norm: Norm,
     act: nn.Module | None,
     padding: Padding,
     squeeze: bool,
@@ -203,7 +206,7 @@ def depthwise(
     stride = conv.stride[0]
     if not is_folded(norm):
         shift = None if conv.bias is None else _stable(conv.bias)
-        y = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
+        y: Any = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
         y = norm_act(y, norm, act)
         return y, spatial_sums(y) if squeeze else None
     name, after = op_activation(act)
@@ -225,9 +228,9 @@ def depthwise(
 def expand(
     x: Tensor,
     conv_pw: nn.Conv2d,
-    norm_pw: nn.Module,
+    norm_pw: Norm,
     conv_dw: nn.Conv2d,
-    norm_dw: nn.Module,
+    norm_dw: Norm,
     act: nn.Module | None,
     padding: Padding,
     squeeze: bool,
@@ -238,9 +241,9 @@ def expand(
     """
     name, after = op_activation(act)
     if after is not None or not (is_folded(norm_pw) and is_folded(norm_dw)):
-        y = pointwise(x, conv_pw, norm_pw, act)
-        return depthwise(y, conv_dw, norm_dw, act, padding, squeeze)
-    y = expand_depthwise(
+        wide = pointwise(x, conv_pw, norm_pw, act)
+        return depthwise(wide, conv_dw, norm_dw, act, padding, squeeze)
+    y: Any = expand_depthwise(
         *(x, conv_pw.weight, *fold(norm_pw, conv_pw.bias)),
         *(conv_dw.weight, *fold(norm_dw, conv_dw.bias)),
         stride=conv_dw.stride[0],
@@ -259,7 +262,7 @@ def separable(
     x: Sequence[Tensor],
     conv_dw: nn.Conv2d,
     conv_pw: nn.Conv2d,
-    norms: Sequence[nn.Module | None],
+    norms: Sequence[Norm],
     act: nn.Module | None,
     pre_act: nn.Module | None = None,
 ) -> list[Tensor]:
@@ -273,9 +276,9 @@ def separable(
     weights = [conv_dw.weight], [conv_pw.weight]
     name, after = op_activation(act)
     if all(is_folded(norm) for norm in norms):
-        scale, shift = zip(*(fold(norm, conv_pw.bias) for norm in norms), strict=True)
+        scales, shifts = zip(*(fold(norm, conv_pw.bias) for norm in norms), strict=True)
         y = separable_conv(
-            list(x), *weights, _vectors(scale), _vectors(shift), pre_act=before, act=name
+            list(x), *weights, _vectors(scales), _vectors(shifts), pre_act=before, act=name
         )
         return y if after is None else [after(level) for level in y]
     shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(x)
@@ -287,7 +290,7 @@ def _vectors(vectors: Sequence[Tensor | None]) -> list[Tensor]:
     return [v for v in vectors if v is not None]
 
 
-def _finish(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor:
+def _finish(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
     if norm is not None:
         return norm_act(y, norm, act)
     return y if act is None else act(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ class HeadNet(nn.Module):
         self.num_levels = config.num_levels
         self.bn_level_first = config.head_bn_level_first
         norm_kwargs = norm_kwargs or config.norm_kwargs or {}
-        norm_layer = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
+        norm_layer: Any = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
         conv_class = SeparableConv2d if config.separable_conv else ConvBnAct2d
         channels, repeats = config.fpn_channels, config.box_class_repeats
 
@@ -61,9 +62,10 @@ class HeadNet(nn.Module):
 
     def norms(self, repeat: int) -> list[nn.Module]:
         """The norms of one repeat, one per level."""
+        rows: Any = self.bn_rep
         if self.bn_level_first:
-            return [self.bn_rep[level][repeat] for level in range(self.num_levels)]
-        return [self.bn_rep[repeat][level].bn for level in range(self.num_levels)]
+            return [rows[level][repeat] for level in range(self.num_levels)]
+        return [rows[repeat][level].bn for level in range(self.num_levels)]
 
     def toggle_bn_level_first(self) -> None:
         """Swap the two key layouts, `bn_rep.<repeat>.<level>.bn.*` and `bn_rep.<level>.<repeat>.*`.
@@ -94,7 +96,7 @@ def _named_bn(norm: nn.Module) -> nn.Sequential:
 
 
 def _conv_norm_act(
-    x: list[Tensor], conv: nn.Module, norms: list[nn.Module | None], act: nn.Module | None
+    x: list[Tensor], conv: Any, norms: Sequence[nn.Module | None], act: nn.Module | None
 ) -> list[Tensor]:
     if isinstance(conv, SeparableConv2d):
         return fused.separable(x, conv.conv_dw, conv.conv_pw, norms, act)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-Size = tuple[int, int]
+Size = tuple[int, ...]  # (vertical, horizontal), such as (H, W)
 
 
 def same_padding(
@@ -17,7 +17,7 @@ def same_padding(
     return left, right, top, bottom
 
 
-def _same(size: int, kernel: int, stride: int, dilation: int) -> Size:
+def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 

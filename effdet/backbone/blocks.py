@@ -10,6 +10,7 @@ EfficientNet-EdgeTPU and EfficientNetV2 arXiv:2104.00298 (fused blocks), MixNet 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class BlockArgs:
     in_channels: int
     mid_channels: int
     out_channels: int
-    kernel: int | tuple[int, ...]
+    kernel: Any  # int, or a tuple of them for a mix
     stride: int
     se_channels: int
     se_act: str
@@ -88,14 +89,14 @@ def depthwise_layer(channels: int, args: BlockArgs) -> nn.Module:
     return nn.Conv2d(channels, channels, args.kernel, args.stride, groups=channels, bias=False)
 
 
-def conv_padding(x: Tensor, conv: nn.Conv2d, pad_type: str) -> tuple[int, ...]:
+def conv_padding(x: Tensor, conv: Any, pad_type: str) -> tuple[int, ...]:
     size = x.shape[-2], x.shape[-1]
     return resolve_padding(pad_type, size, conv.kernel_size, conv.stride)
 
 
 def pointwise(
     x: Tensor,
-    conv: nn.Module,
+    conv: Any,
     norm: nn.Module,
     act: nn.Module | None = None,
     gate: Tensor | None = None,
@@ -113,7 +114,7 @@ def pointwise(
 
 
 def depthwise(
-    x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, pad_type: str, squeeze: bool
+    x: Tensor, conv: Any, norm: nn.Module, act: nn.Module, pad_type: str, squeeze: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`fused.depthwise` for one convolution or a mix."""
     if not isinstance(conv, MixedConv2d):
@@ -164,6 +165,8 @@ class Block(nn.Module):
 
     The map between the two, times its gate, is the stage's wide feature.
     """
+
+    se: nn.Module
 
     def __init__(self, args: BlockArgs) -> None:
         super().__init__()

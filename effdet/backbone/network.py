@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ class EfficientNetFeatures(nn.Module):
         padding = blocks.conv_padding(x, self.conv_stem, self.pad_type)
         x = fused.dense(x, self.conv_stem, self.bn1, self.act1, padding)
         features = {}
+        stage: Any
         for i, stage in enumerate(self.blocks):
             if i not in self._taken or not self.wide_features:
                 x = features[i] = stage(x)

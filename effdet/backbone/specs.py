@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _efficientnet(width: float, depth: float, tf: bool) -> Spec:
 
 def _lite(width: float, depth: float, tf: bool) -> Spec:
     stages = _scale(_mbconv(se=0.0), width, depth, fixed_ends=True)
-    padding = {"pad_type": "same", "bn_eps": 1e-3} if tf else {}
+    padding: dict[str, Any] = {"pad_type": "same", "bn_eps": 1e-3} if tf else {}
     return Spec(32, stages, act="relu6", **padding)
 
 
@@ -157,7 +158,7 @@ def _mobilenet_v3_large() -> Spec:
 
 
 def _mixnet(width: float) -> Spec:
-    both = {"pw_splits": 2, "pwl_splits": 2}
+    both: dict[str, Any] = {"pw_splits": 2, "pwl_splits": 2}
     k2, k3, k4 = (3, 5), (3, 5, 7), (3, 5, 7, 9)
     stages = (
         (Row("ds", 1, 3, 1, 24, act="relu"),),

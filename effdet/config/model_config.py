@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 _WEIGHTS = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1/"
 # Anchors as ratios whose product is 1, instead of the paper's rounded (1.4, 0.7) pairs.
 _RATIOS = [1.0, 2.0, 0.5]
-_BILINEAR = {"downsample_type": "bilinear", "upsample_type": "bilinear"}
-_INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_BILINEAR: dict[str, Any] = {"downsample_type": "bilinear", "upsample_type": "bilinear"}
+_INCEPTION: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 tf_efficientdet_lite_common = dict(fpn_name="bifpn_sum", act_type="relu6", **_INCEPTION)
 
@@ -96,7 +96,7 @@ def _entry(
 
 def _timm(*row: Any, **changes: Any) -> dict[str, Any]:
     """A model trained in PyTorch: symmetric padding and no bias in front of batch norm."""
-    return _entry(*row, **dict({"pad_type": "", "redundant_bias": False}, **changes))
+    return _entry(*row, pad_type="", redundant_bias=False, **changes)
 
 
 def _level_first(*row: Any, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from numbers import Real
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +39,7 @@ def check_config(config: DictConfig) -> DictConfig:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=_SIMILAR)
         if key not in known and close:
             raise ValueError(f"config: unknown entry {key!r}; did you mean {close[0]!r}?")
-    missing = [key for key in defaults if key not in config]
+    missing = [str(key) for key in defaults if key not in config]
     if missing:
         raise ValueError(
             f"config: the entries {', '.join(missing)} are missing; start from"
@@ -75,7 +74,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 
 def _is_length(side: Any) -> bool:
-    return isinstance(side, Real) and side == int(side) and side > 0
+    return isinstance(side, int | float) and side == int(side) and side > 0
 
 
 def _check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
