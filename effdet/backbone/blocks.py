@@ -70,6 +70,9 @@ class MixedConv2d(nn.ModuleDict):
             }
         )
 
+    def convs(self) -> list[Any]:
+        return list(self.values())
+
 
 def _shares(channels: int, count: int) -> list[int]:
     """Equal parts of `channels`; the first takes what is left over."""
@@ -107,7 +110,7 @@ def pointwise(
         return fused.pointwise(x, conv, norm, act, gate, residual)
     maps = x.split(conv.in_splits, dim=1)
     gates = [None] * len(maps) if gate is None else gate.split(conv.in_splits, dim=1)
-    parts = zip(maps, conv.values(), gates, strict=True)
+    parts = zip(maps, conv.convs(), gates, strict=True)
     y = torch.cat([fused.pointwise(part, c, None, gate=g) for part, c, g in parts], dim=1)
     y = fused.norm_act(y, norm, act)
     return y if residual is None else y + residual
@@ -121,7 +124,7 @@ def depthwise(
         return fused.depthwise(x, conv, norm, act, conv_padding(x, conv, pad_type), squeeze)
     parts = [
         fused.depthwise(part, c, None, None, conv_padding(part, c, pad_type), False)[0]
-        for part, c in zip(x.split(conv.in_splits, dim=1), conv.values(), strict=True)
+        for part, c in zip(x.split(conv.in_splits, dim=1), conv.convs(), strict=True)
     ]
     y = fused.norm_act(torch.cat(parts, dim=1), norm, act)
     return y, fused.spatial_sums(y) if squeeze else None

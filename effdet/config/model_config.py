@@ -104,7 +104,7 @@ def _level_first(*row: Any, **changes: Any) -> dict[str, Any]:
 
 
 def _lite(*row: Any, **changes: Any) -> dict[str, Any]:
-    return _entry(*row, **tf_efficientdet_lite_common, **changes)
+    return _entry(*row, **{**tf_efficientdet_lite_common, **changes})
 
 
 def _adv(*row: Any) -> dict[str, Any]:
