@@ -1,4 +1,4 @@
-"""All models: key sets, shapes, parameter and anchor counts, against recorded and published values."""
+"""All models: keys, shapes, parameter and anchor counts against recorded, published values."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_keys_of_d0_keep_the_published_order() -> None:
     prefix = "backbone.blocks.1.0."
     block = [k.removeprefix(prefix) for k in keys if k.startswith(prefix) and "num_" not in k]
     modules = list(dict.fromkeys(key.rpartition(".")[0] for key in block))
-    expected = "conv_pw bn1 conv_dw bn2 se.conv_reduce se.conv_expand conv_pwl bn3".split()
+    convs_and_norms = ["conv_pw", "bn1", "conv_dw", "bn2"]
+    expected = [*convs_and_norms, "se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"]
     assert modules == expected
 
 
