@@ -84,20 +84,17 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         indices ``[K]`` int64 of the kept boxes in descending order of score; of equal scores the
         lower index first.
     """
-    # The kernel removes a suppressed box by a score of 0, so it is given ranks, all above 0.
-    order = scores.argsort(descending=True, stable=True)
-    rank = torch.arange(scores.numel(), 0, -1, device=scores.device, dtype=torch.float32)
     index, _, count, _ = _soft_nms_op(
-        boxes[order][None],
-        rank[None].to(boxes.dtype),
-        idxs[order].long()[None],
+        boxes[None],
+        scores[None].to(boxes.dtype),
+        idxs.long()[None],
         None,
         scores.numel(),
         method="hard",
         iou_threshold=iou_threshold,
-        score_threshold=0.0,
+        score_threshold=-torch.inf,
     )
-    return order[index[0, : int(count)]]
+    return index[0, : int(count)]
 
 
 def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
