@@ -223,6 +223,8 @@ def create_loader(
     seed: int | None = None,
     scale: tuple[float, float] = (0.1, 2.0),
     max_instances: int = MAX_NUM_INSTANCES,
+    drop_last: bool = False,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> PrefetchLoader | DataLoader:
     """Loader of (images float32 [B, 3, H, W], target dict of tensors).
 
@@ -239,6 +241,8 @@ def create_loader(
         device: default is CUDA where available, else the CPU.
         seed: makes order and transforms a function of (seed, epoch) alone; see `set_epoch`.
         max_instances: boxes kept per image.
+        drop_last: leave out an incomplete last batch.
+        worker_init_fn: called in each worker with its number.
     """
     size = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)[-2:]
     if transform_fn is None:
@@ -260,6 +264,8 @@ def create_loader(
         sampler=EpochSampler(dataset, is_training, seed, rank, world_size),
         num_workers=num_workers,
         pin_memory=pin_mem,
+        drop_last=drop_last,
+        worker_init_fn=worker_init_fn,
         collate_fn=collate_fn
         or DetectionFastCollate(max_instances=max_instances, anchor_labeler=anchor_labeler),
         generator=generator,

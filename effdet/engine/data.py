@@ -1,96 +1,53 @@
-"""Loaders for training and evaluation whose samples depend on (seed, epoch, index) alone."""
+"""The two loaders of a training run."""
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from effdet.data import create_loader
 from effdet.data.input_config import resolve_input_config
-from effdet.data.loader import DetectionFastCollate, PrefetchLoader
-from effdet.data.seeding import sample_rng
-from effdet.data.transforms import resolve_fill_color, transforms_coco_eval, transforms_coco_train
+from effdet.data.loader import PrefetchLoader
+from effdet.data.transforms import resolve_fill_color
 
 from .config import TrainConfig
 
 
-class SeededSamples(Dataset):
-    """Wraps a data set so that a sample is a function of (seed, epoch, index).
-
-    Indexed by ``(epoch, index)``; neither order nor the number of workers changes a sample.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
-        epoch, index = key
-        with sample_rng(self.seed, epoch, index):
-            return self.dataset[index]
-
-
-class EpochBatches(Sampler):
-    """Batches of ``(epoch, index)`` keys in an order given by (seed, epoch).
-
-    An incomplete last batch is dropped: BN statistics want whole ones. `seek` moves to any place
-    in any epoch, which is what makes a run resumable in the middle of one.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        if count < batch_size:
-            raise ValueError(
-                f"batch_size: got {batch_size}, but the training split has {count} images;"
-                " takes at most that many"
-            )
-        self.count = count
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def seek(self, epoch: int, batch: int) -> None:
-        """The next iteration yields the batches of ``epoch`` from number ``batch`` on."""
-        self.epoch, self.start = epoch, batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.count))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for batch in range(self.start, len(self)):
-            first = batch * self.batch_size
-            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
-
-
 def train_loader(
     dataset: Any, model_config: Any, config: TrainConfig, device: torch.device
-) -> tuple[PrefetchLoader, EpochBatches]:
-    """Flip, scale jitter, letterbox and normalise; returns the loader and its sampler."""
+) -> PrefetchLoader:
+    """Flip, scale jitter, letterbox and normalise; an incomplete last batch is dropped.
+
+    Order and samples are a function of (seed, epoch); see `effdet.data.set_epoch`.
+
+    Raises:
+        ValueError: the split holds fewer images than a batch.
+    """
+    if len(dataset) < config.batch_size:
+        raise ValueError(
+            f"batch_size: got {config.batch_size}, but the training split has {len(dataset)}"
+            " images; takes at most that many"
+        )
     size, mean, std, fill = input_geometry(model_config)
-    dataset.transform = transforms_coco_train(
+    return create_loader(
+        dataset,
         size,
-        use_prefetcher=True,
+        config.batch_size,
+        is_training=True,
+        interpolation="random",
         fill_color=fill,
-        scale=(config.scale_min, config.scale_max),
-    )
-    batches = EpochBatches(len(dataset), config.batch_size, config.seed)
-    most = max(len(dataset.parser.get_ann_info(i)["cls"]) for i in range(len(dataset)))
-    loader = DataLoader(
-        SeededSamples(dataset, config.seed),
-        batch_sampler=batches,
-        collate_fn=DetectionFastCollate(max_instances=max(1, most)),
+        mean=mean,
+        std=std,
         num_workers=config.workers,
+        device=device,
+        seed=config.seed,
+        scale=(config.scale_min, config.scale_max),
+        max_instances=_most_boxes(dataset),
+        drop_last=True,
         worker_init_fn=_ignore_interrupt,
-        persistent_workers=config.workers > 0,
-        generator=torch.Generator(),  # or the loader would draw from the global one
     )
-    return PrefetchLoader(loader, mean=mean, std=std, device=device), batches
 
 
 def eval_loader(
@@ -106,16 +63,19 @@ def eval_loader(
     ``size`` is (height, width) of the input; None takes the model's own.
     """
     own_size, mean, std, fill = input_geometry(model_config)
-    dataset.transform = transforms_coco_eval(size or own_size, use_prefetcher=True, fill_color=fill)
-    loader = DataLoader(
+    return create_loader(
         dataset,
-        batch_size=batch_size,
-        collate_fn=DetectionFastCollate(),
+        size or own_size,
+        batch_size,
+        fill_color=fill,
+        mean=mean,
+        std=std,
         num_workers=workers,
+        device=device,
+        seed=0,  # nothing is random, and nothing is drawn from the global generators
+        max_instances=_most_boxes(dataset),
         worker_init_fn=_ignore_interrupt,
-        generator=torch.Generator(),
     )
-    return PrefetchLoader(loader, mean=mean, std=std, device=device)
 
 
 def input_geometry(model_config: Any) -> tuple[tuple[int, int], Any, Any, Any]:
@@ -123,6 +83,11 @@ def input_geometry(model_config: Any) -> tuple[tuple[int, int], Any, Any, Any]:
     inputs = resolve_input_config({}, model_config)
     fill = resolve_fill_color(inputs["fill_color"], inputs["mean"])
     return tuple(inputs["input_size"][-2:]), inputs["mean"], inputs["std"], fill
+
+
+def _most_boxes(dataset: Any) -> int:
+    counts = (len(dataset.parser.get_ann_info(i)["cls"]) for i in range(len(dataset)))
+    return max(1, max(counts, default=0))
 
 
 def _ignore_interrupt(worker: int) -> None:

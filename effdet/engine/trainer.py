@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from effdet.bench import DetBenchTrain
-from effdet.data import coco_folder
+from effdet.data import coco_folder, set_epoch
 from effdet.factory import create_model
 
 from . import checkpoint as checkpoints
@@ -80,7 +80,8 @@ class Trainer:
         self.bench = DetBenchTrain(self.model, create_labeler=True)
         side = config.eval_size
         self.eval_size = (side, side) if side else tuple(self.model.config.image_size)
-        self.loader, self.batches = train_loader(train_set, self.model.config, config, self.device)
+        self.loader = train_loader(train_set, self.model.config, config, self.device)
+        self.steps_per_epoch = len(train_set) // config.batch_size
         self.val_set: Any = None
         self.val_loader: Any = None
         if config.eval_every:
@@ -101,7 +102,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, config.momentum, config.weight_decay
         )
-        steps = len(self.batches)
+        steps = self.steps_per_epoch
         self.schedule = WarmupCosine(
             config.lr, round(config.warmup_epochs * steps), config.epochs * steps
         )
@@ -126,7 +127,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.epoch * len(self.batches) + self.step_in_epoch
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
     def fit(self) -> TrainResult:
         """Train to the end, or until Ctrl-C or SIGTERM; either way ``last.pth`` is up to date."""
@@ -161,15 +162,15 @@ class Trainer:
         self.model.train()
         if self.config.freeze_backbone:
             self.model.backbone.eval()
-        self.batches.seek(self.epoch, self.step_in_epoch)
-        bar = self._bar(f"epoch {self.epoch + 1}/{self.config.epochs}", len(self.batches))
+        set_epoch(self.loader, self.epoch, self.step_in_epoch)
+        bar = self._bar(f"epoch {self.epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
         bar.update(self.step_in_epoch)
         window = _Window(self.device)
         for images, target in self.loader:
             lr = self._train_step(images, target, window)
             self.step_in_epoch += 1
             bar.update()
-            if self.step % self.config.log_every == 0 or self.step_in_epoch == len(self.batches):
+            if self.step % self.config.log_every == 0 or self.step_in_epoch == self.steps_per_epoch:
                 losses = window.means()
                 if not all(abs(v) < float("inf") for v in losses.values()):
                     bar.close()
@@ -305,7 +306,7 @@ class Trainer:
             tqdm.write(text)
 
     def _eta(self, images_per_second: float) -> str:
-        steps = self.config.epochs * len(self.batches) - self.step
+        steps = self.config.epochs * self.steps_per_epoch - self.step
         return tqdm.format_interval(steps * self.config.batch_size / max(images_per_second, 1e-9))
 
 
