@@ -11,6 +11,7 @@ from effdet_kernels import decode_topk
 
 from .anchors import AnchorLabeler, Anchors, generate_detections
 from .loss import DetectionLoss
+from .padding import spatial_size
 from .postprocess import batch_rows, clip_limits, detection_rows, swap_xy
 
 __all__ = [
@@ -203,7 +204,7 @@ class DetBenchPredict(_DetBench):
         if img_info is not None:
             img_scale = _require(img_info, "img_info", "img_scale")
             img_size = _require(img_info, "img_info", "img_size")
-        return self._detect(cls_outputs, box_outputs, _input_size(x), img_scale, img_size)
+        return self._detect(cls_outputs, box_outputs, spatial_size(x), img_scale, img_size)
 
 
 class DetBenchTrain(_DetBench):
@@ -248,7 +249,7 @@ class DetBenchTrain(_DetBench):
             )
         self._follow_head()
         cls_outputs, box_outputs = self.model(x)
-        input_size = _input_size(x)
+        input_size = spatial_size(x)
         if self.anchor_labeler is None:
             levels = range(self.num_levels)
             cls_targets = [_require(target, "target", f"label_cls_{i}") for i in levels]
@@ -296,10 +297,6 @@ def _head_key(config) -> tuple:
     scale = config.anchor_scale
     scales = tuple(scale) if isinstance(scale, Sequence) else scale
     return config.num_classes, config.num_scales, aspects, scales
-
-
-def _input_size(x: Tensor) -> tuple[int, int]:
-    return x.shape[-2], x.shape[-1]
 
 
 def _require(mapping: Mapping, name: str, key: str):

@@ -25,7 +25,7 @@ from .layers import (
     SequentialList,
     resample_and_fuse,
 )
-from .padding import Size
+from .padding import Size, spatial_size
 
 FeatureInfo = list[dict[str, Any]]
 _WEIGHT_METHODS = ("fastattn", "attn", "sum")
@@ -186,7 +186,7 @@ class BiFpnLayer(nn.Module):
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         """`num_levels` maps, finest first -> `num_levels` maps of the same (H, W)."""
-        sizes = [(level.shape[-2], level.shape[-1]) for level in x]
+        sizes = [spatial_size(level) for level in x]
         maps = list(x)
         for level, node in zip(self.feat_levels, self.fnode, strict=True):
             maps.append(node(maps, sizes[level - self._min_level]))
@@ -247,6 +247,5 @@ class BiFpn(nn.Module):
         """Backbone maps, finest first -> `num_levels` maps [B, fpn_channels, H_l, W_l]."""
         maps = list(x)
         for resample in self.resample.values():
-            size = maps[-1].shape[-2], maps[-1].shape[-1]
-            maps.append(resample(maps[-1], next_size(size)))
+            maps.append(resample(maps[-1], next_size(spatial_size(maps[-1]))))
         return self.cell(maps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effdet_kernels import weighted_fusion
 
 from . import fused
-from .padding import Size, resolve_padding
+from .padding import Size, resolve_padding, spatial_size
 
 Layer = Callable[..., nn.Module]
 
@@ -52,7 +52,7 @@ class ConvBnAct2d(nn.Module):
         conv = self.conv
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             return fused.pointwise(x, conv, self.bn, self.act)
-        size = x.shape[-2], x.shape[-1]
+        size = spatial_size(x)
         padding = resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
         return fused.dense(x, conv, self.bn, self.act, padding)
 
@@ -100,7 +100,7 @@ class SeparableConv2d(nn.Module):
         return fused.dense(y, self.conv_pw, self.bn, self.act, self._padding(y, self.conv_pw))
 
     def _padding(self, x: Tensor, conv: nn.Conv2d) -> tuple[int, ...]:
-        size = x.shape[-2], x.shape[-1]
+        size = spatial_size(x)
         return resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
 
 
@@ -183,7 +183,7 @@ class ResampleFeatureMap(nn.Module):
 
     def resample(self, x: Tensor, output_size: Size) -> Tensor:
         """Only the resampling, by torch: for what the fusion op does not know."""
-        size = x.shape[-2], x.shape[-1]
+        size = spatial_size(x)
         kind, kernel, stride = self.kind(size, output_size)
         if kind == "identity":
             return x
@@ -212,7 +212,7 @@ def resample_and_fuse(
     ready, kinds = [], []
     pool_padding = None
     for x, rule in zip(maps, resamples, strict=True):
-        size = x.shape[-2], x.shape[-1]
+        size = spatial_size(x)
         kind, kernel, stride = rule.kind(size, output_size)
         foldable = kind in ("identity", "nearest", "bilinear")
         if kind == "max" and (kernel, stride) == ((3, 3), (2, 2)):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 Size = tuple[int, ...]  # (vertical, horizontal), such as (H, W)
+
+
+def spatial_size(x: Tensor) -> Size:
+    """(H, W) of a map [..., H, W]: plain numbers under torch.jit.trace too, where sizes are tensors."""
+    height, width = x.shape[-2:]
+    return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)
 
 
 def same_padding(

@@ -9,6 +9,7 @@ EfficientNet-EdgeTPU and EfficientNetV2 arXiv:2104.00298 (fused blocks), MixNet 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fused
-from ..padding import resolve_padding
+from ..padding import resolve_padding, spatial_size
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def depthwise_layer(channels: int, args: BlockArgs) -> nn.Module:
 
 
 def conv_padding(x: Tensor, conv: Any, pad_type: str) -> tuple[int, ...]:
-    size = x.shape[-2], x.shape[-1]
+    size = spatial_size(x)
     return resolve_padding(pad_type, size, conv.kernel_size, conv.stride)
 
 
@@ -186,7 +187,7 @@ class Block(nn.Module):
     def _gate(self, y: Tensor, sums: Tensor | None) -> Tensor | None:
         if sums is None:
             return None
-        return self.se(sums / (y.shape[-2] * y.shape[-1]))
+        return self.se(sums / math.prod(spatial_size(y)))
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x -> the wide map [B, mid, H', W'] and its channel gate [B, mid] or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -412,3 +413,15 @@ def test_benches_follow_reset_head_of_a_real_model():
     output = bench.eval()(x, {**TARGET, "cls": torch.tensor([[5.0, 4.0]])})
     assert output["loss"].isfinite() and output["detections"].shape == (1, 100, 6)
     assert (bench.num_classes, bench.anchors.get_anchors_per_location()) == (5, 6)
+
+
+def test_traced_bench_survives_saving(tmp_path):
+    """torch.jit.trace records the registered ops; a process that imports effdet can load the file."""
+    bench = create_model("efficientdet_nano", "predict", pretrained_backbone=False).eval()
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes become constants, and trace is deprecated
+        traced = torch.jit.trace(bench, images, check_trace=False)
+        traced.save(str(tmp_path / "bench.pt"))
+        loaded = torch.jit.load(str(tmp_path / "bench.pt"))
+        assert torch.equal(loaded(images), bench(images))

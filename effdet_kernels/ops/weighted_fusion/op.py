@@ -83,7 +83,7 @@ def weighted_fusion(
         _checks.choice(op, f"resample[{i}]", how, RESAMPLE)
         _check_size(op, i, level, how, size, pool_padding)
     _arguments.activation(op, "act", act)
-    return _weighted_fusion(x, weight, method, resample, size, pool_padding, act)
+    return _weighted_fusion(x, weight, method, ",".join(resample), size, pool_padding, act)
 
 
 def _check_size(op: str, i: int, x: Tensor, how: str, size: list[int], padding: list[int]) -> None:
@@ -104,11 +104,17 @@ def _out_spec(x, weight, method, resample, size, *_) -> list[TensorSpec]:
     return [_library.nchw((*x[0].shape[:2], *size), x[0])]
 
 
+def _reference(x, weight, method, resample, size, pool_padding, act) -> Tensor:
+    names = resample.split(",")
+    return reference.weighted_fusion(x, weight, method, names, size, pool_padding, act)
+
+
+# `resample` is one string, names joined by commas: torch.jit.trace cannot record a list of strings.
 _weighted_fusion = _library.define(
-    "weighted_fusion(Tensor[] x, Tensor? weight, str method, str[] resample, SymInt[] size,"
+    "weighted_fusion(Tensor[] x, Tensor? weight, str method, str resample, SymInt[] size,"
     " SymInt[] pool_padding, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"reference": reference.weighted_fusion},
+    impls={"reference": _reference},
     differentiable=("x", "weight"),
     autocast=("x",),
 )
