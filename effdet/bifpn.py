@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -25,7 +25,7 @@ from .layers import (
     SequentialList,
     resample_and_fuse,
 )
-from .padding import Size, spatial_size
+from .padding import Size, pair, spatial_size
 
 FeatureInfo = list[dict[str, Any]]
 _WEIGHT_METHODS = ("fastattn", "attn", "sum")
@@ -71,11 +71,12 @@ class FpnCombine(nn.Module):
             )
         self.inputs_offsets = list(inputs_offsets)
         self.weight_method = weight_method
-        self.output_size = tuple(output_size)
+        self.output_size = pair(output_size)
         self.resample = nn.ModuleDict()
         for offset in self.inputs_offsets:
             self.resample[str(offset)] = ResampleFeatureMap(
-                *(feature_info[offset]["num_chs"], fpn_channels),
+                feature_info[offset]["num_chs"],
+                fpn_channels,
                 input_size=feature_info[offset]["size"],
                 output_size=output_size,
                 pad_type=pad_type,
@@ -94,12 +95,14 @@ class FpnCombine(nn.Module):
         self, x: list[Tensor], output_size: Size | None = None, act: str = "none"
     ) -> Tensor:
         """The running list of maps -> act(fused) [B, fpn_channels, *output_size]."""
-        rules: list[Any] = list(self.resample.values())
+        rules = cast("list[ResampleFeatureMap]", list(self.resample.values()))
         maps = [
             rule.project(x[offset]) for rule, offset in zip(rules, self.inputs_offsets, strict=True)
         ]
         return resample_and_fuse(
-            *(maps, rules, output_size or self.output_size),
+            maps,
+            rules,
+            output_size or self.output_size,
             weight=self.edge_weights,
             method=self.weight_method,
             act=act,
@@ -156,9 +159,12 @@ class BiFpnLayer(nn.Module):
         self.fnode = nn.ModuleList()
         conv_class = SeparableConv2d if separable_conv else ConvBnAct2d
         for node in fpn_config.nodes:
-            size = tuple(feat_sizes[node.feat_level])
+            size = pair(feat_sizes[node.feat_level])
             combine = FpnCombine(
-                *(info, fpn_channels, tuple(node.inputs_offsets), size),
+                info,
+                fpn_channels,
+                tuple(node.inputs_offsets),
+                size,
                 pad_type=pad_type,
                 downsample=downsample,
                 upsample=upsample,
@@ -171,7 +177,8 @@ class BiFpnLayer(nn.Module):
             if pre_act:
                 after.add_module("act", act_layer())
             conv = conv_class(
-                *(fpn_channels, fpn_channels),
+                fpn_channels,
+                fpn_channels,
                 kernel_size=3,
                 padding=pad_type,
                 bias=redundant_bias,
@@ -221,7 +228,8 @@ class BiFpn(nn.Module):
                 info.append({"num_chs": feature_info[index]["num_chs"], "size": size})
                 continue
             self.resample[str(index)] = ResampleFeatureMap(
-                *(info[-1]["num_chs"], config.fpn_channels),
+                info[-1]["num_chs"],
+                config.fpn_channels,
                 input_size=info[-1]["size"],
                 output_size=size,
                 apply_bn=config.apply_resample_bn,
@@ -232,7 +240,10 @@ class BiFpn(nn.Module):
         self.cell = SequentialList()
         for index in range(config.fpn_cell_repeats):
             cell = BiFpnLayer(
-                *(info, feat_sizes, fpn_config, config.fpn_channels),
+                info,
+                feat_sizes,
+                fpn_config,
+                config.fpn_channels,
                 num_levels=config.num_levels,
                 act_layer=act_layer,
                 apply_resample_bn=config.apply_resample_bn,

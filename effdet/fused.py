@@ -17,7 +17,7 @@ them do not fire; hooks on the blocks that contain them do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,7 @@ from effdet_kernels import (
     separable_conv,
 )
 
-Padding = tuple[int, ...]  # (left, right, top, bottom)
-# A norm module or None. What its attributes are is checked by `is_batch_norm`, which types cannot
-# follow: torch declares every attribute of a module as Tensor or Module.
-Norm = Any
+from .padding import Padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
@@ -78,29 +75,38 @@ def op_activation(act: nn.Module | None) -> tuple[str, nn.Module | None]:
     return name, None
 
 
-def is_batch_norm(norm: Norm) -> bool:
+def is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether `norm` computes exactly what `nn.BatchNorm2d` computes."""
     return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
 
 
-def is_folded(norm: Norm) -> bool:
+@overload
+def is_folded(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]: ...
+@overload
+def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]: ...
+def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]:
     """Whether `norm` is an affine map with constants: nothing, or batch norm in eval mode."""
     if norm is None:
         return True
     return is_batch_norm(norm) and not norm.training and norm.running_mean is not None
 
 
-def fold(norm: Norm, bias: Tensor | None) -> tuple[Any, Any]:
+def fold(norm: nn.BatchNorm2d | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """`norm(y + bias)` as `y * scale + shift`, both [C] in fp32 (fp64 for an fp64 model).
 
-    Two tensors, but `None` stands for a scale of one or a shift of zero.
+    `None` stands for a scale of one or a shift of zero.
     """
     if norm is None:
         return None, None if bias is None else _stable(bias)
-    scale = torch.rsqrt(_stable(norm.running_var) + norm.eps)
+    return _fold_norm(norm, bias)
+
+
+def _fold_norm(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)  # of a folded norm
+    scale = torch.rsqrt(_stable(var) + norm.eps)
     if norm.weight is not None:
         scale = scale * _stable(norm.weight)
-    mean = _stable(norm.running_mean)
+    mean = _stable(mean)
     if bias is not None:
         mean = mean - _stable(bias)
     shift = -mean * scale
@@ -113,13 +119,14 @@ def _stable(vector: Tensor) -> Tensor:
     return vector if vector.dtype == torch.float64 else vector.float()
 
 
-def norm_act(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
-    """`act(norm(y))` for a norm that is not folded; updates running statistics.
+def norm_act(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor:
+    """`act(norm(y))` for what was not folded; updates running statistics.
 
     Raises:
         ValueError: batch statistics of a single value per channel were asked for.
     """
-    name, after = op_activation(act)
+    if norm is None:
+        return y if act is None else act(y)
     if not is_batch_norm(norm) or is_folded(norm):
         y = norm(y)
         return y if act is None else act(y)
@@ -131,6 +138,7 @@ def norm_act(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
         )
     weight = norm.weight if norm.weight is not None else y.new_ones(y.shape[1])
     bias = norm.bias if norm.bias is not None else y.new_zeros(y.shape[1])
+    name, after = op_activation(act)
     y, mean, var = batch_norm_act(y, _stable(weight), _stable(bias), eps=norm.eps, act=name)
     if norm.training and norm.track_running_stats:
         _update_running_stats(norm, mean, var * (count / (count - 1)))
@@ -138,32 +146,31 @@ def norm_act(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running_stats(norm: Norm, mean: Tensor, unbiased_var: Tensor) -> None:
-    norm.num_batches_tracked.add_(1)
-    if norm.momentum is None:
-        momentum = 1.0 / norm.num_batches_tracked.float()
-    else:
-        momentum = norm.momentum
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
+def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
+    # These buffers exist in a norm that tracks.
+    count = cast(Tensor, norm.num_batches_tracked).add_(1)
+    momentum = 1.0 / count.float() if norm.momentum is None else norm.momentum
+    tracked = (norm.running_mean, mean), (norm.running_var, unbiased_var)
+    for running, batch in cast("tuple[tuple[Tensor, Tensor], ...]", tracked):
         running.add_((batch.to(running.dtype) - running) * momentum)
 
 
 def dense(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: Norm,
+    norm: nn.Module | None,
     act: nn.Module | None,
     padding: Padding | None = None,
 ) -> Tensor:
     """An ordinary convolution by torch; `padding` (left, right, top, bottom) goes before it."""
-    own: Any = conv.padding
     if padding is not None:
-        x, own = F.pad(x, padding), 0
+        x = F.pad(x, padding)
+    own = conv.padding if padding is None else 0
     weight, bias = conv.weight, conv.bias
     if is_folded(norm) and norm is not None:
-        scale, bias = fold(norm, bias)
+        scale, shift = _fold_norm(norm, bias)
         weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-        bias = bias.to(weight.dtype)
+        bias = shift.to(weight.dtype)
     y = F.conv2d(x, weight, bias, conv.stride, own, conv.dilation, conv.groups)
     if not is_folded(norm):
         return norm_act(y, norm, act)
@@ -173,7 +180,7 @@ def dense(
 def pointwise(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: Norm,
+    norm: nn.Module | None,
     act: nn.Module | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -197,7 +204,7 @@ def pointwise(
 def depthwise(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: Norm,
+    norm: nn.Module | None,
     act: nn.Module | None,
     padding: Padding,
     squeeze: bool,
@@ -206,21 +213,25 @@ def depthwise(
     stride = conv.stride[0]
     if not is_folded(norm):
         shift = None if conv.bias is None else _stable(conv.bias)
-        y: Any = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
-        y = norm_act(y, norm, act)
+        raw = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
+        y = norm_act(_with_sums(raw)[0], norm, act)
         return y, spatial_sums(y) if squeeze else None
     name, after = op_activation(act)
     scale, shift = fold(norm, conv.bias)
     fused_squeeze = squeeze and after is None
-    y = depthwise_conv(
-        *(x, conv.weight, scale, shift),
+    result = depthwise_conv(
+        x,
+        conv.weight,
+        scale,
+        shift,
         stride=stride,
         padding=padding,
         act=name,
         squeeze=fused_squeeze,
     )
+    y, sums = _with_sums(result)
     if fused_squeeze:
-        return y
+        return y, sums
     y = y if after is None else after(y)
     return y, spatial_sums(y) if squeeze else None
 
@@ -228,9 +239,9 @@ def depthwise(
 def expand(
     x: Tensor,
     conv_pw: nn.Conv2d,
-    norm_pw: Norm,
+    norm_pw: nn.Module,
     conv_dw: nn.Conv2d,
-    norm_dw: Norm,
+    norm_dw: nn.Module,
     act: nn.Module | None,
     padding: Padding,
     squeeze: bool,
@@ -241,17 +252,25 @@ def expand(
     """
     name, after = op_activation(act)
     if after is not None or not (is_folded(norm_pw) and is_folded(norm_dw)):
-        wide = pointwise(x, conv_pw, norm_pw, act)
-        return depthwise(wide, conv_dw, norm_dw, act, padding, squeeze)
-    y: Any = expand_depthwise(
-        *(x, conv_pw.weight, *fold(norm_pw, conv_pw.bias)),
-        *(conv_dw.weight, *fold(norm_dw, conv_dw.bias)),
+        y = pointwise(x, conv_pw, norm_pw, act)
+        return depthwise(y, conv_dw, norm_dw, act, padding, squeeze)
+    result = expand_depthwise(
+        x,
+        conv_pw.weight,
+        *_fold_norm(norm_pw, conv_pw.bias),
+        conv_dw.weight,
+        *_fold_norm(norm_dw, conv_dw.bias),
         stride=conv_dw.stride[0],
         padding=padding,
         act=name,
         squeeze=squeeze,
     )
-    return y if squeeze else (y, None)
+    return _with_sums(result)
+
+
+def _with_sums(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What an op with an argument `squeeze` returns, as (y, sums or None)."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def spatial_sums(y: Tensor) -> Tensor:
@@ -262,7 +281,7 @@ def separable(
     x: Sequence[Tensor],
     conv_dw: nn.Conv2d,
     conv_pw: nn.Conv2d,
-    norms: Sequence[Norm],
+    norms: Sequence[nn.Module | None],
     act: nn.Module | None,
     pre_act: nn.Module | None = None,
 ) -> list[Tensor]:
@@ -275,22 +294,13 @@ def separable(
         x = [call_before(level) for level in x]
     weights = [conv_dw.weight], [conv_pw.weight]
     name, after = op_activation(act)
-    if all(is_folded(norm) for norm in norms):
-        scales, shifts = zip(*(fold(norm, conv_pw.bias) for norm in norms), strict=True)
-        y = separable_conv(
-            list(x), *weights, _vectors(scales), _vectors(shifts), pre_act=before, act=name
-        )
+    folded = [norm for norm in norms if is_folded(norm)]
+    if len(folded) == len(norms):
+        folds = [fold(norm, conv_pw.bias) for norm in folded]
+        scale = [factor for factor, _ in folds if factor is not None]
+        shift = [term for _, term in folds if term is not None]
+        y = separable_conv(list(x), *weights, scale, shift, pre_act=before, act=name)
         return y if after is None else [after(level) for level in y]
     shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(x)
     raw = separable_conv(list(x), *weights, [], shift, pre_act=before)
-    return [_finish(level, norm, act) for level, norm in zip(raw, norms, strict=True)]
-
-
-def _vectors(vectors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [v for v in vectors if v is not None]
-
-
-def _finish(y: Tensor, norm: Norm, act: nn.Module | None) -> Tensor:
-    if norm is not None:
-        return norm_act(y, norm, act)
-    return y if act is None else act(y)
+    return [norm_act(level, norm, act) for level, norm in zip(raw, norms, strict=True)]

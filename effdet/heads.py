@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from . import fused
-from .layers import ConvBnAct2d, SeparableConv2d
+from .layers import ConvBnAct2d, Layer, SeparableConv2d
+from .padding import Padding
+
+Conv = SeparableConv2d | ConvBnAct2d
 
 
 class HeadNet(nn.Module):
@@ -32,13 +35,14 @@ class HeadNet(nn.Module):
         self.num_levels = config.num_levels
         self.bn_level_first = config.head_bn_level_first
         norm_kwargs = norm_kwargs or config.norm_kwargs or {}
-        norm_layer: Any = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
+        norm_layer: Layer = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
         conv_class = SeparableConv2d if config.separable_conv else ConvBnAct2d
         channels, repeats = config.fpn_channels, config.box_class_repeats
 
-        def conv(out_channels: int, bias: bool) -> nn.Module:
+        def conv(out_channels: int, bias: bool) -> Conv:
             return conv_class(
-                *(channels, out_channels),
+                channels,
+                out_channels,
                 kernel_size=3,
                 padding=config.pad_type,
                 bias=bias,
@@ -62,10 +66,9 @@ class HeadNet(nn.Module):
 
     def norms(self, repeat: int) -> list[nn.Module]:
         """The norms of one repeat, one per level."""
-        rows: Any = self.bn_rep
         if self.bn_level_first:
-            return [rows[level][repeat] for level in range(self.num_levels)]
-        return [rows[repeat][level].bn for level in range(self.num_levels)]
+            return [cast(nn.ModuleList, level)[repeat] for level in self.bn_rep]
+        return [cast(nn.Module, named.bn) for named in cast(nn.ModuleList, self.bn_rep[repeat])]
 
     def toggle_bn_level_first(self) -> None:
         """Swap the two key layouts, `bn_rep.<repeat>.<level>.bn.*` and `bn_rep.<level>.<repeat>.*`.
@@ -84,7 +87,7 @@ class HeadNet(nn.Module):
         """
         if len(x) != self.num_levels:
             raise ValueError(f"x: got {len(x)} maps, expected {self.num_levels}, one per level")
-        for repeat, conv in enumerate(self.conv_rep):
+        for repeat, conv in enumerate(cast("list[Conv]", list(self.conv_rep))):
             x = _conv_norm_act(x, conv, self.norms(repeat), self.act)
         return _conv_norm_act(x, self.predict, [None] * len(x), None)
 
@@ -96,11 +99,12 @@ def _named_bn(norm: nn.Module) -> nn.Sequential:
 
 
 def _conv_norm_act(
-    x: list[Tensor], conv: Any, norms: Sequence[nn.Module | None], act: nn.Module | None
+    x: list[Tensor], conv: Conv, norms: Sequence[nn.Module | None], act: nn.Module | None
 ) -> list[Tensor]:
     if isinstance(conv, SeparableConv2d):
         return fused.separable(x, conv.conv_dw, conv.conv_pw, norms, act)
-    padding = tuple(k // 2 for k in conv.conv.kernel_size for _ in range(2))
+    vertical, horizontal = (k // 2 for k in conv.conv.kernel_size)
+    padding: Padding = horizontal, horizontal, vertical, vertical
     return [
         fused.dense(level, conv.conv, norm, act, padding)
         for level, norm in zip(x, norms, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effdet_kernels import weighted_fusion
 
 from . import fused
-from .padding import Size, resolve_padding, spatial_size
+from .padding import Padding, Size, conv_padding, pair, resolve_padding, spatial_size
 
 Layer = Callable[..., nn.Module]
 
@@ -52,9 +52,7 @@ class ConvBnAct2d(nn.Module):
         conv = self.conv
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             return fused.pointwise(x, conv, self.bn, self.act)
-        size = spatial_size(x)
-        padding = resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
-        return fused.dense(x, conv, self.bn, self.act, padding)
+        return fused.dense(x, conv, self.bn, self.act, conv_padding(x, conv, self.pad_type))
 
 
 class SeparableConv2d(nn.Module):
@@ -78,7 +76,10 @@ class SeparableConv2d(nn.Module):
         self.pad_type = padding
         middle = int(in_channels * channel_multiplier)
         self.conv_dw = nn.Conv2d(
-            *(in_channels, middle, kernel_size, stride),
+            in_channels,
+            middle,
+            kernel_size,
+            stride,
             dilation=dilation,
             groups=in_channels,
             bias=False,
@@ -96,12 +97,9 @@ class SeparableConv2d(nn.Module):
         """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
         if self._one_op:
             return fused.separable([x], self.conv_dw, self.conv_pw, [self.bn], self.act)[0]
-        y = fused.dense(x, self.conv_dw, None, None, self._padding(x, self.conv_dw))
-        return fused.dense(y, self.conv_pw, self.bn, self.act, self._padding(y, self.conv_pw))
-
-    def _padding(self, x: Tensor, conv: nn.Conv2d) -> tuple[int, ...]:
-        size = spatial_size(x)
-        return resolve_padding(self.pad_type, size, conv.kernel_size, conv.stride, conv.dilation)
+        y = fused.dense(x, self.conv_dw, None, None, conv_padding(x, self.conv_dw, self.pad_type))
+        padding = conv_padding(y, self.conv_pw, self.pad_type)
+        return fused.dense(y, self.conv_pw, self.bn, self.act, padding)
 
 
 class Interpolate2d(nn.Module):
@@ -122,7 +120,11 @@ class Interpolate2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.interpolate(
-            *(input, self.size, self.scale_factor, self.mode, self.align_corners),
+            input,
+            self.size,
+            self.scale_factor,
+            self.mode,
+            self.align_corners,
             recompute_scale_factor=False,
         )
 
@@ -149,15 +151,17 @@ class ResampleFeatureMap(nn.Module):
         redundant_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.input_size = tuple(input_size)
-        self.output_size = tuple(output_size)
+        self.input_size = pair(input_size)
+        self.output_size = pair(output_size)
         self.pad_type = pad_type
         self.downsample = downsample or "max"
         self.upsample = upsample or "nearest"
         self.conv = None
         if in_channels != out_channels:
             self.conv = ConvBnAct2d(
-                *(in_channels, out_channels, 1),
+                in_channels,
+                out_channels,
+                kernel_size=1,
                 padding=pad_type,
                 bias=not apply_bn or redundant_bias,
                 norm_layer=norm_layer if apply_bn else None,
@@ -178,8 +182,8 @@ class ResampleFeatureMap(nn.Module):
             return "identity", (1, 1), (1, 1)
         if size[0] < output_size[0] or size[1] < output_size[1]:
             return self.upsample, (1, 1), (1, 1)
-        stride = tuple((i - 1) // o + 1 for i, o in zip(size, output_size, strict=True))
-        return self.downsample, tuple(s + 1 for s in stride), stride
+        stride = (size[0] - 1) // output_size[0] + 1, (size[1] - 1) // output_size[1] + 1
+        return self.downsample, (stride[0] + 1, stride[1] + 1), stride
 
     def resample(self, x: Tensor, output_size: Size) -> Tensor:
         """Only the resampling, by torch: for what the fusion op does not know."""
@@ -210,7 +214,7 @@ def resample_and_fuse(
     Shapes: maps [B, C, H_i, W_i], weight [len(maps)], result [B, C, *output_size].
     """
     ready, kinds = [], []
-    pool_padding = None
+    pool_padding: Padding | None = None
     for x, rule in zip(maps, resamples, strict=True):
         size = spatial_size(x)
         kind, kernel, stride = rule.kind(size, output_size)
@@ -222,7 +226,8 @@ def resample_and_fuse(
         ready.append(x if foldable else rule.resample(x, output_size))
         kinds.append(kind if foldable else "identity")
     return weighted_fusion(
-        *(ready, weight),
+        ready,
+        weight,
         method=method,
         resample=tuple(kinds),
         size=output_size,

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-Size = tuple[int, ...]  # (vertical, horizontal), such as (H, W)
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+Padding = tuple[int, int, int, int]
+
+
+def pair(values: Sequence[int]) -> Size:
+    """Two values as a `Size`: torch declares those of a convolution as tuples of any length."""
+    return values[0], values[1]
 
 
 def spatial_size(x: Tensor) -> Size:
@@ -14,9 +22,7 @@ def spatial_size(x: Tensor) -> Size:
     return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)
 
 
-def same_padding(
-    size: Size, kernel: Size, stride: Size, dilation: Size = (1, 1)
-) -> tuple[int, ...]:
+def same_padding(size: Size, kernel: Size, stride: Size, dilation: Size = (1, 1)) -> Padding:
     """TensorFlow's "same": the output is ceil(size / stride), odd padding goes right and below.
 
     All pairs are (vertical, horizontal); returns (left, right, top, bottom).
@@ -26,12 +32,12 @@ def same_padding(
     return left, right, top, bottom
 
 
-def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+def _same(size: int, kernel: int, stride: int, dilation: int) -> Size:
     total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 
 
-def symmetric_padding(kernel: Size, stride: Size, dilation: Size = (1, 1)) -> tuple[int, ...]:
+def symmetric_padding(kernel: Size, stride: Size, dilation: Size = (1, 1)) -> Padding:
     """PyTorch's usual padding, the same on both sides whatever the input; order as above."""
     vertical, horizontal = (
         ((s - 1) + d * (k - 1)) // 2 for k, s, d in zip(kernel, stride, dilation, strict=True)
@@ -41,7 +47,7 @@ def symmetric_padding(kernel: Size, stride: Size, dilation: Size = (1, 1)) -> tu
 
 def resolve_padding(
     pad_type: str | None, size: Size, kernel: Size, stride: Size, dilation: Size = (1, 1)
-) -> tuple[int, ...]:
+) -> Padding:
     """(left, right, top, bottom) for `pad_type` "same" or "" (symmetric).
 
     Raises:
@@ -53,3 +59,9 @@ def resolve_padding(
     if kind == "":
         return symmetric_padding(kernel, stride, dilation)
     raise ValueError(f"pad_type: got {pad_type!r}, expected 'same' or ''")
+
+
+def conv_padding(x: Tensor, conv: nn.Conv2d, pad_type: str | None) -> Padding:
+    """`resolve_padding` for what `conv` reads, the map x [B, C, H, W]."""
+    kernel, stride, dilation = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
+    return resolve_padding(pad_type, spatial_size(x), kernel, stride, dilation)

@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fused
-from ..padding import resolve_padding, spatial_size
+from ..padding import conv_padding, spatial_size
 
 
 @dataclass(frozen=True)
 class BlockArgs:
-    """What one block is made of; channel counts are final, kernels may be a mix of several."""
+    """What one block is made of; channel counts are final, a depthwise kernel may be a mix."""
 
     in_channels: int
     mid_channels: int
     out_channels: int
-    kernel: Any  # int, or a tuple of them for a mix
+    kernel: int | tuple[int, ...]
     stride: int
     se_channels: int
     se_act: str
@@ -52,7 +52,9 @@ class BlockArgs:
 class MixedConv2d(nn.ModuleDict):
     """Equal shares of the channels through convolutions of their own (MixConv)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernels: tuple[int, ...], **kwargs):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernels: tuple[int, ...], **kwargs: Any
+    ) -> None:
         count = len(kernels)
         self.in_splits = _shares(in_channels, count)
         out_splits = _shares(out_channels, count)
@@ -60,7 +62,9 @@ class MixedConv2d(nn.ModuleDict):
         super().__init__(
             {
                 str(i): nn.Conv2d(
-                    *(c_in, c_out, kernel),
+                    c_in,
+                    c_out,
+                    kernel,
                     groups=c_in if depthwise else 1,
                     bias=False,
                     **kwargs,
@@ -71,8 +75,8 @@ class MixedConv2d(nn.ModuleDict):
             }
         )
 
-    def convs(self) -> list[Any]:
-        return list(self.values())
+    def convs(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", list(self.values()))
 
 
 def _shares(channels: int, count: int) -> list[int]:
@@ -81,26 +85,21 @@ def _shares(channels: int, count: int) -> list[int]:
     return [channels - part * (count - 1)] + [part] * (count - 1)
 
 
-def pointwise_layer(in_channels: int, out_channels: int, splits: int) -> nn.Module:
+def pointwise_layer(in_channels: int, out_channels: int, splits: int) -> nn.Conv2d | MixedConv2d:
     if splits > 1:
         return MixedConv2d(in_channels, out_channels, (1,) * splits)
     return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
-def depthwise_layer(channels: int, args: BlockArgs) -> nn.Module:
+def depthwise_layer(channels: int, args: BlockArgs) -> nn.Conv2d | MixedConv2d:
     if isinstance(args.kernel, tuple):
         return MixedConv2d(channels, channels, args.kernel, stride=args.stride, depthwise=True)
     return nn.Conv2d(channels, channels, args.kernel, args.stride, groups=channels, bias=False)
 
 
-def conv_padding(x: Tensor, conv: Any, pad_type: str) -> tuple[int, ...]:
-    size = spatial_size(x)
-    return resolve_padding(pad_type, size, conv.kernel_size, conv.stride)
-
-
 def pointwise(
     x: Tensor,
-    conv: Any,
+    conv: nn.Conv2d | MixedConv2d,
     norm: nn.Module,
     act: nn.Module | None = None,
     gate: Tensor | None = None,
@@ -118,7 +117,12 @@ def pointwise(
 
 
 def depthwise(
-    x: Tensor, conv: Any, norm: nn.Module, act: nn.Module, pad_type: str, squeeze: bool
+    x: Tensor,
+    conv: nn.Conv2d | MixedConv2d,
+    norm: nn.Module,
+    act: nn.Module,
+    pad_type: str,
+    squeeze: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`fused.depthwise` for one convolution or a mix."""
     if not isinstance(conv, MixedConv2d):
@@ -170,7 +174,7 @@ class Block(nn.Module):
     The map between the two, times its gate, is the stage's wide feature.
     """
 
-    se: nn.Module
+    se: nn.Module  # only of blocks that squeeze
 
     def __init__(self, args: BlockArgs) -> None:
         super().__init__()
@@ -262,8 +266,10 @@ class EdgeResidual(Block):
 
     def __init__(self, args: BlockArgs) -> None:
         super().__init__(args)
-        channels = args.in_channels, args.mid_channels
-        self.conv_exp = nn.Conv2d(*channels, args.kernel, args.stride, bias=False)
+        kernel = cast(int, args.kernel)
+        self.conv_exp = nn.Conv2d(
+            args.in_channels, args.mid_channels, kernel, args.stride, bias=False
+        )
         self.bn1 = args.norm(args.mid_channels)
         self.conv_pwl = nn.Conv2d(args.mid_channels, args.out_channels, 1, bias=False)
         self.bn2 = args.norm(args.out_channels)
@@ -281,8 +287,8 @@ class ConvBnAct(Block):
 
     def __init__(self, args: BlockArgs) -> None:
         super().__init__(args)
-        channels = args.in_channels, args.out_channels
-        self.conv = nn.Conv2d(*channels, args.kernel, args.stride, bias=False)
+        kernel = cast(int, args.kernel)
+        self.conv = nn.Conv2d(args.in_channels, args.out_channels, kernel, args.stride, bias=False)
         self.bn1 = args.norm(args.out_channels)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import fused
+from ..padding import conv_padding
 from . import blocks
 from .blocks import Block, BlockArgs
 from .features import FeatureInfo
@@ -60,7 +61,7 @@ class EfficientNetFeatures(nn.Module):
         self.blocks = nn.Sequential()
         total = sum(row.repeats for rows in spec.stages for row in rows)
         channels, reduction, count = spec.stem, 2, 0
-        stages: list[dict] = []
+        stages: list[dict[str, Any]] = []
         for rows in spec.stages:
             stage = nn.Sequential()
             for i, row in enumerate(_unroll(rows)):
@@ -89,19 +90,19 @@ class EfficientNetFeatures(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps [B, C_i, H_i, W_i], H_i = ceil(H / reduction_i)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        padding = blocks.conv_padding(x, self.conv_stem, self.pad_type)
+        padding = conv_padding(x, self.conv_stem, self.pad_type)
         x = fused.dense(x, self.conv_stem, self.bn1, self.act1, padding)
         features = {}
-        stage: Any
         for i, stage in enumerate(self.blocks):
             if i not in self._taken or not self.wide_features:
                 x = features[i] = stage(x)
                 continue
-            for block in stage[:-1]:
+            *first, last = cast("list[Block]", list(stage.children()))
+            for block in first:
                 x = block(x)
-            wide, gate = stage[-1].expand(x)
+            wide, gate = last.expand(x)
             features[i] = wide if gate is None else wide * gate[:, :, None, None]
-            x = stage[-1].project(wide, gate, x)
+            x = last.project(wide, gate, x)
         return [features[i] for i in self._taken]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def _efficientnet(width: float, depth: float, tf: bool) -> Spec:
 
 def _lite(width: float, depth: float, tf: bool) -> Spec:
     stages = _scale(_mbconv(se=0.0), width, depth, fixed_ends=True)
-    padding: dict[str, Any] = {"pad_type": "same", "bn_eps": 1e-3} if tf else {}
-    return Spec(32, stages, act="relu6", **padding)
+    if tf:
+        return Spec(32, stages, act="relu6", pad_type="same", bn_eps=1e-3)
+    return Spec(32, stages, act="relu6")
 
 
 def _edgetpu(depth: float) -> Spec:
@@ -149,7 +150,8 @@ def _mobilenet_v3_large() -> Spec:
         (Row("cn", 1, 1, 1, 960, skip=False),),
     )
     return Spec(
-        *(16, stages),
+        16,
+        stages,
         act="hard_swish",
         se_of_mid=True,
         se_act="relu",
@@ -158,17 +160,17 @@ def _mobilenet_v3_large() -> Spec:
 
 
 def _mixnet(width: float) -> Spec:
-    both: dict[str, Any] = {"pw_splits": 2, "pwl_splits": 2}
+    split = partial(Row, pw_splits=2, pwl_splits=2)
     k2, k3, k4 = (3, 5), (3, 5, 7), (3, 5, 7, 9)
     stages = (
         (Row("ds", 1, 3, 1, 24, act="relu"),),
         (
-            Row("ir", 1, k3, 2, 32, 6, act="relu", **both),
-            Row("ir", 1, 3, 1, 32, 3, act="relu", **both),
+            split("ir", 1, k3, 2, 32, 6, act="relu"),
+            split("ir", 1, 3, 1, 32, 3, act="relu"),
         ),
-        (Row("ir", 1, k4, 2, 40, 6, se=0.5), Row("ir", 3, k2, 1, 40, 6, se=0.5, **both)),
-        (Row("ir", 1, k3, 2, 80, 6, se=0.25), Row("ir", 3, k4, 1, 80, 6, se=0.25, **both)),
-        (Row("ir", 1, 3, 1, 120, 6, se=0.5), Row("ir", 3, k4, 1, 120, 3, se=0.5, **both)),
+        (Row("ir", 1, k4, 2, 40, 6, se=0.5), split("ir", 3, k2, 1, 40, 6, se=0.5)),
+        (Row("ir", 1, k3, 2, 80, 6, se=0.25), split("ir", 3, k4, 1, 80, 6, se=0.25)),
+        (Row("ir", 1, 3, 1, 120, 6, se=0.5), split("ir", 3, k4, 1, 120, 3, se=0.5)),
         (
             Row("ir", 1, k4, 2, 200, 6, se=0.5),
             Row("ir", 3, k4, 1, 200, 6, se=0.5, pwl_splits=2),
@@ -179,8 +181,14 @@ def _mixnet(width: float) -> Spec:
 
 # width and depth multipliers of EfficientNet-B0..B7
 _COMPOUND = (
-    *((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4)),
-    *((1.4, 1.8), (1.6, 2.2), (1.8, 2.6), (2.0, 3.1)),
+    (1.0, 1.0),
+    (1.0, 1.1),
+    (1.1, 1.2),
+    (1.2, 1.4),
+    (1.4, 1.8),
+    (1.6, 2.2),
+    (1.8, 2.6),
+    (2.0, 3.1),
 )
 
 SPECS: dict[str, Spec] = {

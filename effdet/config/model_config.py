@@ -9,12 +9,48 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 _WEIGHTS = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1/"
+_WEIGHT_FILES = {
+    "efficientdet_d0": "efficientdet_d0-f3276ba8.pth",
+    "efficientdet_d1": "efficientdet_d1-bb7e98fe.pth",
+    "efficientdetv2_dt": "efficientdetv2_rw_dt_agc-ad8b8c96.pth",
+    "efficientdetv2_ds": "efficientnetv2_rw_ds_agc-cf589293.pth",
+    "resdet50": "resdet50_416-08676892.pth",
+    "cspresdet50": "cspresdet50b-386da277.pth",
+    "cspresdext50pan": "cspresdext50pan-92fdd094.pth",
+    "cspdarkdet53m": "cspdarkdet53m-79062b2d.pth",
+    "efficientdet_q0": "efficientdet_q0-bdf1bdb5.pth",
+    "efficientdet_q1": "efficientdet_q1b-d0612140.pth",
+    "efficientdet_q2": "efficientdet_q2-0f7564e5.pth",
+    "tf_efficientdet_d0": "tf_efficientdet_d0_34-f153e0cf.pth",
+    "tf_efficientdet_d1": "tf_efficientdet_d1_40-a30f94af.pth",
+    "tf_efficientdet_d2": "tf_efficientdet_d2_43-8107aa99.pth",
+    "tf_efficientdet_d3": "tf_efficientdet_d3_47-0b525f35.pth",
+    "tf_efficientdet_d4": "tf_efficientdet_d4_49-f56376d9.pth",
+    "tf_efficientdet_d5": "tf_efficientdet_d5_51-c79f9be6.pth",
+    "tf_efficientdet_d6": "tf_efficientdet_d6_52-4eda3773.pth",
+    "tf_efficientdet_d7": "tf_efficientdet_d7_53-6d1d7a95.pth",
+    "tf_efficientdet_d7x": "tf_efficientdet_d7x-f390b87c.pth",
+    "tf_efficientdet_d0_ap": "tf_efficientdet_d0_ap-d0cdbd0a.pth",
+    "tf_efficientdet_d1_ap": "tf_efficientdet_d1_ap-7721d075.pth",
+    "tf_efficientdet_d2_ap": "tf_efficientdet_d2_ap-a2995c19.pth",
+    "tf_efficientdet_d3_ap": "tf_efficientdet_d3_ap-e4a2feab.pth",
+    "tf_efficientdet_d4_ap": "tf_efficientdet_d4_ap-f601a5fc.pth",
+    "tf_efficientdet_d5_ap": "tf_efficientdet_d5_ap-3673ae5d.pth",
+    "tf_efficientdet_lite0": "tf_efficientdet_lite0-dfacfc78.pth",
+    "tf_efficientdet_lite1": "tf_efficientdet_lite1-6dc7ab30.pth",
+    "tf_efficientdet_lite2": "tf_efficientdet_lite2-86c5d55b.pth",
+    "tf_efficientdet_lite3": "tf_efficientdet_lite3-506852cb.pth",
+    "tf_efficientdet_lite3x": "tf_efficientdet_lite3x-8404c57b.pth",
+    "tf_efficientdet_lite4": "tf_efficientdet_lite4-391ddabc.pth",
+}
 # Anchors as ratios whose product is 1, instead of the paper's rounded (1.4, 0.7) pairs.
 _RATIOS = [1.0, 2.0, 0.5]
 _BILINEAR: dict[str, Any] = {"downsample_type": "bilinear", "upsample_type": "bilinear"}
 _INCEPTION: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
-tf_efficientdet_lite_common = dict(fpn_name="bifpn_sum", act_type="relu6", **_INCEPTION)
+tf_efficientdet_lite_common: dict[str, Any] = dict(
+    fpn_name="bifpn_sum", act_type="relu6", **_INCEPTION
+)
 
 
 def default_detection_model_configs() -> DictConfig:
@@ -77,7 +113,6 @@ def _entry(
     cells: int,
     head: int,
     drop_path: float,
-    weights: str = "",
     **changes: Any,
 ) -> dict[str, Any]:
     """One row of the table: the compound-scaled numbers by position, deviations by name."""
@@ -89,14 +124,14 @@ def _entry(
         fpn_cell_repeats=cells,
         box_class_repeats=head,
         backbone_args={"drop_path_rate": drop_path},
-        url=_WEIGHTS + weights if weights else "",
+        url=_WEIGHTS + _WEIGHT_FILES[name] if name in _WEIGHT_FILES else "",
         **changes,
     )
 
 
 def _timm(*row: Any, **changes: Any) -> dict[str, Any]:
     """A model trained in PyTorch: symmetric padding and no bias in front of batch norm."""
-    return _entry(*row, pad_type="", redundant_bias=False, **changes)
+    return _entry(*row, **{"pad_type": "", "redundant_bias": False, **changes})
 
 
 def _level_first(*row: Any, **changes: Any) -> dict[str, Any]:
@@ -104,7 +139,7 @@ def _level_first(*row: Any, **changes: Any) -> dict[str, Any]:
 
 
 def _lite(*row: Any, **changes: Any) -> dict[str, Any]:
-    return _entry(*row, **{**tf_efficientdet_lite_common, **changes})
+    return _entry(*row, **(tf_efficientdet_lite_common | changes))
 
 
 def _adv(*row: Any) -> dict[str, Any]:
@@ -116,50 +151,72 @@ def _dense(*row: Any, act: str, **changes: Any) -> dict[str, Any]:
     return _level_first(*row, act_type=act, aspect_ratios=_RATIOS, separable_conv=False, **changes)
 
 
-# name, backbone, size, FPN channels, FPN cells, head depth, drop path rate, weight file
+# name, backbone, size, FPN channels, FPN cells, head depth, drop path rate
 _ENTRIES = [
-    _timm("efficientdet_d0", "efficientnet_b0", 512, 64, 3, 3, 0.1, "efficientdet_d0-f3276ba8.pth"),
-    _timm("efficientdet_d1", "efficientnet_b1", 640, 88, 4, 3, 0.2, "efficientdet_d1-bb7e98fe.pth"),
+    _timm("efficientdet_d0", "efficientnet_b0", 512, 64, 3, 3, 0.1),
+    _timm("efficientdet_d1", "efficientnet_b1", 640, 88, 4, 3, 0.2),
     _timm("efficientdet_d2", "efficientnet_b2", 768, 112, 5, 3, 0.2),
     _timm("efficientdet_d3", "efficientnet_b3", 896, 160, 6, 4, 0.2),
     _entry("efficientdet_d4", "efficientnet_b4", 1024, 224, 7, 4, 0.2),
     _entry("efficientdet_d5", "efficientnet_b5", 1280, 288, 7, 4, 0.2),
     _level_first(
-        *("efficientdetv2_dt", "efficientnetv2_rw_t", 768, 128, 5, 3, 0.2),
-        "efficientdetv2_rw_dt_agc-ad8b8c96.pth",
+        "efficientdetv2_dt",
+        "efficientnetv2_rw_t",
+        768,
+        128,
+        5,
+        3,
+        0.2,
         aspect_ratios=_RATIOS,
         **_BILINEAR,
     ),
     _level_first(
-        *("efficientdetv2_ds", "efficientnetv2_rw_s", 1024, 256, 7, 4, 0.2),
-        "efficientnetv2_rw_ds_agc-cf589293.pth",
+        "efficientdetv2_ds",
+        "efficientnetv2_rw_s",
+        1024,
+        256,
+        7,
+        4,
+        0.2,
         aspect_ratios=_RATIOS,
         **_BILINEAR,
     ),
-    _timm(
-        *("resdet50", "resnet50", 640, 88, 4, 3, 0.2, "resdet50_416-08676892.pth"),
-        act_type="relu",
-        separable_conv=False,
-    ),
+    _timm("resdet50", "resnet50", 640, 88, 4, 3, 0.2, act_type="relu", separable_conv=False),
     _dense(
-        *("cspresdet50", "cspresnet50", 768, 88, 4, 3, 0.2, "cspresdet50b-386da277.pth"),
+        "cspresdet50",
+        "cspresnet50",
+        768,
+        88,
+        4,
+        3,
+        0.2,
         act="leaky_relu",
         head_act_type="silu",
         **_BILINEAR,
     ),
     _dense("cspresdext50", "cspresnext50", 640, 88, 4, 3, 0.2, act="leaky_relu"),
     _dense(
-        *("cspresdext50pan", "cspresnext50", 640, 88, 3, 3, 0.2, "cspresdext50pan-92fdd094.pth"),
-        act="leaky_relu",
-        fpn_name="pan_fa",
+        "cspresdext50pan", "cspresnext50", 640, 88, 3, 3, 0.2, act="leaky_relu", fpn_name="pan_fa"
     ),
     _dense(
-        *("cspdarkdet53", "cspdarknet53", 640, 88, 4, 3, 0.2),
+        "cspdarkdet53",
+        "cspdarknet53",
+        640,
+        88,
+        4,
+        3,
+        0.2,
         act="leaky_relu",
         backbone_indices=(3, 4, 5),
     ),
     _dense(
-        *("cspdarkdet53m", "cspdarknet53", 768, 96, 4, 3, 0.2, "cspdarkdet53m-79062b2d.pth"),
+        "cspdarkdet53m",
+        "cspdarknet53",
+        768,
+        96,
+        4,
+        3,
+        0.2,
         act="leaky_relu",
         head_act_type="mish",
         fpn_name="qufpn_fa",
@@ -169,144 +226,102 @@ _ENTRIES = [
     _level_first("mixdet_m", "mixnet_m", 512, 64, 3, 3, 0.1, aspect_ratios=_RATIOS),
     _level_first("mixdet_l", "mixnet_l", 640, 88, 4, 3, 0.2, aspect_ratios=_RATIOS),
     _level_first(
-        *("mobiledetv2_110d", "mobilenetv2_110d", 384, 48, 3, 3, 0.05),
+        "mobiledetv2_110d",
+        "mobilenetv2_110d",
+        384,
+        48,
+        3,
+        3,
+        0.05,
         act_type="relu6",
         aspect_ratios=_RATIOS,
     ),
     _level_first(
-        *("mobiledetv2_120d", "mobilenetv2_120d", 512, 56, 3, 3, 0.1),
+        "mobiledetv2_120d",
+        "mobilenetv2_120d",
+        512,
+        56,
+        3,
+        3,
+        0.1,
         act_type="relu6",
         aspect_ratios=_RATIOS,
     ),
     _level_first(
-        *("mobiledetv3_large", "mobilenetv3_large_100", 512, 64, 3, 3, 0.1),
+        "mobiledetv3_large",
+        "mobilenetv3_large_100",
+        512,
+        64,
+        3,
+        3,
+        0.1,
         act_type="hard_swish",
         aspect_ratios=_RATIOS,
     ),
+    _level_first("efficientdet_q0", "efficientnet_b0", 512, 64, 3, 3, 0.1, fpn_name="qufpn_fa"),
     _level_first(
-        *("efficientdet_q0", "efficientnet_b0", 512, 64, 3, 3, 0.1),
-        "efficientdet_q0-bdf1bdb5.pth",
-        fpn_name="qufpn_fa",
+        "efficientdet_q1", "efficientnet_b1", 640, 88, 3, 3, 0.2, fpn_name="qufpn_fa", **_BILINEAR
     ),
-    _level_first(
-        *("efficientdet_q1", "efficientnet_b1", 640, 88, 3, 3, 0.2),
-        "efficientdet_q1b-d0612140.pth",
-        fpn_name="qufpn_fa",
-        **_BILINEAR,
-    ),
-    _level_first(
-        *("efficientdet_q2", "efficientnet_b2", 768, 112, 4, 3, 0.2),
-        "efficientdet_q2-0f7564e5.pth",
-        fpn_name="qufpn_fa",
-    ),
+    _level_first("efficientdet_q2", "efficientnet_b2", 768, 112, 4, 3, 0.2, fpn_name="qufpn_fa"),
     # Fuses the wide maps in front of each stage's last projection instead of the stage outputs.
-    _level_first(
-        *("efficientdet_w0", "efficientnet_b0", 512, 80, 3, 3, 0.1),
-        aspect_ratios=_RATIOS,
-    ),
+    _level_first("efficientdet_w0", "efficientnet_b0", 512, 80, 3, 3, 0.1, aspect_ratios=_RATIOS),
     _dense("efficientdet_es", "efficientnet_es", 512, 72, 3, 3, 0.1, act="relu"),
     _dense("efficientdet_em", "efficientnet_em", 640, 96, 4, 3, 0.2, act="relu"),
     _entry(
-        *("efficientdet_lite0", "efficientnet_lite0", 384, 64, 3, 3, 0.1),
+        "efficientdet_lite0",
+        "efficientnet_lite0",
+        384,
+        64,
+        3,
+        3,
+        0.1,
         act_type="relu6",
         redundant_bias=False,
         head_bn_level_first=True,
     ),
-    _entry(
-        *("tf_efficientdet_d0", "tf_efficientnet_b0", 512, 64, 3, 3, 0.2),
-        "tf_efficientdet_d0_34-f153e0cf.pth",
-    ),
-    _entry(
-        *("tf_efficientdet_d1", "tf_efficientnet_b1", 640, 88, 4, 3, 0.2),
-        "tf_efficientdet_d1_40-a30f94af.pth",
-    ),
-    _entry(
-        *("tf_efficientdet_d2", "tf_efficientnet_b2", 768, 112, 5, 3, 0.2),
-        "tf_efficientdet_d2_43-8107aa99.pth",
-    ),
-    _entry(
-        *("tf_efficientdet_d3", "tf_efficientnet_b3", 896, 160, 6, 4, 0.2),
-        "tf_efficientdet_d3_47-0b525f35.pth",
-    ),
-    _entry(
-        *("tf_efficientdet_d4", "tf_efficientnet_b4", 1024, 224, 7, 4, 0.2),
-        "tf_efficientdet_d4_49-f56376d9.pth",
-    ),
-    _entry(
-        *("tf_efficientdet_d5", "tf_efficientnet_b5", 1280, 288, 7, 4, 0.2),
-        "tf_efficientdet_d5_51-c79f9be6.pth",
-    ),
+    _entry("tf_efficientdet_d0", "tf_efficientnet_b0", 512, 64, 3, 3, 0.2),
+    _entry("tf_efficientdet_d1", "tf_efficientnet_b1", 640, 88, 4, 3, 0.2),
+    _entry("tf_efficientdet_d2", "tf_efficientnet_b2", 768, 112, 5, 3, 0.2),
+    _entry("tf_efficientdet_d3", "tf_efficientnet_b3", 896, 160, 6, 4, 0.2),
+    _entry("tf_efficientdet_d4", "tf_efficientnet_b4", 1024, 224, 7, 4, 0.2),
+    _entry("tf_efficientdet_d5", "tf_efficientnet_b5", 1280, 288, 7, 4, 0.2),
     # From d6 on the paper drops the learned fusion weights for the sake of stable training.
+    _entry("tf_efficientdet_d6", "tf_efficientnet_b6", 1280, 384, 8, 5, 0.2, fpn_name="bifpn_sum"),
     _entry(
-        *("tf_efficientdet_d6", "tf_efficientnet_b6", 1280, 384, 8, 5, 0.2),
-        "tf_efficientdet_d6_52-4eda3773.pth",
-        fpn_name="bifpn_sum",
-    ),
-    _entry(
-        *("tf_efficientdet_d7", "tf_efficientnet_b6", 1536, 384, 8, 5, 0.2),
-        "tf_efficientdet_d7_53-6d1d7a95.pth",
+        "tf_efficientdet_d7",
+        "tf_efficientnet_b6",
+        1536,
+        384,
+        8,
+        5,
+        0.2,
         fpn_name="bifpn_sum",
         anchor_scale=5.0,
     ),
     _entry(
-        *("tf_efficientdet_d7x", "tf_efficientnet_b7", 1536, 384, 8, 5, 0.2),
-        "tf_efficientdet_d7x-f390b87c.pth",
+        "tf_efficientdet_d7x",
+        "tf_efficientnet_b7",
+        1536,
+        384,
+        8,
+        5,
+        0.2,
         fpn_name="bifpn_sum",
         anchor_scale=4.0,
         max_level=8,
     ),
-    _adv(
-        *("tf_efficientdet_d0_ap", "tf_efficientnet_b0", 512, 64, 3, 3, 0.2),
-        "tf_efficientdet_d0_ap-d0cdbd0a.pth",
-    ),
-    _adv(
-        *("tf_efficientdet_d1_ap", "tf_efficientnet_b1", 640, 88, 4, 3, 0.2),
-        "tf_efficientdet_d1_ap-7721d075.pth",
-    ),
-    _adv(
-        *("tf_efficientdet_d2_ap", "tf_efficientnet_b2", 768, 112, 5, 3, 0.2),
-        "tf_efficientdet_d2_ap-a2995c19.pth",
-    ),
-    _adv(
-        *("tf_efficientdet_d3_ap", "tf_efficientnet_b3", 896, 160, 6, 4, 0.2),
-        "tf_efficientdet_d3_ap-e4a2feab.pth",
-    ),
-    _adv(
-        *("tf_efficientdet_d4_ap", "tf_efficientnet_b4", 1024, 224, 7, 4, 0.2),
-        "tf_efficientdet_d4_ap-f601a5fc.pth",
-    ),
-    _adv(
-        *("tf_efficientdet_d5_ap", "tf_efficientnet_b5", 1280, 288, 7, 4, 0.2),
-        "tf_efficientdet_d5_ap-3673ae5d.pth",
-    ),
-    _lite(
-        *("tf_efficientdet_lite0", "tf_efficientnet_lite0", 320, 64, 3, 3, 0.0),
-        "tf_efficientdet_lite0-dfacfc78.pth",
-        anchor_scale=3.0,
-    ),
-    _lite(
-        *("tf_efficientdet_lite1", "tf_efficientnet_lite1", 384, 88, 4, 3, 0.2),
-        "tf_efficientdet_lite1-6dc7ab30.pth",
-        anchor_scale=3.0,
-    ),
-    _lite(
-        *("tf_efficientdet_lite2", "tf_efficientnet_lite2", 448, 112, 5, 3, 0.2),
-        "tf_efficientdet_lite2-86c5d55b.pth",
-        anchor_scale=3.0,
-    ),
-    _lite(
-        *("tf_efficientdet_lite3", "tf_efficientnet_lite3", 512, 160, 6, 4, 0.2),
-        "tf_efficientdet_lite3-506852cb.pth",
-    ),
-    _lite(
-        *("tf_efficientdet_lite3x", "tf_efficientnet_lite3", 640, 200, 6, 4, 0.2),
-        "tf_efficientdet_lite3x-8404c57b.pth",
-        anchor_scale=3.0,
-    ),
-    _lite(
-        *("tf_efficientdet_lite4", "tf_efficientnet_lite4", 640, 224, 7, 4, 0.2),
-        "tf_efficientdet_lite4-391ddabc.pth",
-    ),
+    _adv("tf_efficientdet_d0_ap", "tf_efficientnet_b0", 512, 64, 3, 3, 0.2),
+    _adv("tf_efficientdet_d1_ap", "tf_efficientnet_b1", 640, 88, 4, 3, 0.2),
+    _adv("tf_efficientdet_d2_ap", "tf_efficientnet_b2", 768, 112, 5, 3, 0.2),
+    _adv("tf_efficientdet_d3_ap", "tf_efficientnet_b3", 896, 160, 6, 4, 0.2),
+    _adv("tf_efficientdet_d4_ap", "tf_efficientnet_b4", 1024, 224, 7, 4, 0.2),
+    _adv("tf_efficientdet_d5_ap", "tf_efficientnet_b5", 1280, 288, 7, 4, 0.2),
+    _lite("tf_efficientdet_lite0", "tf_efficientnet_lite0", 320, 64, 3, 3, 0.0, anchor_scale=3.0),
+    _lite("tf_efficientdet_lite1", "tf_efficientnet_lite1", 384, 88, 4, 3, 0.2, anchor_scale=3.0),
+    _lite("tf_efficientdet_lite2", "tf_efficientnet_lite2", 448, 112, 5, 3, 0.2, anchor_scale=3.0),
+    _lite("tf_efficientdet_lite3", "tf_efficientnet_lite3", 512, 160, 6, 4, 0.2),
+    _lite("tf_efficientdet_lite3x", "tf_efficientnet_lite3", 640, 200, 6, 4, 0.2, anchor_scale=3.0),
+    _lite("tf_efficientdet_lite4", "tf_efficientnet_lite4", 640, 224, 7, 4, 0.2),
     # The compound rule of the paper (section 4) continued below d0, at phi = -2: size
     # 512 + 128 phi; BiFPN width 64 * 1.35^phi = 35, cut to a multiple of 32; BiFPN depth 3 + phi;
     # head depth 3 + floor(phi / 3). The backbone is B0 cut to 0.45 of its width and 0.6 of its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from numbers import Real
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -74,7 +75,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 
 def _is_length(side: Any) -> bool:
-    return isinstance(side, int | float) and side == int(side) and side > 0
+    return isinstance(side, Real) and float(side).is_integer() and float(side) > 0
 
 
 def _check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
