@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,7 +31,7 @@ def train_loader(
             " images; takes at most that many"
         )
     size, mean, std, fill = input_geometry(model_config)
-    return create_loader(
+    loader = create_loader(
         dataset,
         size,
         config.batch_size,
@@ -48,6 +48,7 @@ def train_loader(
         drop_last=True,
         worker_init_fn=_ignore_interrupt,
     )
+    return cast(PrefetchLoader, loader)  # asked for by default
 
 
 def eval_loader(
@@ -63,7 +64,7 @@ def eval_loader(
     ``size`` is (height, width) of the input; None takes the model's own.
     """
     own_size, mean, std, fill = input_geometry(model_config)
-    return create_loader(
+    loader = create_loader(
         dataset,
         size or own_size,
         batch_size,
@@ -76,6 +77,7 @@ def eval_loader(
         max_instances=_most_boxes(dataset),
         worker_init_fn=_ignore_interrupt,
     )
+    return cast(PrefetchLoader, loader)  # asked for by default
 
 
 def input_geometry(model_config: Any) -> tuple[tuple[int, int], Any, Any, Any]:
