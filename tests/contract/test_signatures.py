@@ -16,6 +16,8 @@ import pytest
 import torch
 
 LISTING = Path(__file__).with_name("signatures.txt")
+# The names of the package itself, then what other repositories import beyond them.
+IMPORTED = Path(__file__).with_name("names.txt").read_text().split()
 
 # Not here yet: the numpy evaluators for Pascal VOC and OpenImages (CocoEvaluator is).
 PENDING_MODULES = ("effdet.evaluation.",)
@@ -117,27 +119,7 @@ def test_parameters(name, signature):
         assert parameter.default == eval(default, namespace), label
 
 
-TOP_LEVEL = """
-    EfficientDet DetBenchPredict DetBenchTrain unwrap_bench create_dataset create_loader create_parser DetectionDatset
-    SkipSubset CocoEvaluator PascalEvaluator OpenImagesEvaluator create_evaluator get_efficientdet_config
-    default_detection_model_configs create_model create_model_from_config load_checkpoint load_pretrained
-""".split()
-# What other repositories import beyond that.
-DE_FACTO = """
-    effdet.efficientdet.HeadNet effdet.bench._post_process effdet.bench._batch_detection effdet.anchors.Anchors
-    effdet.anchors.AnchorLabeler effdet.anchors.generate_detections effdet.loss.DetectionLoss effdet.loss._box_loss
-    effdet.loss.smooth_l1_loss effdet.config.model_config.efficientdet_model_param_dict
-    effdet.config.model_config.default_detection_model_configs effdet.data.loader.DetectionFastCollate
-    effdet.data.transforms.ResizePad effdet.data.transforms.ImageToNumpy effdet.data.transforms.Compose
-    effdet.data.transforms.transforms_coco_eval effdet.data.transforms.transforms_coco_train
-    effdet.data.transforms.clip_boxes_ effdet.data.resolve_input_config effdet.data.resolve_fill_color
-    effdet.data.SkipSubset effdet.data.parsers.CocoParserCfg effdet.data.parsers.create_parser
-    effdet.data.dataset_config.CocoCfg effdet.soft_nms.soft_nms effdet.soft_nms.batched_soft_nms
-    effdet.factory.create_model_from_config effdet.distributed.all_gather_container effdet.version.__version__
-""".split()
-
-
-@pytest.mark.parametrize("name", [f"effdet.{name}" for name in TOP_LEVEL] + DE_FACTO)
+@pytest.mark.parametrize("name", IMPORTED)
 def test_import(name):
     resolve(name)
 
