@@ -135,7 +135,12 @@ def test_a_training_step_is_equal(oracle: Any, name: str) -> None:
     sum((y * w).sum() for y, w in maps).backward()
     theirs = oracle.call(
         "model_training_step",
-        name=name, options=options, state=state, x=x, weights=weights, seed=seed,
+        name=name,
+        options=options,
+        state=state,
+        x=x,
+        weights=weights,
+        seed=seed,
     )
     assert_close_in_deviations([y.detach() for y in cls], theirs["cls"])
     gradients = dict(model.named_parameters())
