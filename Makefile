@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
 DATA ?=
-PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data $(DATA))
+PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test parity lint types wheel check check-full bench clean
@@ -17,7 +17,7 @@ test: $(INSTALLED)  ## the test suite
 	$(PYTEST) -m "not slow" --ignore tests/oracle
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
-	$(PYTEST) tests/oracle --oracle $(ORACLE)/bin/python
+	$(PYTEST) tests/oracle --oracle=$(ORACLE)/bin/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

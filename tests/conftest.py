@@ -19,7 +19,7 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     """The folder given by --data; tests that need it are skipped without."""
     path = request.config.getoption("--data")
     if path is None:
-        pytest.skip("needs real data: pass --data PATH")
+        pytest.skip("needs real data: pass --data=PATH")
     if not path.is_dir():
         pytest.fail(f"--data: {path} is not a folder")
     return path.resolve()

@@ -59,7 +59,7 @@ def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
     python = request.config.getoption("--oracle")
     if python is None:
         pytest.skip(
-            "needs PyPI effdet 0.4.1: pass --oracle PYTHON (make oracle builds its environment)"
+            "needs PyPI effdet 0.4.1: pass --oracle=PYTHON (make parity builds its environment)"
         )
     with tempfile.TemporaryDirectory() as folder:
         worker = Oracle(python, Path(folder))
