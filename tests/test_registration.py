@@ -29,7 +29,8 @@ def schema_arguments(spec, inputs):
 
     op._overload = record
     try:
-        spec.op(**inputs)
+        with testing.through_registration(op):
+            spec.op(**inputs)
     finally:
         op._overload = overload
     return seen[0]
