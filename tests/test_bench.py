@@ -22,7 +22,7 @@ def arguments(*words: str):
     return parser.parse_args([*words, "--device", "cpu"])
 
 
-@pytest.mark.parametrize("spec", iter_specs(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", list(iter_specs()), ids=lambda spec: spec.name)
 def test_smoke(spec):
     rows = list(kernels.measure(arguments("--smoke", "--op", spec.name)))
     assert rows[0]["op"] == spec.name

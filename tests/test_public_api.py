@@ -38,7 +38,7 @@ def test_documented(name):
         assert f"{parameter}" in doc, f"{name}: {parameter} is not documented"
 
 
-@pytest.mark.parametrize("spec", iter_specs(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", list(iter_specs()), ids=lambda spec: spec.name)
 def test_every_tensor_argument_is_checked(spec):
     """A list in place of a tensor, a tensor of another rank: an error that names the op and the argument."""
     inputs = spec.cases[0].inputs(torch.float32)

@@ -390,21 +390,22 @@ def test_soft_nms(oracle, by_class, gaussian):
     torch.testing.assert_close(score, theirs["score"], rtol=1e-6, atol=1e-7)
 
 
-def make_realistic(model: nn.Module) -> None:
-    """Batch norm statistics of noise images; logits and codes spread as after training."""
+def make_realistic(model: nn.Module, x: Tensor) -> None:
+    """Batch norm statistics of noise images; logits and codes on ``x`` as those of a trained model.
+
+    A code beyond 2 would be a box e^2 times its anchor, and its exp magnifies every rounding.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    x = torch.randn(2, 3, 256, 256)
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 1.0
-        model.train()(x)
+        model.train()(torch.randn(2, 3, 256, 256))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for net, maps, spread in zip(
-            (model.class_net, model.box_net), model.eval()(x), (2.0, 0.3), strict=True
-        ):
-            net.predict.conv_pw.weight *= spread / torch.cat([m.flatten() for m in maps]).std()
+        logits, codes = (torch.cat([m.flatten() for m in maps]) for maps in model.eval()(x))
+        model.class_net.predict.conv_pw.weight *= 2 / logits.std()
+        model.box_net.predict.conv_pw.weight *= 2 / codes.abs().max()
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320), (512, 512)])
@@ -414,9 +415,9 @@ def test_d0_from_image_to_rows_and_losses(oracle, size):
     bench = create_model(
         "tf_efficientdet_d0", "predict", image_size=size, pretrained_backbone=False
     )
-    make_realistic(bench.model)
-    state_dict = {name: value.clone() for name, value in bench.model.state_dict().items()}
     x = torch.randn(1, 3, *size, dtype=torch.float64)
+    make_realistic(bench.model, x.float())
+    state_dict = {name: value.clone() for name, value in bench.model.state_dict().items()}
     boxes, classes = ground_truth("random")
     target = {
         "bbox": boxes[None],
