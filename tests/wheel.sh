@@ -4,7 +4,7 @@ set -euo pipefail
 python=$(realpath -s "${PYTHON:-python3}")
 constraints=$(realpath constraints.txt)
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap "'$(command -v rm)' -rf '$work'" EXIT # an absolute path: PATH changes below
 
 "$python" -m pip wheel -q --no-deps -w "$work/dist" .
 "$python" -m venv "$work/venv"
