@@ -51,12 +51,12 @@ def check_gradient(
     case: Case,
     backend: str,
     device: str = "cpu",
-    fast: bool = True,
+    fast: bool = False,
     registered: bool = True,
 ) -> bool:
     """torch.autograd.gradcheck of one case in float64.
 
-    ``fast`` compares random projections of the Jacobian, not every entry: minutes become seconds.
+    ``fast`` compares random projections of the Jacobian instead of every entry.
     ``registered``: through the registered op and its backward op, also where the public function
     would run the reference under autograd.
     """

@@ -16,19 +16,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("spec", "case"), CASES)
-def test_gradcheck(spec, case, fast):
+def test_gradcheck(spec, case):
     for backend, reason in testing.backends(spec).items():
         if backend in ("reference", "cpu"):
             assert reason is None
-            assert testing.check_gradient(spec, case, backend, fast=fast)
+            assert testing.check_gradient(spec, case, backend)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_gradcheck_of_the_reference_under_autograd(spec, case):
     """What the public function does in eager mode where no kernel is better than the reference."""
-    assert testing.check_gradient(spec, case, "reference", registered=False)
+    assert testing.check_gradient(spec, case, "reference", fast=True, registered=False)
 
 
 def test_ops_with_gradients_are_the_expected_ones():
