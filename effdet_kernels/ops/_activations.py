@@ -29,10 +29,19 @@ def widen(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
-def affine_act(y: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """``act(y * scale + shift)`` per channel of ``y`` [B, C, H, W], already widened."""
+def conv_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """``act(conv(x, weight) * scale + shift)``, ``x`` widened already; the scale goes into the weight."""
+    weight = widen(weight)
     if scale is not None:
-        y = y * scale.to(y.dtype).view(1, -1, 1, 1)
-    if shift is not None:
-        y = y + shift.to(y.dtype).view(1, -1, 1, 1)
-    return ACTIVATIONS[act](y)
+        weight = weight * scale.to(weight.dtype).view(-1, 1, 1, 1)
+    bias = None if shift is None else shift.to(weight.dtype)
+    return ACTIVATIONS[act](F.conv2d(x, weight, bias, stride, padding, 1, groups))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import affine_act, widen
+from effdet_kernels.ops._activations import conv_affine_act, widen
 
 
 def depthwise_conv(
@@ -21,7 +21,10 @@ def depthwise_conv(
     squeeze: bool,
 ) -> list[Tensor]:
     """``y = act(conv(x) * scale + shift)``; with ``squeeze`` also its sums over H and W."""
-    padded = F.pad(widen(x), tuple(padding))
-    conv = F.conv2d(padded, widen(weight), stride=stride, groups=x.shape[1])
-    y = affine_act(conv, scale, shift, act)
+    left, right, top, bottom = padding
+    if left == right == top == bottom:
+        padded, own = widen(x), left
+    else:
+        padded, own = F.pad(widen(x), tuple(padding)), 0
+    y = conv_affine_act(padded, weight, scale, shift, act, stride, own, groups=x.shape[1])
     return [y.to(x.dtype), y.sum((2, 3))] if squeeze else [y.to(x.dtype)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import affine_act, widen
+from effdet_kernels.ops._activations import conv_affine_act, widen
 
 
 def pointwise_conv(
@@ -19,7 +18,7 @@ def pointwise_conv(
 ) -> Tensor:
     """``y = act(conv(x * gate) * scale + shift) + residual``."""
     gated = widen(x) if gate is None else widen(x) * widen(gate)[:, :, None, None]
-    y = affine_act(F.conv2d(gated, widen(weight)), scale, shift, act)
+    y = conv_affine_act(gated, weight, scale, shift, act)
     if residual is not None:
         y = y + residual
     return y.to(x.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._activations import ACTIVATIONS, affine_act, widen
+from effdet_kernels.ops._activations import ACTIVATIONS, conv_affine_act, widen
 
 
 def separable_conv(
@@ -26,11 +26,11 @@ def separable_conv(
     y = []
     for i in range(outputs):
         source = x[i % len(x)]  # l maps that the nets share, or one map per output
-        dw, pw = widen(dw_weight[i // levels]), widen(pw_weight[i // levels])
+        dw, pw = widen(dw_weight[i // levels]), pw_weight[i // levels]
         active = ACTIVATIONS[pre_act](widen(source))
         middle = F.conv2d(active, dw, padding=dw.shape[-1] // 2, groups=dw.shape[0])
-        out = affine_act(
-            F.conv2d(middle, pw), scale[i] if scale else None, shift[i] if shift else None, act
+        out = conv_affine_act(
+            middle, pw, scale[i] if scale else None, shift[i] if shift else None, act
         )
         y.append(out.to(source.dtype))
     return y
