@@ -45,9 +45,10 @@ class TensorSpec:
         out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
         if any(_same_storage(out, other) for other in inputs):
             out = out.clone(memory_format=self.memory_format)
-        strides = torch.empty(
-            self.shape, device="meta", memory_format=self.memory_format
-        ).stride()  # of dimensions of size 1 too, where contiguous() may leave another stride
+        if min(self.shape, default=2) > 1:
+            return out
+        # contiguous() may leave any stride in a dimension of size 1 or in an empty tensor.
+        strides = torch.empty(self.shape, device="meta", memory_format=self.memory_format).stride()
         return out if out.stride() == strides else out.as_strided(self.shape, strides)
 
 
@@ -189,9 +190,7 @@ class Op:
     # Autograd ------------------------------------------------------------------------------------
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        layout: list[
-            Any
-        ] = []  # per argument: number of tensors of a list, True for a tensor, or the value
+        layout: list[Any] = []  # per argument: a marker for what was saved, or the value itself
         saved: list[Tensor] = []
         for value in inputs:
             if isinstance(value, Tensor):

@@ -15,7 +15,6 @@ except ImportError as error:
 else:
     REASON = None
 
-AVAILABLE = REASON is None
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1}
 _STATUS = {
     1: "a pointer is null or misaligned",
@@ -44,5 +43,5 @@ def check(status: int, op: str) -> None:
 
 
 def module():
-    """The compiled module; only called where AVAILABLE."""
+    """The compiled module; only called where REASON is None."""
     return _C

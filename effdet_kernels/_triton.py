@@ -16,4 +16,3 @@ def _find_reason() -> str | None:
 
 
 REASON = _find_reason()
-AVAILABLE = REASON is None

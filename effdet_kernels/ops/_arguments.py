@@ -84,6 +84,17 @@ def tensor_list(
     return list(value)
 
 
+def anchors_per_location(op: str, cls_output: Tensor, num_classes: int) -> int:
+    """A, of class maps [B, A * num_classes, H, W]; refuses channels that are no multiple."""
+    channels = cls_output.shape[1]
+    if channels % num_classes:
+        raise ValueError(
+            f"{op}: cls_outputs[0]: got {_checks.describe(cls_output)},"
+            f" takes channels divisible by {num_classes} classes"
+        )
+    return channels // num_classes
+
+
 def convolved_size(
     op: str, x: Tensor, kernel: int, stride: int, padding: Sequence[int]
 ) -> tuple[int, int]:

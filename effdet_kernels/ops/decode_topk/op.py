@@ -64,12 +64,7 @@ def decode_topk(
     first = cls_outputs[0]
     _arguments.feature_map(op, "cls_outputs[0]", first)
     batch, channels = first.shape[:2]
-    if channels % num_classes:
-        raise ValueError(
-            f"{op}: cls_outputs[0]: got {_checks.describe(first)},"
-            f" takes channels divisible by {num_classes} classes"
-        )
-    per_location = channels // num_classes
+    per_location = _arguments.anchors_per_location(op, first, num_classes)
     total = 0
     for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
         _arguments.dense(op, f"cls_outputs[{i}]", cls, (batch, channels, "H", "W"), first)

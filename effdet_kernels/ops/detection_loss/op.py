@@ -72,12 +72,7 @@ def detection_loss(
     first = cls_outputs[0]
     _arguments.feature_map(op, "cls_outputs[0]", first)
     batch, channels = first.shape[:2]
-    if channels % num_classes:
-        raise ValueError(
-            f"{op}: cls_outputs[0]: got {_checks.describe(first)},"
-            f" takes channels divisible by {num_classes} classes"
-        )
-    per_location = channels // num_classes
+    per_location = _arguments.anchors_per_location(op, first, num_classes)
     for i, (cls, box, label, code) in enumerate(
         zip(cls_outputs, box_outputs, cls_targets, box_targets, strict=True)
     ):
