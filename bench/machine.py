@@ -1,36 +1,83 @@
-"""What a result was measured on: one dictionary, stored in every row."""
+"""What a result was measured on (stored in every row), and the ceilings measured in the same run."""
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from bench.runner import Effort, Local, alternate
 from effdet.version import __version__
 
+_LARGE = 1 << 28
+_QUICK = Effort(rounds=5, seconds=0.05, settle_s=0.0)
 
-def describe() -> dict[str, str | int]:
-    """Processor, accelerator, thread count, commit and versions."""
-    machine: dict[str, str | int] = {
+
+def describe() -> dict[str, str | int | float]:
+    """Processor, accelerator, thread count, load, commit and versions."""
+    machine: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0,
         "commit": _commit(),
         "effdet_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    try:
+        machine["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        pass
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
         machine["cuda"] = torch.version.cuda or ""
-    try:
-        import triton
-
-        machine["triton"] = triton.__version__
-    except ImportError:
-        pass
+        machine |= gpu_clocks()
     return machine
+
+
+def gpu_clocks() -> dict[str, str]:
+    """SM and memory clock, temperature and power as nvidia-smi reads them now."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(fields.split(","), done.stdout.splitlines()[0].split(", "), strict=False))
+
+
+@functools.cache
+def bandwidth(device: str, nbytes: int) -> float:
+    """Bytes read plus written per second by a copy that moves about ``nbytes``.
+
+    On a CPU the copy is as large as what is compared with it, so that data that fit in a cache are compared with the
+    speed of that cache; on a GPU it is always large, and the L2 cache is flushed before each call.
+    """
+    size = _LARGE if device == "cuda" else min(_LARGE, 1 << max(12, nbytes.bit_length() - 1))
+    source = torch.rand(size // 8, device=device)
+    target = torch.empty_like(source)
+    timing = alternate({"copy": Local(lambda: target.copy_(source), device)}, _QUICK)
+    return 2 * source.nbytes / timing["copy"].min_s
+
+
+@functools.cache
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product of random numbers."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = alternate({"mm": Local(lambda: a @ b, device)}, _QUICK)
+    return 2 * size**3 / timing["mm"].min_s
+
+
+def floor(device: str, dtype: torch.dtype, nbytes: int, flops: int) -> dict[str, float]:
+    """The roofline of one call: the longer of moving ``nbytes`` and of ``flops`` at the measured ceilings."""
+    rate, peak = bandwidth(device, 1 << max(nbytes, 1).bit_length()), matrix_rate(device, dtype)
+    return {"floor_s": max(nbytes / rate, flops / peak), "bandwidth": rate, "matrix_rate": peak}
 
 
 def _cpu_name() -> str:
@@ -43,7 +90,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()

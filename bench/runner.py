@@ -1,49 +1,152 @@
-"""Times callables against each other: checked first, alternating, medians of several runs."""
+"""Times subjects against each other: they take turns, each round gives the best of five, the result is the median.
+
+A subject is anything with ``time(repeats)``: seconds per call. ``Local`` times a callable of this process, on a CPU
+with the wall clock, on a GPU with events around each call and the L2 cache flushed before it, as a CUDA graph where
+asked for. ``peers.Remote`` times a call in another process.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
+BEST_OF = 5
+_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 
-def alternate(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.2
-) -> dict[str, dict[str, float]]:
-    """Median and minimum time per call, in seconds, of each callable; they take turns, round by round.
 
-    One round calls each as often as fits in ``seconds`` (at least once), after one call that is not counted.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+class Subject(Protocol):
+    def time(self, repeats: int) -> float:
+        """Mean seconds per call of ``repeats`` calls."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    rounds: int = 7
+    seconds: float = 0.5  # per subject and round
+    settle_s: float = (
+        0.05  # pause before a subject's turn, in which the threads of others go to sleep
+    )
+
+
+FULL = Effort()
+SMOKE = Effort(rounds=1, seconds=0.0, settle_s=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    median_s: float  # of the rounds' best-of-five
+    min_s: float
+    spread: float  # (third - first quartile) / median of the rounds
+    calls: int  # timed calls in all
+
+    def row(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+def alternate(subjects: Mapping[str, Subject], effort: Effort = FULL) -> dict[str, Timing]:
+    """Times every subject; they take turns, round by round."""
     repeats = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, int(seconds / max(_time(call, 1), 1e-7)))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_time(call, repeats[name]))
+    for name, subject in subjects.items():
+        subject.time(1)  # first calls compile, allocate and fill caches
+        repeats[name] = max(1, int(effort.seconds / BEST_OF / max(subject.time(1), 1e-9)))
+    best: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(effort.rounds):
+        for name, subject in subjects.items():
+            time.sleep(effort.settle_s)
+            best[name].append(min(subject.time(repeats[name]) for _ in range(BEST_OF)))
     return {
-        name: {"median_s": statistics.median(found), "min_s": min(found)}
-        for name, found in times.items()
+        name: Timing(
+            statistics.median(found),
+            min(found),
+            _interquartile(found) / statistics.median(found),
+            repeats[name] * BEST_OF * effort.rounds,
+        )
+        for name, found in best.items()
     }
 
 
-def _time(call: Callable[[], object], repeats: int) -> float:
-    if torch.cuda.is_available():
+def _interquartile(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+class Local:
+    """A callable of this process. ``graph``: replayed as one CUDA graph."""
+
+    def __init__(self, call: Callable[[], Any], device: str = "cpu", graph: bool = False) -> None:
+        self._call = _captured(call) if graph and device == "cuda" else call
+        self._on_gpu = device == "cuda"
+        self._flush = (
+            torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if self._on_gpu else None
+        )
+
+    def time(self, repeats: int) -> float:
+        return self._time_gpu(repeats) if self._on_gpu else self._time_cpu(repeats)
+
+    def _time_cpu(self, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self._call()
+        return (time.perf_counter() - start) / repeats
+
+    def _time_gpu(self, repeats: int) -> float:
+        assert self._flush is not None
+        pairs = []
+        for _ in range(repeats):
+            self._flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self._call()
+            end.record()
+            pairs.append((start, end))
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeats
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` as the replay of a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    return lambda: (graph.replay(), kept)[1]
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int | None:
+    """Bytes that ``call`` holds at its worst above what is held before it; None where that cannot be read."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         call()
-    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets the high-water mark of resident memory
+        before = _status_bytes("VmRSS")
+        call()
+        return max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        return None
 
 
-def copy_bandwidth(device: str, nbytes: int = 1 << 28) -> float:
-    """Bytes read plus written per second by a large copy: the roofline that kernels are compared with."""
-    source = torch.rand(nbytes // 4, device=device)
-    target = torch.empty_like(source)
-    timing = alternate({"copy": lambda: target.copy_(source)}, rounds=5)
-    return 2 * nbytes / timing["copy"]["min_s"]
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024

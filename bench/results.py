@@ -1,0 +1,92 @@
+"""Rows of results: one JSON object a line, written as they come, so that a run that is killed loses one job at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Row = dict[str, Any]
+KEY = ("suite", "name", "case", "direction", "dtype", "device")  # what one job measures
+TIMED, WRONG, ABSENT, SKIPPED = "timed", "wrong", "absent", "skipped"  # values of "status"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All engines of one case, timed against each other; ``run`` yields a row for each."""
+
+    suite: str  # kernels, model, train, detect
+    name: str  # op or model
+    case: str
+    direction: str  # forward, backward, train, predict, postprocess, nms
+    dtype: str  # fp32, bf16, fp16
+    device: str  # cpu, cuda
+    run: Callable[[], Iterable[Row]]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(getattr(self, name) for name in KEY)
+
+
+class Log:
+    """A file of rows; with ``resume`` jobs that are in it already are not run again."""
+
+    def __init__(self, path: Path | None, machine: Row, resume: bool = False) -> None:
+        self.rows: list[Row] = []
+        self._path, self._machine = path, machine
+        self._done: set[tuple[str, ...]] = set()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if resume and path.exists():
+                self._done = {key_of(row) for row in load(path)}
+
+    def run(self, jobs: Iterable[Job], deadline_s: float | None = None) -> bool:
+        """Runs the jobs; False if the deadline came before the last (the rest is for a resumed run)."""
+        start = time.monotonic()
+        left = [job for job in jobs if job.key not in self._done]
+        with tqdm(left, unit="case", disable=None) as progress:
+            for job in progress:
+                if deadline_s is not None and time.monotonic() - start > deadline_s:
+                    return False
+                progress.set_description(f"{job.name} {job.case} {job.direction} {job.dtype}")
+                self._write([{**dict(zip(KEY, job.key, strict=True)), **row} for row in job.run()])
+        return True
+
+    def _write(self, rows: list[Row]) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        rows = [{**row, "machine": self._machine, "time": now} for row in rows]
+        self.rows.extend(rows)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def load(*paths: Path) -> list[Row]:
+    """The rows of files and of all ``*.jsonl`` files in folders; a torn last line is left out."""
+    return [row for path in paths for file in _files(path) for row in _lines(file)]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.rglob("*.jsonl"))
+    if not path.exists():
+        raise ValueError(f"no results at {path}")
+    return [path]
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    for line in file.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
