@@ -16,7 +16,12 @@ from effdet_kernels import _native, _triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "EFFDET_KERNELS_BACKEND"
-_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+_DEVICES = {
+    "reference": ("cpu", "cuda"),
+    "cpu": ("cpu",),
+    "triton": ("cpu", "cuda") if _triton.INTERPRET else ("cuda",),
+    "cuda": ("cuda",),
+}
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _requested: ContextVar[str | None] = ContextVar("effdet_kernels_backend", default=None)
 
@@ -34,6 +39,11 @@ def unavailable_reason(backend: str) -> str | None:
     if backend == "triton":
         return _triton.REASON
     return None
+
+
+def serves(backend: str, device: str) -> bool:
+    """Whether ``backend`` takes tensors on ``device`` ("cpu" or "cuda")."""
+    return device in _DEVICES[backend]
 
 
 def requested() -> str | None:
@@ -77,8 +87,8 @@ def choose(op: str, impls: dict[str, Callable[..., Any]], device: str) -> Callab
         raise BackendError(f"{op}: backend {name!r} was asked for, but {reason}")
     if name not in impls:
         raise BackendError(f"{op}: has no {name!r} implementation; it has {', '.join(impls)}")
-    if device not in _DEVICES[name]:
+    if not serves(name, device):
         raise BackendError(
-            f"{op}: backend {name!r} runs on {_DEVICES[name][0]}, tensors are on {device}"
+            f"{op}: backend {name!r} runs on {' and '.join(_DEVICES[name])}, tensors are on {device}"
         )
     return impls[name]

@@ -91,7 +91,7 @@ class Op:
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
-        self._autocast = autocast
+        self.autocast = autocast
         self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
         self._register(schema)
 
@@ -180,10 +180,10 @@ class Op:
 
     def _cast(self, args: Sequence[Any], low: torch.dtype) -> list[Any]:
         """The arguments as the op's autocast rule wants them, ``low`` being the autocast dtype."""
-        if self._autocast == "float32":
+        if self.autocast == "float32":
             return [_cast(value, torch.float32) for value in args]
         return [
-            _cast(value, low) if name in self._autocast else value
+            _cast(value, low) if name in self.autocast else value
             for name, value in zip(self._arguments, args, strict=True)
         ]
 

@@ -1,19 +1,9 @@
-"""OpSpec: all that the harness and the benchmarks need to know of an op; found by discovery in ``ops/*/spec.py``.
-
-The error bound, one formula for every op and dtype, is per element
-
-    |y - ref| <= 2 u(out) |ref| + 2 sqrt(K) u(acc) M + terms
-
-with u the unit roundoff, ``ref`` the reference in float64 on the rounded inputs, ``acc`` float32 (float64 for float64
-inputs), K the longest reduction, M the sum of the magnitudes of what is added up, and ``terms`` the op's declared
-extra errors (an intermediate that is rounded, an approximated function).
-"""
+"""OpSpec: all that the harness and the benchmarks need to know of an op; found by discovery in ``ops/*/spec.py``."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,31 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effdet_kernels import bound
+from effdet_kernels.bound import accumulator, envelope, flatten, map_tensors, ratio, roundoff
+
+__all__ = [
+    "Case",
+    "Inputs",
+    "OpSpec",
+    "accumulator",
+    "envelope",
+    "flatten",
+    "iter_specs",
+    "map_tensors",
+    "ratio",
+    "roundoff",
+]
+
 Inputs = dict[str, Any]
+Grads = Sequence[Tensor | None]
 Comparison = Callable[[Inputs, Sequence[Tensor], torch.dtype], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: ``make(generator)`` draws all keyword arguments of the op, floating tensors in float64, on the CPU."""
+    """One call: ``make(generator)`` draws all keyword arguments of the op, floating tensors in float64, on the CPU.
+
+    Tags: "bench", a real shape, timed by benchmarks and left out by tests; "gpu", of these one that only a GPU has
+    the memory or the speed for; "not_differentiable_here", gradients are not checked.
+    """
 
     name: str
     make: Callable[[torch.Generator], Inputs]
-    tags: frozenset[str] = (
-        frozenset()
-    )  # "bench": a real shape that benchmarks time and tests leave out
+    tags: frozenset[str] = frozenset()
     seed: int = 0
-
-    def inputs(self, dtype: torch.dtype, device: str = "cpu", keep: Sequence[str] = ()) -> Inputs:
-        """The case's arguments, floating tensors rounded to ``dtype`` (those named in ``keep``: at least float32)."""
-        drawn = self.make(torch.Generator().manual_seed(self.seed))
-        wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-        def rounded(name: str) -> Callable[[Tensor], Tensor]:
-            target = wide if name in keep else dtype
-            return lambda t: t.to(device, target) if t.is_floating_point() else t.to(device)
-
-        return {name: map_tensors(value, rounded(name)) for name, value in drawn.items()}
+    times: int = 1  # the drawn batch is repeated so often: a batch of 128 need not be drawn whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,85 +55,64 @@ class OpSpec:
     op: Callable[..., Any]  # the public function
     reference: Callable[..., Any]  # same keyword arguments and results, any float dtype
     cases: tuple[Case, ...]
-    mutants: Mapping[
-        str, Callable[..., Any]
-    ]  # plausible wrong versions; the bound must reject each
+    mutants: Mapping[str, Callable[..., Any]]  # plausible wrong versions; the bound rejects each
     diff_args: tuple[str, ...] = ()  # arguments with gradients
-    keep_wide: tuple[
-        str, ...
-    ] = ()  # arguments that stay float32 when the dtype under test is shorter
+    keep_wide: tuple[str, ...] = ()  # stay float32 when the dtype under test is shorter
+    batched: tuple[str, ...] = ()  # arguments with a batch dimension, images being independent
+    nonfinite: tuple[str, ...] = ()  # arguments whose NaN and Inf pass through as arithmetic has it
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    # ^ other ways to the same result in plain torch, for benchmarks only
+
+    # The error bound (see effdet_kernels.bound).
     magnitude: Callable[..., Sequence[Tensor]] | None = None  # M, one tensor per floating output
     reduction: Callable[..., int] | None = None  # K
-    terms: Callable[[Inputs, torch.dtype], Sequence[Tensor]] | None = None  # extra errors by output
+    terms: Callable[[Inputs, torch.dtype], Sequence[Tensor]] | None = None  # extra, per output
     compare: Comparison | None = None  # replaces the bound (selection ops): error / allowed error
-    bytes: Callable[..., int] | None = (
-        None  # compulsory memory traffic in bytes, inputs in their real dtypes
-    )
-    flops: Callable[..., int] | None = None  # multiply-adds count 2
+    gradient_magnitude: Callable[[Inputs, Grads], Sequence[Tensor]] | None = None
+    # ^ M of each gradient, from the outputs' gradients; None: the derivative of `magnitude`
+    gradient_reduction: Callable[..., int] | None = None  # K of the gradients; None: from shapes
+    gradient_roundings: int = 0  # intermediates that a backward may round to the input's dtype
 
-    def error_ratio(self, inputs: Inputs, outputs: Any, dtype: torch.dtype) -> float:
+    # Costs, of inputs in their real dtypes. Multiply-adds count 2.
+    bytes: Callable[..., int] | None = None  # compulsory traffic: inputs and outputs once
+    flops: Callable[..., int] | None = None
+    backward_bytes: Callable[..., int] | None = None
+    backward_flops: Callable[..., int] | None = None
+
+    def inputs(self, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Inputs:
+        """The case's arguments, floating tensors rounded to ``dtype`` (``keep_wide``: at least float32)."""
+        drawn = case.make(torch.Generator().manual_seed(case.seed))
+        wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+        def placed(name: str) -> Callable[[Tensor], Tensor]:
+            target = wide if name in self.keep_wide else dtype
+            repeats = case.times if name in self.batched else 1
+
+            def place(t: Tensor) -> Tensor:
+                t = t.to(device, target) if t.is_floating_point() else t.to(device)
+                return t.repeat(repeats, *[1] * (t.dim() - 1)) if repeats > 1 else t
+
+            return place
+
+        return {name: map_tensors(value, placed(name)) for name, value in drawn.items()}
+
+    def error_ratio(
+        self, inputs: Inputs, outputs: Any, dtype: torch.dtype, times: int = 1
+    ) -> float:
         """Worst error of ``outputs`` (of a call on ``inputs``, tensors of ``dtype``) as a share of what is allowed."""
-        exact = {name: map_tensors(value, _widen) for name, value in inputs.items()}
-        found = [t.detach().cpu() for t in flatten(outputs)]
-        if self.compare is not None:
-            return self.compare(exact, found, dtype)
-        expected = flatten(self.reference(**exact))
-        if len(found) != len(expected):
-            raise ValueError(
-                f"{self.name}: {len(found)} outputs, the reference has {len(expected)}"
-            )
-        magnitudes = iter(self.magnitude(**exact) if self.magnitude else ())
-        terms = iter(self.terms(exact, dtype) if self.terms else ())
-        spread = 2 * math.sqrt(self.reduction(**exact) if self.reduction else 1)
-        worst = 0.0
-        for got, want in zip(found, expected, strict=True):
-            if got.shape != want.shape:
-                raise ValueError(
-                    f"{self.name}: output {list(got.shape)}, reference {list(want.shape)}"
-                )
-            if not want.is_floating_point():
-                worst = max(worst, 0.0 if torch.equal(got, want) else math.inf)
-                continue
-            allowed = 2 * roundoff(got.dtype) * want.abs()
-            allowed += spread * roundoff(accumulator(dtype)) * next(magnitudes)
-            allowed += next(terms, torch.zeros(())) + torch.finfo(got.dtype).tiny
-            worst = max(worst, ratio(got.double(), want, allowed))
-        return worst
+        return bound.forward_ratio(self, inputs, outputs, dtype, times)
 
-
-def ratio(got: Tensor, want: Tensor, allowed: Tensor) -> float:
-    """max |got - want| / allowed; infinite where one is NaN or infinite and the other is not the same."""
-    if got.numel() == 0:
-        return 0.0
-    same = (got == want) | (got.isnan() & want.isnan())
-    both = got.isfinite() & want.isfinite()
-    error = torch.where(both, (got - want).abs() / allowed, torch.inf).masked_fill(same, 0)
-    return float(error.max())
-
-
-def roundoff(dtype: torch.dtype) -> float:
-    """u: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that kernels accumulate in for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def flatten(outputs: Any) -> list[Tensor]:
-    """The outputs of an op as a flat list."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``function`` applied to it, or to the tensors of the list it is."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-        return [function(item) for item in value]
-    return value
+    def gradient_ratio(
+        self,
+        inputs: Inputs,
+        grads: Grads,
+        found: Sequence[Tensor],
+        dtype: torch.dtype,
+        times: int = 1,
+    ) -> float:
+        """The same of gradients ``found`` for the tensors among ``diff_args``, given the outputs' ``grads``."""
+        return bound.gradient_ratio(self, inputs, grads, found, dtype, times)
 
 
 def iter_specs() -> Iterator[OpSpec]:
@@ -144,8 +122,3 @@ def iter_specs() -> Iterator[OpSpec]:
     for module in sorted(pkgutil.iter_modules(ops.__path__), key=lambda m: m.name):
         if module.ispkg:
             yield importlib.import_module(f"effdet_kernels.ops.{module.name}.spec").SPEC
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor

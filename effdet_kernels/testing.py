@@ -1,19 +1,33 @@
-"""The harness: calls an op on a case, on one backend, and says how its error compares with the bound."""
+"""The harness: calls an op on a case, on one backend, and says how its error compares with the bound.
+
+Outputs start as NaN between guard zones, ``torch.empty`` is filled with NaN, inputs lie in buffers of NaN: a kernel
+that leaves an element unwritten, writes or reads outside, or reads memory that nothing wrote, is caught. Programs of an
+interpreted Triton kernel run in shuffled order, CPU kernels with several thread counts: what depends on order is
+caught too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import unittest.mock
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdet_kernels import _dispatch, _library
-from effdet_kernels.spec import Case, Inputs, OpSpec, flatten, map_tensors
+from effdet_kernels import _dispatch, _library, _triton
+from effdet_kernels.bound import as_list, differentiable, flatten, map_tensors, with_leaves
+from effdet_kernels.spec import Case, Inputs, OpSpec
 
 _GUARD = 64  # elements before and after a guarded buffer
+_NONFINITE = (torch.nan, torch.inf, -torch.inf)
+Arrangement = Callable[[Tensor], Tensor]
+
+
+class CheckError(AssertionError):
+    """A kernel broke a rule that is not a matter of rounding."""
 
 
 def backends(spec: OpSpec) -> dict[str, str | None]:
@@ -27,26 +41,82 @@ def operator(spec: OpSpec) -> _library.Op:
     return _library.OPS[spec.name]
 
 
+# Checks ------------------------------------------------------------------------------------------
+
+
 def check_forward(
     spec: OpSpec,
     case: Case,
     dtype: torch.dtype,
     backend: str,
     device: str = "cpu",
-    arrange: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    arrange: Arrangement | None = None,
 ) -> float:
-    """Worst error over the bound (pass: at most 1) of one call, its outputs poisoned with NaN and guarded.
+    """Worst error over the bound (pass: at most 1) of one call.
 
-    ``arrange`` changes the memory layout of every floating input; values stay.
+    ``arrange`` changes the memory layout of every input; values stay.
+
+    Raises:
+        CheckError: the kernel wrote outside of its outputs, or into its inputs.
     """
-    inputs = case.inputs(dtype, device, spec.keep_wide)
-    inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
-    with _dispatch.use_backend(backend), guarded_outputs():
-        outputs = spec.op(**inputs)
-    return spec.error_ratio(inputs, outputs, dtype)
+    inputs = spec.inputs(case, dtype, device)
+    if arrange is not None:
+        inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
+    return spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype, case.times)
+
+
+def run_guarded(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
+    """The outputs of a call that is watched as the module's docstring says."""
+    before = {name: map_tensors(value, torch.clone) for name, value in inputs.items()}
+    with torch.no_grad(), _dispatch.use_backend(backend), guarded_outputs(), shuffled_programs():
+        outputs = flatten(spec.op(**inputs))
+    for name, value in inputs.items():
+        for now, then in zip(as_list(value), as_list(before[name]), strict=True):
+            if isinstance(now, Tensor) and not _same_bits(now, then):
+                raise CheckError(f"{name}: the kernel changed its input")
+    return outputs
 
 
 def check_gradient(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+) -> float:
+    """Worst error over the bound of the gradients of one call of the registered op, for random output gradients."""
+    inputs = with_leaves(spec, spec.inputs(case, dtype, device))
+    with _dispatch.use_backend(backend), through_registration(operator(spec)), guarded_outputs():
+        outputs = flatten(spec.op(**inputs))
+        grads = random_gradients(outputs)
+        found = gradients(spec, inputs, outputs, grads)
+    return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
+
+
+def random_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Normal numbers for every output that has a gradient, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        if out.requires_grad
+        else None
+        for out in outputs
+    ]
+
+
+def gradients(
+    spec: OpSpec, inputs: Inputs, outputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The gradients of the tensors among ``spec.diff_args``, in order."""
+    leaves = [t for _, t in differentiable(spec, inputs)]
+    pairs = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+
+
+def gradcheck(
     spec: OpSpec,
     case: Case,
     backend: str,
@@ -60,21 +130,100 @@ def check_gradient(
     ``registered``: through the registered op and its backward op, also where the public function
     would run the reference under autograd.
     """
-    inputs = case.inputs(torch.float64, device)
-    names = [n for n in spec.diff_args if _has_tensor(inputs[n])]
-    layout = [(n, len(inputs[n]) if isinstance(inputs[n], list) else None) for n in names]
-    leaves = [t.requires_grad_() for n in names for t in _as_list(inputs[n])]
+    inputs = with_leaves(spec, spec.inputs(case, torch.float64, device))
+    pairs = differentiable(spec, inputs)
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = list(tensors)
         changed: Inputs = dict(inputs)
-        for name, count in layout:
-            changed[name] = rest.pop(0) if count is None else [rest.pop(0) for _ in range(count)]
+        for name in dict.fromkeys(name for name, _ in pairs):
+            changed[name] = map_tensors(inputs[name], lambda _: rest.pop(0))
         route = through_registration(operator(spec)) if registered else contextlib.nullcontext()
         with _dispatch.use_backend(backend), route:
             return tuple(out for out in flatten(spec.op(**changed)) if out.requires_grad)
 
-    return torch.autograd.gradcheck(call, leaves, nondet_tol=0.0, fast_mode=fast)
+    return torch.autograd.gradcheck(call, [t for _, t in pairs], nondet_tol=0.0, fast_mode=fast)
+
+
+def check_repeatable(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
+    """Three calls, on a CPU with different numbers of threads, give the same bits.
+
+    Raises:
+        CheckError: they do not.
+    """
+    inputs = spec.inputs(case, dtype, device)
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (threads, 1, 3):
+        try:
+            if device == "cpu":
+                torch.set_num_threads(count)
+            runs.append(run_guarded(spec, inputs, backend))
+        finally:
+            torch.set_num_threads(threads)
+    # The reference may add up in another order on another number of threads; kernels may not.
+    pairs = [(0, 1), (0, 2)] if backend != "reference" or device != "cpu" else []
+    with torch.no_grad(), _dispatch.use_backend(backend):
+        runs.append(flatten(spec.op(**inputs)))
+    for i, j in [*pairs, (0, 3)]:
+        for k, (a, b) in enumerate(zip(runs[i], runs[j], strict=True)):
+            if not _same_bits(a, b):
+                raise CheckError(f"output {k}: two runs differ")
+
+
+def check_nonfinite(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> float:
+    """Worst error over the bound with a NaN and infinities among the inputs, one argument at a time.
+
+    An output must be finite exactly where the reference's is.
+    """
+    worst = 0.0
+    for name in spec.nonfinite:
+        inputs = spec.inputs(case, dtype, device)
+        for i, tensor in enumerate(t for t in as_list(inputs[name]) if t.numel()):
+            flat = tensor.view(-1)
+            for j, value in enumerate(_NONFINITE):
+                flat[(i + j * max(1, flat.numel() // 3)) % flat.numel()] = value
+            worst = max(worst, spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype))
+            inputs = spec.inputs(case, dtype, device)
+    return worst
+
+
+def check_autocast(
+    spec: OpSpec, case: Case, low: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
+    """Under autocast to ``low``, float32 inputs give the bits that inputs cast by the op's rule give.
+
+    Raises:
+        CheckError: they do not.
+    """
+    inputs = spec.inputs(case, torch.float32, device)
+    rule = operator(spec).autocast
+    cast = {
+        name: map_tensors(value, lambda t: t.to(low) if t.is_floating_point() else t)
+        if rule != "float32" and name in rule
+        else value
+        for name, value in inputs.items()
+    }
+    with torch.no_grad(), _dispatch.use_backend(backend):
+        explicit = flatten(spec.op(**cast))
+        with torch.autocast(device, low):
+            implicit = flatten(spec.op(**inputs))
+    for k, (a, b) in enumerate(zip(implicit, explicit, strict=True)):
+        if a.dtype != b.dtype or not _same_bits(a, b):
+            raise CheckError(f"output {k}: autocast gives {a.dtype}, other than the op's rule")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return (
+        torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(0, 1, -1), b.nan_to_num(0, 1, -1))
+        if a.is_floating_point()
+        else torch.equal(a, b)
+    )
 
 
 @contextlib.contextmanager
@@ -84,20 +233,29 @@ def through_registration(op: _library.Op) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def shuffled_programs(seed: int = 0) -> Iterator[None]:
+    """Inside, the programs of an interpreted Triton kernel run in a random order."""
+    with _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext():
+        yield
+
+
+# Memory --------------------------------------------------------------------------------------------
+
+
 def contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
+    return _embedded(tensor, torch.contiguous_format)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    return _embedded(tensor, torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
 
 
 def sliced(tensor: Tensor) -> Tensor:
-    """The same values as a view with gaps, at an offset that no vector load is aligned to."""
+    """The same values as a view with gaps of NaN, at an offset that no vector load is aligned to."""
     if tensor.dim() == 0:
         return tensor
-    roomy = torch.full([2 * n + 1 for n in tensor.shape], torch.nan, device=tensor.device)
-    roomy = roomy.to(tensor.dtype) if tensor.is_floating_point() else roomy.zero_().to(tensor.dtype)
+    roomy = _poisoned([2 * n + 1 for n in tensor.shape], tensor.dtype, tensor.device)
     steps = [slice(0, -1, 2) for _ in tensor.shape]
     steps[-1] = slice(1, None, 2)
     view = roomy[tuple(steps)]
@@ -107,38 +265,56 @@ def sliced(tensor: Tensor) -> Tensor:
 LAYOUTS = {"contiguous": contiguous, "channels_last": channels_last, "sliced": sliced}
 
 
+def _embedded(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A dense copy between two zones of NaN."""
+    strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+    buffer = _poisoned([tensor.numel() + 2 * _GUARD], tensor.dtype, tensor.device)
+    return buffer.as_strided(tensor.shape, strides, _GUARD).copy_(tensor)
+
+
+def _poisoned(shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
+    """NaN; in integers the lowest number, in booleans True."""
+    poison: Any = torch.nan if dtype.is_floating_point else True
+    if not dtype.is_floating_point and dtype != torch.bool:
+        poison = torch.iinfo(dtype).min
+    return torch.full(tuple(shape), poison, dtype=dtype, device=device)
+
+
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Inside, kernels' outputs start as NaN (integers: the lowest), between two zones that must stay as they are.
+    """Inside, kernels' outputs and all ``torch.empty`` start as NaN (integers: the lowest, or the highest).
+
+    Outputs lie between two zones that must stay as they are.
 
     Raises:
-        AssertionError: at the end, when a kernel wrote outside of its output.
+        CheckError: at the end, when a kernel wrote outside of its output.
     """
     taken: list[tuple[Tensor, int]] = []
     plain = _library.TensorSpec.empty
 
     def empty(spec: _library.TensorSpec) -> Tensor:
         layout = plain(spec)
-        poison: Any = torch.nan if layout.is_floating_point() else torch.iinfo(layout.dtype).min
-        buffer = torch.full(
-            (layout.numel() + 2 * _GUARD,), poison, dtype=spec.dtype, device=spec.device
-        )
+        buffer = _poisoned([layout.numel() + 2 * _GUARD], spec.dtype, spec.device)
         taken.append((buffer, layout.numel()))
         return buffer.as_strided(layout.shape, layout.stride(), _GUARD)
 
-    with unittest.mock.patch.object(_library.TensorSpec, "empty", empty):
+    with unittest.mock.patch.object(_library.TensorSpec, "empty", empty), _filled_empty():
         yield
     for buffer, numel in taken:
         for zone in (buffer[:_GUARD], buffer[_GUARD + numel :]):
-            untouched = (
-                zone.isnan() if zone.is_floating_point() else zone == torch.iinfo(zone.dtype).min
-            )
-            assert bool(untouched.all()), "a kernel wrote outside of its output"
+            if not _same_bits(zone, _poisoned(zone.shape, zone.dtype, zone.device)):
+                raise CheckError("a kernel wrote outside of its output")
 
 
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and bool(value))
-
-
-def _as_list(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else value
+@contextlib.contextmanager
+def _filled_empty() -> Iterator[None]:
+    """Inside, torch fills uninitialised memory with NaN (integers: the highest number)."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)

@@ -10,6 +10,7 @@ from effdet_kernels import _checks, _library
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments
 from effdet_kernels.ops.separable_conv import reference
+from effdet_kernels.ops.weighted_fusion.op import check_fusion
 
 
 def separable_conv(
@@ -21,18 +22,25 @@ def separable_conv(
     *,
     pre_act: str = "none",
     act: str = "none",
+    method: str | None = None,
+    fusion_weight: Tensor | None = None,
+    resample: Sequence[str] | None = None,
+    size: Sequence[int] | None = None,
+    pool_padding: Sequence[int] = (0, 0, 0, 0),
 ) -> list[Tensor]:
     """y[n, l] = act(pw_weight[n] (dw_weight[n] * pre_act(x[n, l])) * scale[n, l] + shift[n, l]).
 
     n counts nets (their weights are shared by all levels), l levels (BN differs per level). Stride
-    1, zeros around, so that sizes stay. Source: EfficientDet, arXiv:1911.09070, sections 3 and 4
-    (BiFPN nodes, class and box nets).
+    1, zeros around, so that sizes stay. With ``method`` the one map that is convolved is the
+    weighted fusion of all of ``x``, made on load: a whole BiFPN node in one call. Source:
+    EfficientDet, arXiv:1911.09070, sections 3 and 4 (BiFPN nodes, class and box nets).
 
     Args:
         x: maps [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is
             read in place). Either n * l maps, net-major (all levels of net 0, then of net 1), or,
             where scale or shift tell the number of outputs, l maps that all nets read. Without
-            scale and shift: n * l maps (repeat the list).
+            scale and shift: n * l maps (repeat the list). With ``method``: 1 to 3 maps of any
+            sizes.
         dw_weight: per net [C, 1, k, k], k odd, dtype of ``x``; 1 or 2 nets.
         pw_weight: per net [O, C, 1, 1], dtype of ``x``; O may differ between nets.
         scale: empty (1), or n * l vectors [O], net-major, float32 (float64 with float64): the
@@ -40,38 +48,39 @@ def separable_conv(
         shift: empty (0), or n * l vectors like ``scale``.
         pre_act, act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or
             "mish".
+        method: None, or "fastattn", "attn", "sum": how ``x`` is fused, as in ``weighted_fusion``,
+            whose ``weight`` is ``fusion_weight`` here and whose ``resample``, ``size`` and
+            ``pool_padding`` mean the same. There is one net and one output then.
+        fusion_weight: [len(x)], any floating dtype; None with "sum" and without ``method``.
 
     Returns:
         n * l maps [B, O, H, W], net-major, dtype of ``x``, channels_last.
 
-    Accumulates in float32 (float64 with float64); the depthwise result is rounded to the dtype of
-    ``x``. Under autocast x and the weights are cast, scale and shift are not. Differentiable in
-    every tensor. Deterministic.
+    Accumulates in float32 (float64 with float64); the depthwise result, and what is convolved, may
+    be rounded to the dtype of ``x``. Under autocast x and the convolution weights are cast, the
+    other vectors are not. Differentiable in every tensor. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
     """
     op = "separable_conv"
-    x = _arguments.tensor_list(op, "x", x)
-    dw_weight = _arguments.tensor_list(op, "dw_weight", dw_weight, (1, 2))
+    x, names, size, pool_padding = _check_maps(
+        op, x, method, fusion_weight, resample, size, pool_padding
+    )
+    maps = len(x) if method is None else 1
+    dw_weight = _arguments.tensor_list(
+        op, "dw_weight", dw_weight, (1, 2) if method is None else (1,)
+    )
     nets = len(dw_weight)
     pw_weight = _arguments.tensor_list(op, "pw_weight", pw_weight, (nets,))
-    outputs = len(scale) or len(shift) or len(x)
-    if outputs % nets or len(x) not in (outputs, outputs // nets):
+    outputs = len(scale) or len(shift) or maps
+    if outputs % nets or maps not in (outputs, outputs // nets):
         raise ValueError(
-            f"{op}: x: got {len(x)} maps for {nets} nets and {outputs} outputs,"
+            f"{op}: x: got {maps} maps for {nets} nets and {outputs} outputs,"
             f" takes one map per level, or one per net and level"
         )
     scale = _arguments.tensor_list(op, "scale", scale, (0, outputs))
     shift = _arguments.tensor_list(op, "shift", shift, (0, outputs))
-    for i, level in enumerate(x):
-        _arguments.feature_map(op, f"x[{i}]", level, like=x[0])
-        if level.shape[:2] != x[0].shape[:2]:
-            want = list(x[0].shape[:2])
-            raise ValueError(
-                f"{op}: x[{i}]: got {_checks.describe(level)},"
-                f" takes the batch and channels {want} of x[0]"
-            )
     for n, (dw, pw) in enumerate(zip(dw_weight, pw_weight, strict=True)):
         channels = x[0].shape[1]
         _arguments.depthwise_weight(op, f"dw_weight[{n}]", dw, x[0], channels)
@@ -86,26 +95,68 @@ def separable_conv(
             _arguments.channel_vector(op, f"{name}[{i}]", vector, width, x[0])
     _arguments.activation(op, "pre_act", pre_act)
     _arguments.activation(op, "act", act)
-    return _separable_conv(x, dw_weight, pw_weight, scale, shift, pre_act, act)
+    return _separable_conv(
+        x, dw_weight, pw_weight, scale, shift, pre_act, act,
+        method or "none", fusion_weight, names, size, pool_padding,
+    )  # fmt: skip
 
 
-def _out_spec(x, dw_weight, pw_weight, scale, shift, *_) -> list[TensorSpec]:
-    outputs = len(scale) or len(shift) or len(x)
+def _check_maps(
+    op, x, method, fusion_weight, resample, size, pool_padding
+) -> tuple[list[Tensor], str, list[int], list[int]]:
+    """Checks x and how it is fused; returns them as the schema wants them."""
+    if method is not None:
+        return check_fusion(
+            op, "fusion_weight", x, fusion_weight, method, resample, size, pool_padding
+        )
+    given = {"fusion_weight": fusion_weight, "resample": resample, "size": size}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{op}: {name}: got {_checks.describe(value)}, takes None without method"
+            )
+    x = _arguments.tensor_list(op, "x", x)
+    for i, level in enumerate(x):
+        _arguments.feature_map(op, f"x[{i}]", level, like=x[0])
+        if level.shape[:2] != x[0].shape[:2]:
+            want = list(x[0].shape[:2])
+            raise ValueError(
+                f"{op}: x[{i}]: got {_checks.describe(level)},"
+                f" takes the batch and channels {want} of x[0]"
+            )
+    return x, "", [], []
+
+
+def _out_spec(
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, size, *_
+) -> list[TensorSpec]:
+    sizes = [level.shape[2:] for level in x] if method == "none" else [size]
+    outputs = len(scale) or len(shift) or len(sizes)
     levels = outputs // len(dw_weight)
-    specs = []
-    for i in range(outputs):
-        level = x[i % len(x)]  # both for shared maps and for one map per output
-        batch, _channels, height, width = level.shape
-        shape = (batch, pw_weight[i // levels].shape[0], height, width)
-        specs.append(_library.nchw(shape, level))
-    return specs
+    # Right both for maps that the nets share and for one map per output.
+    return [
+        _library.nchw(
+            (x[0].shape[0], pw_weight[i // levels].shape[0], *sizes[i % len(sizes)]), x[0]
+        )
+        for i in range(outputs)
+    ]
+
+
+def _reference(
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, *rest
+) -> list[Tensor]:
+    return reference.separable_conv(
+        x, dw_weight, pw_weight, scale, shift, pre_act, act,
+        None if method == "none" else method, fusion_weight, resample.split(","), *rest,
+    )  # fmt: skip
 
 
 _separable_conv = _library.define(
     "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale,"
-    " Tensor[] shift, str pre_act, str act) -> Tensor[]",
+    " Tensor[] shift, str pre_act, str act, str method, Tensor? fusion_weight, str resample,"
+    " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"reference": reference.separable_conv},
-    differentiable=("x", "dw_weight", "pw_weight", "scale", "shift"),
+    impls={"reference": _reference},
+    differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     autocast=("x", "dw_weight", "pw_weight"),
 )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.ops._activations import ACTIVATIONS, conv_affine_act, widen
+from effdet_kernels.ops.weighted_fusion.reference import weighted_fusion
 
 
 def separable_conv(
@@ -18,19 +19,28 @@ def separable_conv(
     shift: Sequence[Tensor],
     pre_act: str,
     act: str,
+    method: str | None,
+    fusion_weight: Tensor | None,
+    resample: Sequence[str],
+    size: Sequence[int],
+    pool_padding: Sequence[int],
 ) -> list[Tensor]:
     """``y = act(pointwise(depthwise(pre_act(x))) * scale + shift)`` for every map of every net."""
-    nets = len(dw_weight)
-    outputs = len(scale) or len(shift) or len(x)
-    levels = outputs // nets
+    dtype = x[0].dtype
+    maps = [widen(level) for level in x]
+    if method is not None:  # one map, fused from all of x
+        fused = weighted_fusion(maps, fusion_weight, method, resample, size, pool_padding, "none")
+        maps = [fused]
+    outputs = len(scale) or len(shift) or len(maps)
+    levels = outputs // len(dw_weight)
     y = []
     for i in range(outputs):
-        source = x[i % len(x)]  # l maps that the nets share, or one map per output
+        source = maps[i % len(maps)]  # l maps that the nets share, or one map per output
         dw, pw = widen(dw_weight[i // levels]), pw_weight[i // levels]
-        active = ACTIVATIONS[pre_act](widen(source))
+        active = ACTIVATIONS[pre_act](source)
         middle = F.conv2d(active, dw, padding=dw.shape[-1] // 2, groups=dw.shape[0])
         out = conv_affine_act(
             middle, pw, scale[i] if scale else None, shift[i] if shift else None, act
         )
-        y.append(out.to(source.dtype))
+        y.append(out.to(dtype))
     return y

@@ -53,6 +53,27 @@ def weighted_fusion(
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
     """
     op = "weighted_fusion"
+    x, names, size, pool_padding = check_fusion(
+        op, "weight", x, weight, method, resample, size, pool_padding
+    )
+    _arguments.activation(op, "act", act)
+    return _weighted_fusion(x, weight, method, names, size, pool_padding, act)
+
+
+def check_fusion(
+    op: str,
+    weight_name: str,
+    x: Sequence[Tensor],
+    weight: Tensor | None,
+    method: str,
+    resample: Sequence[str] | None,
+    size: Sequence[int] | None,
+    pool_padding: Sequence[int],
+) -> tuple[list[Tensor], str, list[int], list[int]]:
+    """Checks the arguments of a fusion; returns x, resample (joined by commas), size and pool_padding complete.
+
+    For every op that fuses on load; ``weight_name`` is what ``op`` calls its weight.
+    """
     x = _arguments.tensor_list(op, "x", x, (1, 2, 3))
     for i, level in enumerate(x):
         _arguments.feature_map(op, f"x[{i}]", level, like=x[0])
@@ -64,9 +85,10 @@ def weighted_fusion(
             )
     _checks.choice(op, "method", method, METHODS)
     if method == "sum" and weight is not None:
-        raise ValueError(f'{op}: weight: got {_checks.describe(weight)}, takes None with "sum"')
+        got = _checks.describe(weight)
+        raise ValueError(f'{op}: {weight_name}: got {got}, takes None with "sum"')
     if method != "sum":
-        _checks.tensor(op, "weight", weight, (len(x),), device=x[0].device)
+        _checks.tensor(op, weight_name, weight, (len(x),), device=x[0].device)
     size = x[0].shape[2:] if size is None else size
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"{op}: size: got {size!r}, takes (H, W)")
@@ -76,14 +98,13 @@ def weighted_fusion(
     pool_padding = _arguments.four_paddings(op, "pool_padding", pool_padding)
     if max(pool_padding) >= POOL:
         raise ValueError(f"{op}: pool_padding: got {pool_padding!r}, takes 0 to {POOL - 1} a side")
-    resample = ["identity"] * len(x) if resample is None else list(resample)
-    if len(resample) != len(x):
-        raise ValueError(f"{op}: resample: got {len(resample)} names, takes one per map: {len(x)}")
-    for i, (level, how) in enumerate(zip(x, resample, strict=True)):
+    names = ["identity"] * len(x) if resample is None else list(resample)
+    if len(names) != len(x):
+        raise ValueError(f"{op}: resample: got {len(names)} names, takes one per map: {len(x)}")
+    for i, (level, how) in enumerate(zip(x, names, strict=True)):
         _checks.choice(op, f"resample[{i}]", how, RESAMPLE)
         _check_size(op, i, level, how, size, pool_padding)
-    _arguments.activation(op, "act", act)
-    return _weighted_fusion(x, weight, method, ",".join(resample), size, pool_padding, act)
+    return x, ",".join(names), size, pool_padding
 
 
 def _check_size(op: str, i: int, x: Tensor, how: str, size: list[int], padding: list[int]) -> None:

@@ -13,7 +13,8 @@ from effdet_kernels.ops._activations import ACTIVATIONS, widen
 FASTATTN_EPS = 1e-4
 
 
-def _resample(x: Tensor, how: str, size: Sequence[int], pool_padding: Sequence[int]) -> Tensor:
+def resampled(x: Tensor, how: str, size: Sequence[int], pool_padding: Sequence[int]) -> Tensor:
+    """``x`` brought to ``size`` by "identity", "nearest", "bilinear" or "max"."""
     if how == "identity":
         return x
     if how == "max":
@@ -33,7 +34,7 @@ def weighted_fusion(
 ) -> Tensor:
     """``y = act(sum_i w_i * resample_i(x_i))`` with ``w`` normalised as ``method`` says."""
     maps = [
-        _resample(widen(m), how, size, pool_padding) for m, how in zip(x, resample, strict=True)
+        resampled(widen(m), how, size, pool_padding) for m, how in zip(x, resample, strict=True)
     ]
     if weight is None:  # "sum"
         y = sum(maps[1:], maps[0])

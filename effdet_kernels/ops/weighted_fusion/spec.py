@@ -45,9 +45,9 @@ def _case(
 def _size(x: Tensor, how: str, size: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Magnitude of one resampled map; bilinear coordinates round in proportion to its extent."""
     if how != "bilinear":
-        return reference._resample(x, how, size, padding).abs()
+        return reference.resampled(x, how, size, padding).abs()
     largest = x.abs().amax((2, 3), keepdim=True)
-    return reference._resample(x.abs(), how, size, padding) + max(x.shape[2:]) * largest
+    return reference.resampled(x.abs(), how, size, padding) + max(x.shape[2:]) * largest
 
 
 def _magnitude(x, weight, method, resample, size, pool_padding, **_) -> list[Tensor]:
