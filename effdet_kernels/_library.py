@@ -224,9 +224,10 @@ class Op:
         with _dispatch.use_backend(ctx.backend):
             computed = iter(self._backward_overload(flat_grads, *args, needs))
         wanted = iter(needs)
-        # A list of tensors takes a list of gradients, differentiable or not.
+        # A list of tensors takes a list of gradients, differentiable or not; an empty list may be one.
         result: list[Any] = [
-            [None] * item.count if isinstance(item, _SavedList) else None for item in ctx.layout
+            [None] * item.count if isinstance(item, _SavedList) else [] if item == [] else None
+            for item in ctx.layout
         ]
         for i in self._differentiable:
             if isinstance(args[i], Tensor):

@@ -51,7 +51,7 @@ def test_bound_tells_float32_from_bfloat16_accumulation():
         magnitude=lambda x: [x.abs().sum(0)],
         reduction=lambda x: len(x),
     )
-    inputs = spec.cases[0].inputs(torch.float32)
+    inputs = spec.inputs(spec.cases[0], torch.float32)
     assert spec.error_ratio(inputs, spec.op(**inputs), torch.float32) <= 1
     total = torch.zeros(8, dtype=torch.bfloat16)
     for row in inputs["x"].bfloat16():
@@ -79,5 +79,5 @@ def test_conform_copies_an_alias_and_fixes_strides():
 
 def test_case_is_deterministic_and_rounds():
     case = Case("c", lambda g: {"x": torch.rand(5, generator=g, dtype=torch.float64), "n": 3})
-    assert torch.equal(case.inputs(torch.float64)["x"].bfloat16(), case.inputs(torch.bfloat16)["x"])
+    assert torch.equal(spec.inputs(case, torch.float64)["x"].bfloat16(), case.inputs(torch.bfloat16)["x"])
     assert case.inputs(torch.bfloat16, keep=("x",))["x"].dtype == torch.float32

@@ -41,7 +41,7 @@ def test_documented(name):
 @pytest.mark.parametrize("spec", list(iter_specs()), ids=lambda spec: spec.name)
 def test_every_tensor_argument_is_checked(spec):
     """A list in place of a tensor, a tensor of another rank: an error that names the op and the argument."""
-    inputs = spec.cases[0].inputs(torch.float32)
+    inputs = spec.inputs(spec.cases[0], torch.float32)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             for wrong in ("wrong", value[None, None, None]):

@@ -38,7 +38,7 @@ def schema_arguments(spec, inputs):
 
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_opcheck(spec, case):
-    inputs = case.inputs(torch.float64)
+    inputs = spec.inputs(case, torch.float64)
     for name in spec.diff_args:
         map_tensors(inputs[name], lambda t: t.requires_grad_())
     if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in inputs.values()):
@@ -58,7 +58,7 @@ def test_opcheck(spec, case):
 @pytest.mark.parametrize(("spec", "case"), FIRST)
 def test_compiles_without_graph_breaks(spec, case):
     torch._dynamo.reset()  # each op is a recompilation of the same lambda, and those are limited
-    inputs = case.inputs(torch.float32)
+    inputs = spec.inputs(case, torch.float32)
     compiled = torch.compile(lambda kw: spec.op(**kw), fullgraph=True, backend="aot_eager")
     for got, want in zip(flatten(compiled(inputs)), flatten(spec.op(**inputs)), strict=True):
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
@@ -67,7 +67,7 @@ def test_compiles_without_graph_breaks(spec, case):
 @pytest.mark.parametrize(("spec", "case"), FIRST)
 def test_autocast_follows_the_ops_rule(spec, case):
     """Under autocast the op takes float32 and returns finite values; the rule's dtype is float32 or the autocast's."""
-    inputs = case.inputs(torch.float32)
+    inputs = spec.inputs(case, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = flatten(spec.op(**inputs))
     wide = testing.operator(spec)._autocast == "float32"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from effdet_kernels.spec import Inputs
 
-BENCH = frozenset({"bench"})
+BENCH = frozenset({"bench"})  # a real shape, timed by benchmarks
+GPU = frozenset({"bench", "gpu"})  # one that only a GPU has the memory or the speed for
 
 
 def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:

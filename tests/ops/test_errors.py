@@ -92,7 +92,7 @@ SPECS = {spec.name: spec for spec in iter_specs()}
 )
 def test_bad_argument_is_named(op, argument, value):
     spec = SPECS[op]
-    inputs = spec.cases[0].inputs(torch.float32)
+    inputs = spec.inputs(spec.cases[0], torch.float32)
     inputs[argument.partition("[")[0]] = value
     with pytest.raises((TypeError, ValueError)) as caught:
         getattr(effdet_kernels, op)(**inputs)
