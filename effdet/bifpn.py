@@ -14,6 +14,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from effdet_kernels import weighted_fusion
+
 from . import fused
 from .anchors import get_feat_sizes
 from .config import get_fpn_config
@@ -23,7 +25,7 @@ from .layers import (
     ResampleFeatureMap,
     SeparableConv2d,
     SequentialList,
-    resample_and_fuse,
+    fusion_inputs,
 )
 from .padding import Size, pair, spatial_size
 
@@ -95,18 +97,19 @@ class FpnCombine(nn.Module):
         self, x: list[Tensor], output_size: Size | None = None, act: str = "none"
     ) -> Tensor:
         """The running list of maps -> act(fused) [B, fpn_channels, *output_size]."""
+        maps, how = self.fusion_inputs(x, output_size)
+        return weighted_fusion(maps, act=act, weight=self.edge_weights, **how)
+
+    def fusion_inputs(
+        self, x: list[Tensor], output_size: Size | None = None
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """The maps for an op that fuses on load, and its other arguments but for the weight."""
         rules = cast("list[ResampleFeatureMap]", list(self.resample.values()))
         maps = [
             rule.project(x[offset]) for rule, offset in zip(rules, self.inputs_offsets, strict=True)
         ]
-        return resample_and_fuse(
-            maps,
-            rules,
-            output_size or self.output_size,
-            weight=self.edge_weights,
-            method=self.weight_method,
-            act=act,
-        )
+        maps, how = fusion_inputs(maps, rules, output_size or self.output_size)
+        return maps, {**how, "method": self.weight_method}
 
 
 class Fnode(nn.Module):
@@ -123,12 +126,19 @@ class Fnode(nn.Module):
             return self.after_combine(self.combine(x))
         steps = list(self.after_combine.children())
         name, _ = fused.op_activation(steps[0])
-        if isinstance(self.after_combine, nn.Sequential) and name != "none":
-            y = self.combine(x, output_size, act=name)
-            for step in steps[1:]:
-                y = step(y)
-            return y
-        return self.after_combine(self.combine(x, output_size))
+        if not isinstance(self.after_combine, nn.Sequential) or name == "none":
+            return self.after_combine(self.combine(x, output_size))
+        act, conv, *rest = steps
+        plain = fused.is_plain(self.combine, FpnCombine) and fused.is_plain(conv, SeparableConv2d)
+        if plain and cast(SeparableConv2d, conv).one_op:
+            maps, how = self.combine.fusion_inputs(x, output_size)
+            how["fusion_weight"] = self.combine.edge_weights
+            y = cast(SeparableConv2d, conv).of_fused(maps, act, how)
+        else:
+            y = conv(self.combine(x, output_size, act=name))
+        for step in rest:
+            y = step(y)
+        return y
 
 
 class BiFpnLayer(nn.Module):

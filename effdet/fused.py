@@ -17,7 +17,7 @@ them do not fire; hooks on the blocks that contain them do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard, cast, overload
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,12 @@ def op_activation(act: nn.Module | None) -> tuple[str, nn.Module | None]:
     if name is None or (isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01):
         return "none", act
     return name, None
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does and nothing else: no own forward, no hooks."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return isinstance(module, kind) and type(module).forward is kind.forward and not hooked
 
 
 def is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -284,14 +290,15 @@ def separable(
     norms: Sequence[nn.Module | None],
     act: nn.Module | None,
     pre_act: nn.Module | None = None,
+    fusion: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """`act(norm(conv_pw(conv_dw(pre_act(x)))))` of every map, each with a norm of its own.
 
-    Both convolutions are shared by the maps; stride 1 and zero "same" padding.
+    Both convolutions are shared by the maps; stride 1 and zero "same" padding. `pre_act` is one
+    that an op knows. With `fusion`, the op's arguments of that name, the only map is fused from x.
     """
-    before, call_before = op_activation(pre_act)
-    if call_before is not None:
-        x = [call_before(level) for level in x]
+    before, _ = op_activation(pre_act)
+    load = {"pre_act": before, **(fusion or {})}
     weights = [conv_dw.weight], [conv_pw.weight]
     name, after = op_activation(act)
     folded = [norm for norm in norms if is_folded(norm)]
@@ -299,8 +306,8 @@ def separable(
         folds = [fold(norm, conv_pw.bias) for norm in folded]
         scale = [factor for factor, _ in folds if factor is not None]
         shift = [term for _, term in folds if term is not None]
-        y = separable_conv(list(x), *weights, scale, shift, pre_act=before, act=name)
+        y = separable_conv(list(x), *weights, scale, shift, act=name, **load)
         return y if after is None else [after(level) for level in y]
-    shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(x)
-    raw = separable_conv(list(x), *weights, [], shift, pre_act=before)
+    shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(norms)
+    raw = separable_conv(list(x), *weights, [], shift, **load)
     return [norm_act(level, norm, act) for level, norm in zip(raw, norms, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class SeparableConv2d(nn.Module):
         self.conv_pw = nn.Conv2d(middle, out_channels, pw_kernel_size, bias=bias)
         self.bn = None if norm_layer is None else norm_layer(out_channels)
         self.act = None if act_layer is None else act_layer()
-        self._one_op = (
+        self.one_op = (  # whether the op separable_conv computes this
             (stride, dilation, pw_kernel_size) == (1, 1, 1)
             and kernel_size % 2 == 1
             and middle == in_channels
@@ -95,11 +96,16 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
-        if self._one_op:
+        if self.one_op:
             return fused.separable([x], self.conv_dw, self.conv_pw, [self.bn], self.act)[0]
         y = fused.dense(x, self.conv_dw, None, None, conv_padding(x, self.conv_dw, self.pad_type))
         padding = conv_padding(y, self.conv_pw, self.pad_type)
         return fused.dense(y, self.conv_pw, self.bn, self.act, padding)
+
+    def of_fused(self, maps: list[Tensor], pre_act: nn.Module, fusion: dict[str, Any]) -> Tensor:
+        """`forward` of pre_act(the fusion of `maps`), in one op; only where `one_op`."""
+        convs = self.conv_dw, self.conv_pw
+        return fused.separable(maps, *convs, [self.bn], self.act, pre_act, fusion)[0]
 
 
 class Interpolate2d(nn.Module):
@@ -170,7 +176,8 @@ class ResampleFeatureMap(nn.Module):
 
     def forward(self, x: Tensor, output_size: Size | None = None) -> Tensor:
         """x [B, in_channels, H, W] -> [B, out_channels, *output_size]."""
-        return resample_and_fuse([self.project(x)], [self], output_size or self.output_size)
+        maps, how = fusion_inputs([self.project(x)], [self], output_size or self.output_size)
+        return weighted_fusion(maps, None, method="sum", **how)
 
     def project(self, x: Tensor) -> Tensor:
         """Only the 1x1 convolution, at the size of x."""
@@ -200,18 +207,13 @@ class ResampleFeatureMap(nn.Module):
         return F.avg_pool2d(F.pad(x, padding), kernel, stride)
 
 
-def resample_and_fuse(
-    maps: list[Tensor],
-    resamples: list[ResampleFeatureMap],
-    output_size: Size,
-    weight: Tensor | None = None,
-    method: str = "sum",
-    act: str = "none",
-) -> Tensor:
-    """Bring each map to `output_size` by its own rule, add them up weighted, apply `act`.
+def fusion_inputs(
+    maps: list[Tensor], resamples: list[ResampleFeatureMap], output_size: Size
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The maps for an op that fuses on load, and its arguments resample, size and pool_padding.
 
-    One op where it can be: it reads nearest, bilinear and 3x3 stride 2 max-pooled inputs in place.
-    Shapes: maps [B, C, H_i, W_i], weight [len(maps)], result [B, C, *output_size].
+    The op reads nearest, bilinear and 3x3 stride 2 max-pooled inputs in place; a map whose rule it
+    does not know is resampled here. Shapes: maps [B, C, H_i, W_i].
     """
     ready, kinds = [], []
     pool_padding: Padding | None = None
@@ -225,12 +227,9 @@ def resample_and_fuse(
             pool_padding = padding if foldable else pool_padding
         ready.append(x if foldable else rule.resample(x, output_size))
         kinds.append(kind if foldable else "identity")
-    return weighted_fusion(
-        ready,
-        weight,
-        method=method,
-        resample=tuple(kinds),
-        size=output_size,
-        pool_padding=pool_padding or (0, 0, 0, 0),
-        act=act,
-    )
+    how = {
+        "resample": tuple(kinds),
+        "size": output_size,
+        "pool_padding": pool_padding or (0, 0, 0, 0),
+    }
+    return ready, how

@@ -39,7 +39,10 @@ _squared: ContextVar[bool] = ContextVar("effdet_kernels_squared_operands", defau
 def forward_ratio(
     spec: OpSpec, inputs: Inputs, outputs: Any, dtype: torch.dtype, times: int = 1
 ) -> float:
-    """Worst error of ``outputs`` over what is allowed; with ``times``: of the first, a middle and the last repeat of the batch."""
+    """Worst error of ``outputs`` over what is allowed.
+
+    With ``times`` the batch is that many repeats; of the first, the middle and the last one.
+    """
     exact = exact_inputs(spec, inputs, times)
     device = device_of(exact)
     found = [t.detach().to(device) for t in flatten(outputs)]
@@ -115,7 +118,7 @@ def gradient_ratio(
     if times > 1:
         wide = [None if g is None else g.chunk(times)[0] for g in wide]
     with torch.enable_grad():
-        names, leaves, expected = _gradients(spec, exact, wide)
+        names, expected = _gradients(spec, exact, wide)
         magnitudes = (
             spec.gradient_magnitude(exact, wide)
             if spec.gradient_magnitude
@@ -145,11 +148,12 @@ def differentiable(spec: OpSpec, inputs: Inputs) -> list[tuple[str, Tensor]]:
 
 def _gradients(
     spec: OpSpec, exact: Inputs, grads: Sequence[Tensor | None]
-) -> tuple[list[str], list[Tensor], list[Tensor]]:
+) -> tuple[list[str], list[Tensor]]:
+    """The names of the arguments, and the reference's gradients."""
     changed = with_leaves(spec, exact)
     pairs = differentiable(spec, changed)
     outputs = flatten(spec.reference(**changed))
-    return [n for n, _ in pairs], [t for _, t in pairs], _vjp(outputs, [t for _, t in pairs], grads)
+    return [n for n, _ in pairs], _vjp(outputs, [t for _, t in pairs], grads)
 
 
 def _magnitude_gradients(

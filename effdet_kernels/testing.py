@@ -192,6 +192,16 @@ def check_nonfinite(
     return worst
 
 
+def check_large(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> float:
+    """Worst error over the bound of one call of a case too large to copy or to guard."""
+    inputs = spec.inputs(case, dtype, device)
+    with torch.no_grad(), _dispatch.use_backend(backend):
+        outputs = flatten(spec.op(**inputs))
+    return spec.error_ratio(inputs, outputs, dtype, case.times)
+
+
 def check_autocast(
     spec: OpSpec, case: Case, low: torch.dtype, backend: str, device: str = "cpu"
 ) -> None:

@@ -79,5 +79,7 @@ def test_conform_copies_an_alias_and_fixes_strides():
 
 def test_case_is_deterministic_and_rounds():
     case = Case("c", lambda g: {"x": torch.rand(5, generator=g, dtype=torch.float64), "n": 3})
-    assert torch.equal(spec.inputs(case, torch.float64)["x"].bfloat16(), case.inputs(torch.bfloat16)["x"])
+    assert torch.equal(
+        spec.inputs(case, torch.float64)["x"].bfloat16(), case.inputs(torch.bfloat16)["x"]
+    )
     assert case.inputs(torch.bfloat16, keep=("x",))["x"].dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ from effdet_kernels.ops.weighted_fusion.reference import weighted_fusion
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
 Sizes = Sequence[tuple[int, int]]
-_FUSION = ("method", "fusion_weight", "resample", "size", "pool_padding")
 
 
 def _case(
@@ -87,11 +87,12 @@ def _fuse(a: Inputs, how: Callable[..., Tensor]) -> list[Tensor]:
     """The maps that are convolved: x, or what ``how`` makes of it."""
     if a["method"] is None:
         return list(a["x"])
-    return [how(a["x"], *(a[n] for n in ("fusion_weight", "method", "resample", "size")), a["pool_padding"])]  # fmt: skip
+    rest = ("fusion_weight", "method", "resample", "size", "pool_padding")
+    return [how(a["x"], *(a[name] for name in rest))]
 
 
 def _fused(a: Inputs) -> list[Tensor]:
-    return _fuse(a, lambda *fusion: weighted_fusion(*fusion, "none"))
+    return _fuse(a, functools.partial(weighted_fusion, act="none"))
 
 
 Output = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -280,22 +281,78 @@ SPEC = OpSpec(
         _node("fused_softmax", (3, 5, "identity"), (2, 2, "bilinear"), method="attn", batch=1),
         _node("fused_sum", (4, 3, "nearest"), (8, 6, "max"), method="sum", scaled=False),
         _node("fused_one_pixel", (1, 1, "identity"), (2, 2, "max")),
-        _node("d0_top_down", (64, 64, "identity"), (32, 32, "nearest"), channels=64, batch=1, tags=BENCH),
-        _node("d0_bottom_up", *[(32, 32, "identity")] * 2, (64, 64, "max"), channels=64, batch=1, tags=BENCH),
-        _node("d0_top_down_batch128", (64, 64, "identity"), (32, 32, "nearest"), channels=64, times=64, tags=GPU),
-        _node("d4_top_down", (128, 128, "identity"), (64, 64, "nearest"), channels=224, batch=1, tags=BENCH),
-        _node("d7_bottom_up", *[(96, 96, "identity")] * 2, (192, 192, "max"), method="sum", channels=384,
-              batch=1, tags=BENCH),
-        _case("d0_heads_first", _pyramid(64), [64, 64], batch=1, channels=64, **{**_heads, "shared": True}),
+        _node(
+            "d0_top_down",
+            (64, 64, "identity"),
+            (32, 32, "nearest"),
+            channels=64,
+            batch=1,
+            tags=BENCH,
+        ),
+        _node(
+            "d0_bottom_up",
+            *[(32, 32, "identity")] * 2,
+            (64, 64, "max"),
+            channels=64,
+            batch=1,
+            tags=BENCH,
+        ),
+        _node(
+            "d0_top_down_batch128",
+            (64, 64, "identity"),
+            (32, 32, "nearest"),
+            channels=64,
+            times=64,
+            tags=GPU,
+        ),
+        _node(
+            "d4_top_down",
+            (128, 128, "identity"),
+            (64, 64, "nearest"),
+            channels=224,
+            batch=1,
+            tags=BENCH,
+        ),
+        _node(
+            "d7_bottom_up",
+            *[(96, 96, "identity")] * 2,
+            (192, 192, "max"),
+            method="sum",
+            channels=384,
+            batch=1,
+            tags=BENCH,
+        ),
+        _case(
+            "d0_heads_first",
+            _pyramid(64),
+            [64, 64],
+            batch=1,
+            channels=64,
+            **{**_heads, "shared": True},
+        ),
         _case("d0_heads", _pyramid(64), [64, 64], batch=1, channels=64, **_heads),
         _case("d0_heads_batch8", _pyramid(64), [64, 64], batch=8, channels=64, **_heads),
-        _case("d0_heads_batch128", _pyramid(64), [64, 64], channels=64, times=64, **{**_heads, "tags": GPU}),
+        _case(
+            "d0_heads_batch128",
+            _pyramid(64),
+            [64, 64],
+            channels=64,
+            times=64,
+            **{**_heads, "tags": GPU},
+        ),
         _case("d4_heads", _pyramid(128), [224, 224], batch=1, channels=224, **_heads),
-        _case("d4_heads_batch32", _pyramid(128), [224, 224], channels=224, times=16, **{**_heads, "tags": GPU}),
+        _case(
+            "d4_heads_batch32",
+            _pyramid(128),
+            [224, 224],
+            channels=224,
+            times=16,
+            **{**_heads, "tags": GPU},
+        ),
         _case("d7_heads", _pyramid(192), [384, 384], batch=1, channels=384, **_heads),
         _case("d0_predict", _pyramid(64), [810, 36], batch=1, channels=64, **_predict),
         _case("d4_predict", _pyramid(128), [810, 36], batch=1, channels=224, **_predict),
-    ),  # fmt: skip
+    ),
     mutants={
         "kernel flipped": mutant(
             _reference, lambda a: {"dw_weight": [w.flip(2, 3) for w in a["dw_weight"]]}
