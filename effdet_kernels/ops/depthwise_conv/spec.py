@@ -7,8 +7,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_kernels.bound import envelope
 from effdet_kernels.ops._activations import ACTIVATIONS
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform, weights
+from effdet_kernels.ops._cases import (
+    BENCH,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+    weights,
+)
 from effdet_kernels.ops.depthwise_conv import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -19,6 +29,8 @@ def _case(
     k: int = 3,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     bn: bool = True,
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
     **options: Any,
 ) -> Case:
     """A case on a map of ``shape`` [B, C, H, W]."""
@@ -37,14 +49,13 @@ def _case(
         }
         return {**arguments, **options}
 
-    real = max(shape[2:]) >= 16
-    return Case(name, make, BENCH if real else frozenset())
+    return Case(name, make, tags, times=times)
 
 
-def _magnitude(x, weight, scale, shift, stride, padding, squeeze, **_) -> list[Tensor]:
+def _magnitude(x, weight, scale, shift, stride, padding, act, squeeze) -> list[Tensor]:
     padded = F.pad(x.abs(), tuple(padding))
     conv = F.conv2d(padded, weight.abs(), stride=stride, groups=len(weight))
-    y = conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs()
+    y = envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)
     return [y, y.sum((2, 3))] if squeeze else [y]
 
 
@@ -55,15 +66,33 @@ def _out_pixels(x, weight, stride, padding, **_) -> int:
     return height * ((x.shape[3] + left + right - k) // stride + 1)
 
 
-def _bytes(**a: Any) -> int:
+def _inputs(a: Inputs) -> int:
+    return nbytes(a["x"], a["weight"], a["scale"], a["shift"])
+
+
+def _written(a: Inputs) -> int:
     maps = a["x"].shape[0] * a["x"].shape[1]
-    out = maps * _out_pixels(**a) * a["x"].element_size() + (maps * 4 if a["squeeze"] else 0)
-    return nbytes(a["x"], a["weight"], a["scale"], a["shift"]) + out
+    sums = maps * max(a["x"].element_size(), 4) if a["squeeze"] else 0
+    return maps * _out_pixels(**a) * a["x"].element_size() + sums
+
+
+def _bytes(**a: Any) -> int:
+    return _inputs(a) + _written(a)
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads the inputs and the outputs' gradients, writes a gradient for each input."""
+    return 2 * _inputs(a) + _written(a)
 
 
 def _flops(**a: Any) -> int:
     maps = a["x"].shape[0] * a["x"].shape[1]
     return 2 * maps * _out_pixels(**a) * a["weight"].shape[2] ** 2
+
+
+def _backward_flops(**a: Any) -> int:
+    """The taps of both gradients; act' needs the convolution once more."""
+    return (2 if a["act"] == "none" else 3) * _flops(**a)
 
 
 def _act_before_bn(**a: Any) -> list[Tensor]:
@@ -85,6 +114,18 @@ def _rounded_result(**a: Any) -> list[Tensor]:
 
 
 _reference = reference.depthwise_conv
+
+_SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
+_HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
+_TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False}  # BN is an op of its own
+
+
+def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, **options: Any) -> Case:
+    """A layer of a model: squeezed for squeeze-excite."""
+    padding = (_SAME if stride == 1 else _HALVED)[k]
+    options = {"squeeze": True, **options}
+    return _case(name, *shape, k=k, stride=stride, padding=padding, tags=tags, **options)
+
 
 SPEC = OpSpec(
     name="depthwise_conv",
@@ -110,9 +151,19 @@ SPEC = OpSpec(
         _case("no_padding", 1, 2, 6, 3, padding=(0, 0, 0, 0), act="mish"),
         _case("one_pixel", 2, 3, 1, 1, squeeze=True),
         _case("no_images", 0, 3, 4, 4, squeeze=True),
-        _case("d0_3x3_stride2", 1, 96, 256, 256, stride=2, padding=(0, 1, 0, 1), squeeze=True),
-        _case("d0_5x5", 1, 240, 64, 64, k=5, padding=(2, 2, 2, 2), squeeze=True),
-        _case("d0_5x5_batch8", 8, 1152, 16, 16, k=5, padding=(2, 2, 2, 2), squeeze=True),
+        _real("d0_first", 1, 32, 256, 256),
+        _real("d0_3x3_stride2", 1, 96, 256, 256, stride=2),
+        _real("d0_5x5", 1, 240, 64, 64, k=5),
+        _real("d0_late_batch8", 8, 1152, 16, 16, k=5),
+        _real("d0_training_batch8", 8, 144, 128, 128, k=5, stride=2, **_TRAINING),
+        _real("d0_first_batch128", 2, 32, 256, 256, tags=GPU, times=64),
+        _real("d0_5x5_batch128", 2, 240, 64, 64, k=5, tags=GPU, times=64),
+        _real("d4_first", 1, 48, 512, 512),
+        _real("d4_5x5", 1, 336, 128, 128, k=5),
+        _real("d4_late_batch32", 2, 1632, 32, 32, k=5, tags=GPU, times=16),
+        _real("d7_first", 1, 56, 768, 768),
+        _real("d7_3x3_stride2", 1, 192, 768, 768, stride=2, tags=GPU),
+        _real("d7_late", 1, 2064, 48, 48, k=5),
     ),
     mutants={
         "kernel flipped": mutant(_reference, lambda a: {"weight": a["weight"].flip(2, 3)}),
@@ -126,8 +177,13 @@ SPEC = OpSpec(
     },
     diff_args=("x", "weight", "scale", "shift"),
     keep_wide=("scale", "shift"),
+    batched=("x",),
+    nonfinite=("x", "shift"),
     magnitude=_magnitude,
     reduction=lambda **a: max(a["weight"].shape[2] ** 2, _out_pixels(**a) if a["squeeze"] else 0),
+    gradient_roundings=1,  # the gradient before the convolution
     bytes=_bytes,
     flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_backward_flops,
 )

@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform, weights
+from effdet_kernels.bound import accumulator, envelope, roundoff
+from effdet_kernels.ops._cases import (
+    BENCH,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+    weights,
+)
 from effdet_kernels.ops.depthwise_conv.reference import depthwise_conv
 from effdet_kernels.ops.expand_depthwise import op, reference
 from effdet_kernels.ops.pointwise_conv.reference import pointwise_conv
-from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, roundoff
+from effdet_kernels.spec import Case, Inputs, OpSpec
 
 
 def _case(
@@ -22,6 +32,8 @@ def _case(
     k: int = 3,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     raw: bool = False,
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
     **options: Any,
 ) -> Case:
     """A case on a map of ``shape`` [B, C, H, W] expanded to ``expand`` channels."""
@@ -42,14 +54,17 @@ def _case(
         }
         return {**arguments, **options}
 
-    real = max(shape[2:]) >= 16
-    return Case(name, make, BENCH if real else frozenset())
+    return Case(name, make, tags, times=times)
 
 
 def _expanded(a: Inputs) -> Tensor:
     return pointwise_conv(
         a["x"], a["expand_weight"], a["expand_scale"], a["expand_shift"], None, None, a["act"]
     )
+
+
+def _last_act(a: Inputs) -> str:
+    return "none" if a["scale"] is None and a["shift"] is None else a["act"]
 
 
 def _depthwise(maps: Tensor, weight: Tensor, a: Inputs) -> Tensor:
@@ -59,12 +74,11 @@ def _depthwise(maps: Tensor, weight: Tensor, a: Inputs) -> Tensor:
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
-    expanded = F.conv2d(a["x"].abs(), a["expand_weight"].abs())
-    expanded = (
-        expanded * per_channel(a["expand_scale"], 1).abs() + per_channel(a["expand_shift"], 0).abs()
-    )
-    y = _depthwise(expanded, a["dw_weight"].abs(), a)
+    scale, shift = (per_channel(a[name], 0).abs() for name in ("expand_scale", "expand_shift"))
+    expanded = F.conv2d(a["x"].abs(), a["expand_weight"].abs()) * scale + shift
+    y = _depthwise(envelope(expanded, a["act"]), a["dw_weight"].abs(), a)
     y = y * per_channel(a["scale"], 1).abs() + per_channel(a["shift"], 0).abs()
+    y = envelope(y, _last_act(a))
     return [y, y.sum((2, 3))] if a["squeeze"] else [y]
 
 
@@ -84,18 +98,36 @@ def _out_pixels(x, dw_weight, stride, padding, **_) -> int:
     return height * ((x.shape[3] + left + right - k) // stride + 1)
 
 
-def _bytes(**a: Any) -> int:
+def _written(a: Inputs) -> int:
     maps = a["x"].shape[0] * len(a["dw_weight"])
-    out = maps * _out_pixels(**a) * a["x"].element_size() + (maps * 4 if a["squeeze"] else 0)
-    return nbytes(*a.values()) + out
+    sums = maps * max(a["x"].element_size(), 4) if a["squeeze"] else 0
+    return maps * _out_pixels(**a) * a["x"].element_size() + sums
+
+
+def _bytes(**a: Any) -> int:
+    return nbytes(*a.values()) + _written(a)
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads the inputs and the outputs' gradients, writes a gradient for each input."""
+    return 2 * nbytes(*a.values()) + _written(a)
+
+
+def _products(a: Inputs) -> tuple[int, int]:
+    """FLOPs of the expansion and of the depthwise taps."""
+    maps = a["x"].shape[0] * len(a["dw_weight"])
+    taps = 2 * maps * _out_pixels(**a) * a["dw_weight"].shape[2] ** 2
+    return 2 * a["x"].numel() * len(a["dw_weight"]), taps
 
 
 def _flops(**a: Any) -> int:
-    maps = a["x"].shape[0] * len(a["dw_weight"])
-    return (
-        2 * a["x"].numel() * len(a["dw_weight"])
-        + 2 * maps * _out_pixels(**a) * a["dw_weight"].shape[2] ** 2
-    )
+    return sum(_products(a))
+
+
+def _backward_flops(**a: Any) -> int:
+    """Both gradients of both convolutions; e, and under an activation z, are needed once more."""
+    expansion, taps = _products(a)
+    return 3 * expansion + (2 if _last_act(a) == "none" else 3) * taps
 
 
 def _padded_before_expansion(**a: Any) -> list[Tensor]:
@@ -110,8 +142,7 @@ def _one_activation(first: bool):
         expanded = pointwise_conv(
             a["x"], a["expand_weight"], *vectors, None, None, a["act"] if first else "none"
         )
-        raw = a["scale"] is None and a["shift"] is None
-        last = "none" if first or raw else a["act"]
+        last = "none" if first else _last_act(a)
         geometry = a["stride"], a["padding"], last, a["squeeze"]
         return depthwise_conv(expanded, a["dw_weight"], a["scale"], a["shift"], *geometry)
 
@@ -119,6 +150,18 @@ def _one_activation(first: bool):
 
 
 _reference = reference.expand_depthwise
+
+_SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
+_HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
+
+
+def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, times=1) -> Case:
+    """The opening of an MBConv block, which expands six times."""
+    geometry = {"k": k, "stride": stride, "padding": (_SAME if stride == 1 else _HALVED)[k]}
+    return _case(
+        name, *shape, expand=6 * shape[1], squeeze=True, tags=tags, times=times, **geometry
+    )
+
 
 SPEC = OpSpec(
     name="expand_depthwise",
@@ -133,9 +176,19 @@ SPEC = OpSpec(
         _case("raw", 1, 4, 4, 5, expand=6, raw=True, squeeze=True),
         _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
         _case("no_images", 0, 3, 4, 4, expand=6, squeeze=True),
-        _case("d0_early", 1, 16, 256, 256, expand=96, stride=2, padding=(0, 1, 0, 1), squeeze=True),
-        _case("d0_middle", 1, 40, 64, 64, expand=240, k=5, padding=(2, 2, 2, 2), squeeze=True),
-        _case("d0_late", 8, 192, 16, 16, expand=1152, k=5, padding=(2, 2, 2, 2), squeeze=True),
+        _real("d0_early", 1, 16, 256, 256, stride=2),
+        _real("d0_wide", 1, 24, 128, 128),
+        _real("d0_middle", 1, 40, 64, 64, k=5),
+        _real("d0_late_batch8", 8, 192, 16, 16, k=5),
+        _real("d0_early_batch128", 2, 16, 256, 256, stride=2, tags=GPU, times=64),
+        _real("d0_late_batch128", 2, 192, 16, 16, k=5, tags=GPU, times=64),
+        _real("d4_early", 1, 24, 512, 512, stride=2),
+        _real("d4_middle", 1, 56, 128, 128, k=5),
+        _real("d4_late", 1, 272, 32, 32, k=5),
+        _real("d7_early", 1, 32, 768, 768, stride=2, tags=GPU),
+        _real("d7_middle", 1, 72, 192, 192, k=5),
+        _real("d7_late", 1, 344, 48, 48, k=5),
+        _real("d7_last", 1, 576, 48, 48),
     ),
     mutants={
         "padding before the expansion": _padded_before_expansion,
@@ -148,11 +201,19 @@ SPEC = OpSpec(
     },
     diff_args=("x", "expand_weight", "expand_scale", "expand_shift", "dw_weight", "scale", "shift"),
     keep_wide=("expand_scale", "expand_shift", "scale", "shift"),
+    batched=("x",),
+    nonfinite=("x", "expand_shift", "shift"),
     magnitude=_magnitude,
     reduction=lambda **a: max(
         a["x"].shape[1], a["dw_weight"].shape[2] ** 2, _out_pixels(**a) if a["squeeze"] else 0
     ),
     terms=_terms,
+    gradient_reduction=lambda **a: max(
+        len(a["dw_weight"]), a["x"].shape[0] * a["x"].shape[2:].numel()
+    ),
+    gradient_roundings=4,  # e, its gradient, and those before the two convolutions
     bytes=_bytes,
     flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_backward_flops,
 )

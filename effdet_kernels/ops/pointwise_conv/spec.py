@@ -8,10 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._activations import ACTIVATIONS
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform, weights
+from effdet_kernels.ops._cases import (
+    BENCH,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+    weights,
+)
 from effdet_kernels.ops.pointwise_conv import op, reference
-from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, roundoff
+from effdet_kernels.spec import Case, Inputs, OpSpec
 
 
 def _case(
@@ -22,6 +32,8 @@ def _case(
     gate: bool = False,
     residual: bool = False,
     act: str = "none",
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
 ) -> Case:
     """A case on a map of ``shape`` [B, C, H, W] with ``out`` output channels."""
 
@@ -37,17 +49,16 @@ def _case(
             "act": act,
         }
 
-    real = max(shape[2:]) >= 16
-    return Case(name, make, BENCH if real else frozenset())
+    return Case(name, make, tags, times=times)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else x * gate[:, :, None, None]
 
 
-def _magnitude(x, weight, scale, shift, gate, residual, **_) -> list[Tensor]:
+def _magnitude(x, weight, scale, shift, gate, residual, act) -> list[Tensor]:
     conv = F.conv2d(_gated(x, gate).abs(), weight.abs())
-    y = conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs()
+    y = envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)
     return [y if residual is None else y + residual.abs()]
 
 
@@ -59,9 +70,26 @@ def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     return [4 * roundoff(dtype) * square.sqrt() * per_channel(inputs["scale"], 1).abs()]
 
 
-def _bytes(x, weight, scale, shift, gate, residual, **_) -> int:
-    out = x.nbytes // x.shape[1] * weight.shape[0]
-    return nbytes(x, weight, scale, shift, gate, residual) + out
+def _written(x, weight, **_) -> int:
+    return x.shape[0] * x.shape[2:].numel() * len(weight) * x.element_size()
+
+
+def _bytes(**a: Any) -> int:
+    return nbytes(*a.values()) + _written(**a)
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads the gradient of y and the inputs but the residual, writes a gradient for each input."""
+    return 2 * nbytes(*a.values()) - nbytes(a["residual"]) + _written(**a)
+
+
+def _flops(x, weight, **_) -> int:
+    return 2 * x.numel() * len(weight)
+
+
+def _backward_flops(**a: Any) -> int:
+    """The products for x and the weights; act' needs the forward's once more."""
+    return (2 if a["act"] == "none" else 3) * _flops(**a)
 
 
 def _rounded_result(**a: Any) -> Tensor:
@@ -76,6 +104,7 @@ def _residual_before_activation(**a: Any) -> Tensor:
 
 
 _reference = reference.pointwise_conv
+_SKIPPED: Inputs = {"gate": True, "residual": True}  # the end of an MBConv block with a skip
 
 SPEC = OpSpec(
     name="pointwise_conv",
@@ -84,14 +113,25 @@ SPEC = OpSpec(
     cases=(
         _case("expand", 2, 5, 3, 4, out=7, act="swish"),
         _case("project", 2, 9, 4, 3, out=5, gate=True, residual=True),
-        _case("all", 1, 6, 3, 5, out=6, gate=True, residual=True, act="relu"),
+        _case("all", 1, 6, 3, 5, out=6, gate=True, residual=True, act="swish"),
+        _case("relu", 2, 3, 5, 1, out=4, residual=True, act="relu"),
         _case("raw", 1, 4, 5, 3, out=3, bn=False),
         _case("raw_gated", 2, 3, 2, 2, out=4, bn=False, gate=True),
         _case("one_pixel", 2, 17, 1, 1, out=1, act="hard_swish"),
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
-        _case("d0_expand", 1, 16, 256, 256, out=96, act="swish"),
-        _case("d0_project", 1, 240, 64, 64, out=40, gate=True, residual=True),
-        _case("d0_lateral_batch8", 8, 320, 16, 16, out=64),
+        _case("d0_first_project", 1, 32, 256, 256, out=16, gate=True, tags=BENCH),
+        _case("d0_expand", 1, 16, 256, 256, out=96, act="swish", tags=BENCH),
+        _case("d0_project", 1, 240, 64, 64, out=40, **_SKIPPED, tags=BENCH),
+        _case("d0_late_batch8", 8, 1152, 16, 16, out=192, **_SKIPPED, tags=BENCH),
+        _case("d0_lateral_batch8", 8, 320, 16, 16, out=64, tags=BENCH),
+        _case("d0_project_batch128", 2, 144, 128, 128, out=24, **_SKIPPED, tags=GPU, times=64),
+        _case("d0_late_batch128", 2, 1152, 16, 16, out=192, **_SKIPPED, tags=GPU, times=64),
+        _case("d4_project", 1, 192, 256, 256, out=32, **_SKIPPED, tags=BENCH),
+        _case("d4_late", 1, 1632, 32, 32, out=272, **_SKIPPED, tags=BENCH),
+        _case("d4_lateral", 1, 56, 128, 128, out=224, tags=BENCH),
+        _case("d7_first_project", 1, 56, 768, 768, out=32, gate=True, tags=BENCH),
+        _case("d7_project", 1, 240, 384, 384, out=40, **_SKIPPED, tags=BENCH),
+        _case("d7_late", 1, 3456, 48, 48, out=576, **_SKIPPED, tags=BENCH),
     ),
     mutants={
         "gate ignored": mutant(_reference, lambda a: {"gate": None}),
@@ -107,9 +147,14 @@ SPEC = OpSpec(
     },
     diff_args=("x", "weight", "scale", "shift", "gate", "residual"),
     keep_wide=("scale", "shift"),
+    batched=("x", "gate", "residual"),
+    nonfinite=("x", "shift", "gate", "residual"),
     magnitude=_magnitude,
     reduction=lambda weight, **_: weight.shape[1],
     terms=_terms,
+    gradient_roundings=3,  # the gated input, and the gradients on both sides of the weights
     bytes=_bytes,
-    flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
+    flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_backward_flops,
 )
