@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effdet_kernels.bound import STEEPEST
 from effdet_kernels.ops._activations import ACTIVATIONS
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, per_channel, uniform
+from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, per_channel, uniform
 from effdet_kernels.ops.batch_norm_act import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
 _AXES = (0, 2, 3)
 
 
-def _case(name: str, *shape: int, mean: float = 0.0, std: float = 1.0, act: str = "swish") -> Case:
+def _case(
+    name: str,
+    *shape: int,
+    mean: float = 0.0,
+    std: float = 1.0,
+    act: str = "swish",
+    tags: frozenset[str] = frozenset(),
+) -> Case:
     """A case on a map of ``shape`` [B, C, H, W]."""
 
     def make(g) -> Inputs:
@@ -27,16 +36,46 @@ def _case(name: str, *shape: int, mean: float = 0.0, std: float = 1.0, act: str 
             "act": act,
         }
 
-    real = max(shape[2:]) >= 16
-    return Case(name, make, BENCH if real else frozenset())
+    return Case(name, make, tags)
+
+
+def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalised x, the sum of magnitudes that its error is in proportion to, var, 1 / sqrt(var + eps)."""
+    var, mean = torch.var_mean(x, _AXES, correction=0)
+    rate = torch.rsqrt(var + eps)
+    centred = x - per_channel(mean, 0)
+    spread = centred.abs() + x.abs() + per_channel(x.abs().mean(_AXES), 0)
+    return centred * per_channel(rate, 1), spread * per_channel(rate, 1), var, rate
 
 
 def _magnitude(x, weight, bias, eps, **_) -> list[Tensor]:
-    var, mean = torch.var_mean(x, _AXES, correction=0)
-    mean_size = x.abs().mean(_AXES)
-    gain = per_channel(weight.abs() * torch.rsqrt(var + eps), 1)
-    spread = (x - per_channel(mean, 0)).abs() + x.abs() + per_channel(mean_size, 0)
-    return [gain * spread + per_channel(bias, 0).abs(), mean_size, var]
+    _normal, spread, var, _rate = _moments(x, eps)
+    y = per_channel(weight.abs(), 1) * spread + per_channel(bias.abs(), 0)
+    return [y, x.abs().mean(_AXES), var]
+
+
+def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Derived in the README."""
+    normal, spread, _var, rate = _moments(a["x"], a["eps"])
+    size = torch.zeros_like(a["x"]) if grads[0] is None else grads[0].abs()
+    value = STEEPEST * size if a["act"] != "none" else size
+    error = value if a["act"] == "none" else value + size * _magnitude(**a)[0]
+    bias = error.sum(_AXES)
+    weight = (error * normal.abs() + value * spread).sum(_AXES)
+    centred = (value * normal.abs()).sum(_AXES)
+    count = size.numel() // size.shape[1]
+    x = error + per_channel(bias / count, 0)
+    x = x + (normal.abs() * per_channel(weight, 0) + spread * per_channel(centred, 0)) / count
+    return [per_channel(a["weight"].abs() * rate, 1) * x, weight, bias]
+
+
+def _bytes(x, weight, bias, **_) -> int:
+    return 2 * x.nbytes + 2 * nbytes(weight, bias)
+
+
+def _backward_bytes(x, weight, bias, **_) -> int:
+    """Reads x, the gradient of y, weight and bias; writes three gradients."""
+    return 3 * x.nbytes + 2 * nbytes(weight, bias)
 
 
 def _with_variance(variance) -> Any:
@@ -80,9 +119,17 @@ SPEC = OpSpec(
         _case("offset", 2, 3, 5, 6, mean=100.0, act="relu"),
         _case("narrow", 2, 3, 5, 4, std=1e-2, act="mish"),
         _case("one_value", 1, 4, 1, 1, act="hard_swish"),
-        _case("d0_stem", 1, 32, 256, 256),
-        _case("d0_head", 8, 64, 64, 64),
-        _case("d0_late", 8, 1152, 16, 16),
+        _case("d0_stem", 1, 32, 256, 256, tags=BENCH),
+        _case("d0_expanded", 1, 96, 256, 256, tags=BENCH),
+        _case("d0_head_batch8", 8, 64, 64, 64, tags=BENCH),
+        _case("d0_late_batch8", 8, 1152, 16, 16, tags=BENCH),
+        _case("d0_stem_batch128", 128, 32, 256, 256, tags=GPU),
+        _case("d0_late_batch128", 128, 1152, 16, 16, tags=GPU),
+        _case("d4_expanded", 1, 144, 512, 512, tags=BENCH),
+        _case("d4_late_batch8", 8, 1632, 32, 32, tags=BENCH),
+        _case("d7_expanded", 1, 192, 768, 768, tags=GPU),
+        _case("d7_head", 1, 384, 192, 192, tags=BENCH),
+        _case("d7_late", 1, 3456, 48, 48, act="none", tags=BENCH),
     ),
     mutants={
         "unbiased variance": _with_variance(_unbiased_variance),
@@ -95,8 +142,13 @@ SPEC = OpSpec(
     },
     diff_args=("x", "weight", "bias"),
     keep_wide=("weight", "bias"),
+    nonfinite=("x", "bias"),
     magnitude=_magnitude,
     reduction=lambda x, **_: x.numel() // x.shape[1],
-    bytes=lambda x, weight, bias, **_: 3 * x.nbytes + 2 * nbytes(weight, bias),
+    gradient_magnitude=_gradient_magnitude,
+    gradient_reduction=lambda x, **_: x.numel() // x.shape[1],
+    bytes=_bytes,
     flops=lambda x, **_: 8 * x.numel(),
+    backward_bytes=_backward_bytes,
+    backward_flops=lambda x, **_: 16 * x.numel(),
 )

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal
+from effdet_kernels.bound import envelope
+from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal
 from effdet_kernels.ops.weighted_fusion import op, reference
+from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
 
@@ -21,6 +23,8 @@ def _case(
     channels: int = 3,
     weight: Sequence[float] = (0.9, 1.4, 0.3),
     offset: float = 0.0,
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
     **options: Any,
 ) -> Case:
     """``maps`` are (H, W, resampling), the first of the output's size, around ``offset``."""
@@ -39,28 +43,43 @@ def _case(
             arguments["weight"] = None
         return {**arguments, **options}
 
-    return Case(name, make, BENCH if maps[0][0] >= 16 else frozenset())
+    return Case(name, make, tags, times=times)
 
 
-def _size(x: Tensor, how: str, size: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Magnitude of one resampled map; bilinear coordinates round in proportion to its extent."""
-    if how != "bilinear":
-        return reference.resampled(x, how, size, padding).abs()
-    largest = x.abs().amax((2, 3), keepdim=True)
-    return reference.resampled(x.abs(), how, size, padding) + max(x.shape[2:]) * largest
+def _magnitude(act, **fusion: Any) -> list[Tensor]:
+    return [envelope(fusion_magnitude(**fusion), act)]
 
 
-def _magnitude(x, weight, method, resample, size, pool_padding, **_) -> list[Tensor]:
-    maps = [_size(m, how, size, pool_padding) for m, how in zip(x, resample, strict=True)]
-    share = torch.ones(len(x)) if weight is None else weight.softmax(0)
-    if method == "fastattn":
-        share = weight.relu() / (weight.relu().sum() + reference.FASTATTN_EPS)
-    return [sum(m * w for m, w in zip(maps, share, strict=True))]
+def _pixels(a: Inputs) -> int:
+    """Elements of y."""
+    return a["x"][0].shape[0] * a["x"][0].shape[1] * a["size"][0] * a["size"][1]
 
 
-def _bytes(x, weight, size, **_) -> int:
-    out = x[0].shape[0] * x[0].shape[1] * size[0] * size[1] * x[0].element_size()
-    return nbytes(x, weight) + out
+def _bytes(**a: Any) -> int:
+    return nbytes(a["x"], a["weight"]) + _pixels(a) * a["x"][0].element_size()
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads the gradient of y and what it needs of the inputs, writes a gradient for each."""
+    fixed = a["weight"] is None and a["act"] == "none"  # then only a pool needs to see its map
+    maps = zip(a["x"], a["resample"], strict=True)
+    read = [x for x, how in maps if not fixed or how == "max"]
+    return _bytes(**a) + nbytes(read, a["weight"])
+
+
+def _each(a: Inputs, plain: int, bilinear: int) -> int:
+    """So many FLOPs per element of y and map, by resampling."""
+    return _pixels(a) * sum(bilinear if how == "bilinear" else plain for how in a["resample"])
+
+
+def _flops(**a: Any) -> int:
+    return _each(a, 2, 10)
+
+
+def _backward_flops(**a: Any) -> int:
+    """Per map its gradient, with weights d_i; under an activation the sum once more, and its product with act'."""
+    own = _each(a, 2, 10) + (0 if a["weight"] is None else _each(a, 2, 10))
+    return own + (0 if a["act"] == "none" else _flops(**a) + _pixels(a))
 
 
 def _resampled(changed: str, function: Callable[[Tensor, Inputs], Tensor]) -> Callable[..., Any]:
@@ -89,6 +108,22 @@ def _shared(share: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 _reference = reference.weighted_fusion
 _EVEN = (0, 1, 0, 1)  # padding of "max" on even sizes; on odd sizes all four sides have 1
 
+_DOWN: dict[str, Any] = {"pool_padding": _EVEN, "act": "swish", "tags": BENCH}
+
+
+def _top_down(name: str, extent: int, *, tags=BENCH, **options: Any) -> Case:
+    """A node of a BiFPN with a map of half the size from above."""
+    half = extent // 2
+    maps = (extent, extent, "identity"), (half, half, "nearest")
+    return _case(name, *maps, act="swish", tags=tags, **options)
+
+
+def _bottom_up(name: str, extent: int, **options: Any) -> Case:
+    """A node of a BiFPN with a map of twice the size from below."""
+    same, twice = (extent, extent, "identity"), (2 * extent, 2 * extent, "max")
+    return _case(name, same, same, twice, **_DOWN, **options)
+
+
 SPEC = OpSpec(
     name="weighted_fusion",
     op=op.weighted_fusion,
@@ -113,23 +148,15 @@ SPEC = OpSpec(
         _case("one_pixel", (1, 1, "nearest"), (2, 2, "max"), pool_padding=_EVEN),
         _case("one_map", (2, 3, "identity"), act="hard_swish"),
         _case("no_images", (2, 2, "identity"), (4, 4, "max"), pool_padding=_EVEN, batch=0),
-        _case(
-            "d0_top_down",
-            (64, 64, "identity"),
-            (32, 32, "nearest"),
-            batch=1,
-            channels=64,
-            act="swish",
-        ),
-        _case(
-            "d0_bottom_up_batch8",
-            *[(32, 32, "identity")] * 2,
-            (64, 64, "max"),
-            batch=8,
-            channels=64,
-            pool_padding=_EVEN,
-            act="swish",
-        ),
+        _top_down("d0_top_down", 64, channels=64, batch=1),
+        _bottom_up("d0_bottom_up_batch8", 32, channels=64, batch=8),
+        _case("d0_last", (4, 4, "identity"), (8, 8, "max"), batch=1, channels=64, **_DOWN),
+        _top_down("d0_top_down_batch128", 64, channels=64, tags=GPU, times=64),
+        _top_down("d4_top_down", 128, channels=224, batch=1),
+        _bottom_up("d4_bottom_up", 64, channels=224, batch=1),
+        _top_down("d4_top_down_batch32", 128, channels=224, tags=GPU, times=16),
+        _top_down("d7_top_down", 192, channels=384, batch=1, method="sum"),
+        _bottom_up("d7_bottom_up", 96, channels=384, batch=1, method="sum"),
     ),
     mutants={
         "max-pool padded with zeros": _resampled(
@@ -149,8 +176,13 @@ SPEC = OpSpec(
     },
     diff_args=("x", "weight"),
     keep_wide=("weight",),
+    batched=("x",),
+    nonfinite=("x", "weight"),
     magnitude=_magnitude,
     reduction=lambda **_: 12,  # three maps of four pixels
+    gradient_reduction=lambda **a: max(1, _pixels(a)),
     bytes=_bytes,
-    flops=lambda x, size, **_: 2 * len(x) * x[0].shape[0] * x[0].shape[1] * size[0] * size[1],
+    flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_backward_flops,
 )
