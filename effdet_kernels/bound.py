@@ -253,7 +253,7 @@ def ratio(got: Tensor, want: Tensor, allowed: Tensor) -> float:
     same = (got == want) | (~got.isfinite() & ~want.isfinite())
     both = got.isfinite() & want.isfinite()
     error = torch.where(both, (got - want).abs() / allowed, torch.inf).masked_fill(same, 0)
-    return float(error.nan_to_num(nan=torch.inf).max())
+    return float(error.nan_to_num(torch.inf, torch.inf).max())
 
 
 def roundoff(dtype: torch.dtype) -> float:

@@ -65,10 +65,11 @@ def check_forward(
     return spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype, case.times)
 
 
-def run_guarded(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
-    """The outputs of a call that is watched as the module's docstring says."""
+def run_guarded(spec: OpSpec, inputs: Inputs, backend: str, seed: int = 0) -> list[Tensor]:
+    """The outputs of a call that is watched as the module's docstring says; ``seed`` draws the order of programs."""
     before = {name: map_tensors(value, torch.clone) for name, value in inputs.items()}
-    with torch.no_grad(), _dispatch.use_backend(backend), guarded_outputs(), shuffled_programs():
+    shuffled = _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext()
+    with torch.no_grad(), _dispatch.use_backend(backend), guarded_outputs(), shuffled:
         outputs = flatten(spec.op(**inputs))
     for name, value in inputs.items():
         for now, then in zip(as_list(value), as_list(before[name]), strict=True):
@@ -88,20 +89,21 @@ def check_gradient(
     inputs = with_leaves(spec, spec.inputs(case, dtype, device))
     with _dispatch.use_backend(backend), through_registration(operator(spec)), guarded_outputs():
         outputs = flatten(spec.op(**inputs))
-        grads = random_gradients(outputs)
+        grads = random_gradients(outputs, case.times)
         found = gradients(spec, inputs, outputs, grads)
     return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
 
 
-def random_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Normal numbers for every output that has a gradient, the same for the same shapes."""
+def random_gradients(outputs: Sequence[Tensor], times: int = 1) -> list[Tensor | None]:
+    """Normal numbers for every output that has a gradient, the same for the same shapes; repeated as the batch is."""
     generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-        if out.requires_grad
-        else None
-        for out in outputs
-    ]
+
+    def draw(out: Tensor) -> Tensor:
+        first = out.chunk(times)[0] if times > 1 else out
+        drawn = torch.randn(first.shape, generator=generator, dtype=torch.float64).to(out)
+        return drawn.repeat(times, *[1] * (out.dim() - 1)) if times > 1 else drawn
+
+    return [draw(out) if out.requires_grad else None for out in outputs]
 
 
 def gradients(
@@ -148,27 +150,24 @@ def gradcheck(
 def check_repeatable(
     spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
 ) -> None:
-    """Three calls, on a CPU with different numbers of threads, give the same bits.
+    """Three calls give the same bits: on a CPU with other numbers of threads, in another order of programs.
 
     Raises:
         CheckError: they do not.
     """
     inputs = spec.inputs(case, dtype, device)
     threads = torch.get_num_threads()
+    # torch may add up in another order on another number of threads; kernels may not.
+    counts = (threads, 1, 3) if device == "cpu" and backend != "reference" else (threads,) * 3
     runs = []
-    for count in (threads, 1, 3):
-        try:
-            if device == "cpu":
-                torch.set_num_threads(count)
-            runs.append(run_guarded(spec, inputs, backend))
-        finally:
-            torch.set_num_threads(threads)
-    # The reference may add up in another order on another number of threads; kernels may not.
-    pairs = [(0, 1), (0, 2)] if backend != "reference" or device != "cpu" else []
-    with torch.no_grad(), _dispatch.use_backend(backend):
-        runs.append(flatten(spec.op(**inputs)))
-    for i, j in [*pairs, (0, 3)]:
-        for k, (a, b) in enumerate(zip(runs[i], runs[j], strict=True)):
+    try:
+        for seed, count in enumerate(counts):
+            torch.set_num_threads(count)
+            runs.append(run_guarded(spec, inputs, backend, seed))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        for k, (a, b) in enumerate(zip(runs[0], other, strict=True)):
             if not _same_bits(a, b):
                 raise CheckError(f"output {k}: two runs differ")
 
@@ -240,13 +239,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def through_registration(op: _library.Op) -> Iterator[None]:
     """Inside, calls of ``op`` go to the dispatcher even where the reference could serve them directly."""
     with unittest.mock.patch.object(op, "_is_plain_torch", lambda args: False):
-        yield
-
-
-@contextlib.contextmanager
-def shuffled_programs(seed: int = 0) -> Iterator[None]:
-    """Inside, the programs of an interpreted Triton kernel run in a random order."""
-    with _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext():
         yield
 
 

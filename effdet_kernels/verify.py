@@ -179,6 +179,17 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
 }
 
 
+def run_checks(names: Sequence[str], subject: Subject) -> list[Outcome]:
+    """Checks in order; after a kernel failed the first, the others are not run: it may do any harm."""
+    outcomes: list[Outcome] = []
+    for name in names:
+        if outcomes and outcomes[0].failures:
+            outcomes.append(Outcome(name, not_run=f"{outcomes[0].check} failed"))
+        else:
+            outcomes.append(run_check(name, subject))
+    return outcomes
+
+
 def run_check(name: str, subject: Subject) -> Outcome:
     """One check, every failure of it caught and named."""
     outcome = Outcome(name)
@@ -276,7 +287,7 @@ def verify_op(
             if dtype not in spec.dtypes or (dtypes and label not in dtypes):
                 continue
             subject = Subject(spec, backend, dtype, device, quick)
-            outcomes = [run_check(name, subject) for name in checks]
+            outcomes = run_checks(checks, subject)
             print(_line(spec.name, backend, label, len(subject.cases()), outcomes), flush=True)
             for outcome in outcomes:
                 for failure in outcome.failures:

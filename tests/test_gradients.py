@@ -1,37 +1,100 @@
-"""torch.autograd.gradcheck in float64 for every differentiable op, on every backend that runs here."""
+"""Gradients of every differentiable op on every backend: gradcheck in float64, and the error bound in every dtype."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
-from effdet_kernels import testing
-from effdet_kernels.spec import iter_specs
+from effdet_kernels import _dispatch, testing
+from effdet_kernels.bound import flatten, with_leaves
+from effdet_kernels.spec import OpSpec, iter_specs
 
+SPECS = [spec for spec in iter_specs() if spec.diff_args]
 CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
-    for spec in iter_specs()
-    if spec.diff_args
+    for spec in SPECS
     for case in spec.cases
     if not case.tags & {"bench", "not_differentiable_here"}
 ]
 
 
+def runnable(spec: OpSpec) -> list[str]:
+    return [name for name in testing.backends(spec) if _dispatch.serves(name, "cpu")]
+
+
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_gradcheck(spec, case):
-    for backend, reason in testing.backends(spec).items():
-        if backend in ("reference", "cpu"):
-            assert reason is None
-            assert testing.check_gradient(spec, case, backend)
+    for backend in runnable(spec):
+        assert testing.gradcheck(spec, case, backend)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_gradcheck_of_the_reference_under_autograd(spec, case):
     """What the public function does in eager mode where no kernel is better than the reference."""
-    assert testing.check_gradient(spec, case, "reference", fast=True, registered=False)
+    assert testing.gradcheck(spec, case, "reference", fast=True, registered=False)
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_error_is_within_the_bound(spec, case):
+    for backend in runnable(spec):
+        for dtype in spec.dtypes:
+            worst = testing.check_gradient(spec, case, dtype, backend)
+            assert worst <= 1, f"{backend} {dtype}: {worst:.3g} of the bound"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 51))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_error_is_within_the_bound_of_other_draws(spec, seed):
+    for case in spec.cases:
+        if not case.tags & {"bench", "not_differentiable_here"}:
+            drawn = dataclasses.replace(case, seed=seed)
+            for backend in runnable(spec):
+                for dtype in (torch.float32, torch.bfloat16):
+                    if dtype in spec.dtypes:
+                        worst = testing.check_gradient(spec, drawn, dtype, backend)
+                        assert worst <= 1, f"{case.name} {backend} {dtype}: {worst:.3g}"
+
+
+def wrong_gradients(spec, case, mutant) -> float:
+    """The ratio of the gradients of ``mutant`` in place of the op; 0 where it has none."""
+    inputs = with_leaves(spec, spec.inputs(case, torch.float64))
+    outputs = flatten(mutant(**inputs))
+    grads = testing.random_gradients(outputs)
+    if all(g is None for g in grads):
+        return 0.0
+    found = testing.gradients(spec, inputs, outputs, grads)
+    return spec.gradient_ratio(inputs, grads, [g.float() for g in found], torch.float32)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_bound_rejects_the_gradients_of_wrong_versions(spec):
+    """At least three mutants of each op are told from it by their gradients alone."""
+    cases = [c for c in spec.cases if not c.tags & {"bench", "not_differentiable_here"}]
+    rejected = [
+        name
+        for name, mutant in spec.mutants.items()
+        if any(wrong_gradients(spec, case, mutant) > 1 for case in cases)
+    ]
+    assert len(rejected) >= 3, rejected
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_bound_rejects_gradients_rounded_to_bfloat16(spec):
+    case = spec.cases[0]
+    inputs = with_leaves(spec, spec.inputs(case, torch.float32))
+    outputs = flatten(spec.op(**inputs))
+    grads = testing.random_gradients(outputs)
+    found = testing.gradients(spec, inputs, outputs, grads)
+    assert spec.gradient_ratio(inputs, grads, found, torch.float32) <= 1
+    short = [g.bfloat16().float() for g in found]
+    assert spec.gradient_ratio(inputs, grads, short, torch.float32) > 10
 
 
 def test_ops_with_gradients_are_the_expected_ones():
-    assert {spec.name for spec in iter_specs() if spec.diff_args} == {
+    assert {spec.name for spec in SPECS} == {
         "batch_norm_act",
         "decode_topk",
         "depthwise_conv",

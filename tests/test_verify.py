@@ -1,0 +1,102 @@
+"""``python -m effdet_kernels.verify``: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from effdet_kernels import verify
+from effdet_kernels.spec import iter_specs
+
+
+def test_every_op_passes_quickly(capsys, tmp_path):
+    path = tmp_path / "out" / "verify.json"
+    assert verify.main(["--device", "cpu", "--quick", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    written = json.loads(path.read_text())
+    ops = {spec.name for spec in iter_specs()}
+    assert {r["op"] for r in written["records"] if r["status"] == "passed"} == ops
+    assert written["machine"]["torch"] == torch.__version__
+    assert all(name in out for name in ops)
+
+
+def test_absent_backends_are_listed_with_their_reason(capsys):
+    assert verify.main(["--device", "cpu", "--quick", "--op", "pointwise_conv"]) == 0
+    out = capsys.readouterr().out
+    assert "triton    absent: no CUDA device is visible" in out or torch.cuda.is_available()
+    assert "absent: this build" in out or "absent: it does not take tensors on cpu" in out
+
+
+def test_a_backend_that_is_absent_is_no_success(capsys):
+    arguments = ["--device", "cpu", "--quick", "--op", "soft_nms", "--backend", "cuda"]
+    assert verify.main(arguments) == 2
+    assert "0 checks passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mutant", ["kernel flipped", "border repeated instead of zero", "pre-activation forgotten"]
+)
+def test_a_wrong_kernel_fails_and_is_named(monkeypatch, capsys, mutant):
+    spec = next(s for s in iter_specs() if s.name == "separable_conv")
+    wrong = dataclasses.replace(spec, op=spec.mutants[mutant])
+    monkeypatch.setattr(verify, "iter_specs", lambda: iter([wrong]))
+    arguments = ["--device", "cpu", "--dtype", "fp32", "--backend", "reference"]
+    assert verify.main([*arguments, "--check", "forward", "--check", "repeat"]) == 1
+    out = capsys.readouterr().out
+    assert "of the bound" in out and "forward: node" in out
+    assert "repeat: forward failed" in out  # a kernel that is wrong is not called again
+
+
+def test_a_kernel_that_raises_fails_with_its_message(monkeypatch, capsys):
+    def broken(**_):
+        raise RuntimeError("out of registers")
+
+    spec = dataclasses.replace(next(iter_specs()), op=broken)
+    monkeypatch.setattr(verify, "iter_specs", lambda: iter([spec]))
+    assert verify.main(["--device", "cpu", "--quick", "--dtype", "fp32"]) == 1
+    assert "RuntimeError: out of registers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "softnms"], "softnms, takes one of batch_norm_act"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--backend", "tpu"], "--backend"),
+    ],
+)
+def test_bad_arguments_exit_with_what_they_take(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        verify.main([*arguments, "--device", "cpu"])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_large_cases_pass_two_to_the_31_and_state_their_memory():
+    for spec in (s for s in iter_specs() if s.batched):
+        case, needed = verify.large_case(spec, torch.bfloat16, "reference")
+        drawn = case.make(torch.Generator().manual_seed(0))
+        first = drawn[spec.batched[0]]
+        largest = max(t.numel() for t in (first if isinstance(first, list) else [first]))
+        assert largest * case.times > 2**31 and needed > 2**31 * 2, spec.name
+
+
+def test_without_the_memory_the_large_check_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "free_memory", lambda device: 10**9)
+    arguments = ["--device", "cpu", "--op", "pointwise_conv", "--dtype", "fp32", "--large"]
+    assert verify.main([*arguments, "--quick"]) == 0
+    assert "large: needs about" in capsys.readouterr().out
+
+
+def test_the_large_check_runs_where_there_is_memory(monkeypatch):
+    """The same path at a size that a test can afford."""
+    monkeypatch.setattr(verify, "_LARGE", 10_000)
+    spec = next(s for s in iter_specs() if s.name == "soft_nms")
+    small = tuple(dataclasses.replace(c, tags=frozenset({"bench"})) for c in spec.cases[:1])
+    subject = verify.Subject(
+        dataclasses.replace(spec, cases=small), "reference", torch.float32, "cpu"
+    )
+    outcome = verify.run_check("large", subject)
+    assert outcome.calls == 1 and outcome.worst <= 1 and not outcome.failures
