@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, uniform
+from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, uniform
 from effdet_kernels.ops.decode_topk import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -24,6 +25,8 @@ def _case(
     limits: bool = True,
     ties: bool = False,
     spoilt: bool = False,
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
 ) -> Case:
     """Levels of ``sizes`` (H, W); ``ties``: few values; ``spoilt``: some NaN, some infinite."""
 
@@ -46,24 +49,93 @@ def _case(
             "limits": uniform(g, batch, 2, low=64, high=96) if limits else None,
         }
 
-    if max(max(size) for size in sizes) >= 16:
-        return Case(name, make, BENCH)
-    # Among equal logits the smallest change of one exchanges whole boxes.
-    return Case(name, make, frozenset({"not_differentiable_here"} if ties else ()))
+    if ties or spoilt:  # the smallest change of an equal logit exchanges whole boxes
+        tags = tags | {"not_differentiable_here"}
+    return Case(name, make, tags, times=times)
+
+
+def _real(name: str, largest: int, *, batch: int = 2, tags=BENCH, times: int = 1) -> Case:
+    """The five levels of a model for COCO, the largest of ``largest`` pixels a side."""
+    sizes = [(largest >> level, largest >> level) for level in range(5)]
+    options = {"batch": batch, "classes": 90, "per_location": 9}
+    return _case(name, sizes, k=5000, tags=tags, times=times, **options)
+
+
+def _picked(a: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (tx, ty, tw, th) of the picks, the sizes and the magnitudes of the centres of their anchors."""
+    index = reference.decode_topk(**a)[2]
+    codes = reference._rows(a["box_outputs"], 4)
+    code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))[..., [1, 0, 3, 2]]
+    corners = a["anchors"][index]
+    size = (corners[..., 2:] - corners[..., :2]).abs()
+    return code, size, corners[..., :2].abs() + corners[..., 2:].abs()
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
-    codes = reference._rows(a["box_outputs"], 4)
-    _boxes, logits, index, _classes = reference.decode_topk(**a)
-    code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))
-    corners = a["anchors"][index]
-    size = (corners[..., 2:] - corners[..., :2]).abs()
-    reach = corners[..., :2].abs() + corners[..., 2:].abs() + code[..., [1, 0]].abs() * size
-    extent = code[..., [3, 2]]
-    side = (
-        reach + (1 + extent.abs()) * extent.exp() * size
-    )  # exp magnifies the rounding of its argument
-    return [torch.cat([side, side], -1), logits.abs()]
+    code, size, centre = _picked(a)
+    offset, extent = code.split(2, -1)
+    # exp magnifies the rounding of its argument
+    side = centre + offset.abs() * size + (1 + extent.abs()) * extent.exp() * size
+    return [torch.cat([side, side], -1), reference.decode_topk(**a)[1].abs()]
+
+
+def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """|gradient| of each output times the slope of its code, added up where the pick came from."""
+    boxes, logits, index, classes = reference.decode_topk(**a)
+    g_boxes, g_logits = (
+        torch.zeros_like(out) if grad is None else grad.abs()
+        for out, grad in zip((boxes, logits), grads, strict=False)
+    )
+    code, size, _centre = _picked(a)
+    both = g_boxes[..., :2] + g_boxes[..., 2:]
+    extent = code[..., 2:]
+    slopes = [both * size, both * (1 + extent.abs()) * extent.exp() * size / 2]
+    terms = torch.cat(slopes, -1)[..., [1, 0, 3, 2]]
+    leaves = [torch.zeros_like(t, requires_grad=True) for t in a["cls_outputs"] + a["box_outputs"]]
+    levels = len(a["cls_outputs"])
+    cls_rows = reference._rows(leaves[:levels], a["num_classes"]).flatten(1)
+    box_rows = reference._rows(leaves[levels:], 4)
+    picks = [
+        cls_rows.gather(1, index * a["num_classes"] + classes),
+        box_rows.gather(1, index[:, :, None].expand(-1, -1, 4)),
+    ]
+    return list(torch.autograd.grad(picks, leaves, [g_logits, terms]))
+
+
+def _counts(a: Inputs) -> tuple[int, int, int]:
+    """Images, candidates of an image, picks of an image."""
+    images = len(a["cls_outputs"][0])
+    candidates = sum(level.shape[1:].numel() for level in a["cls_outputs"])
+    return images, candidates, min(a["k"], candidates)
+
+
+def _bytes(**a: Any) -> int:
+    """Every logit; a code and an anchor per pick; the outputs."""
+    images, candidates, picks = _counts(a)
+    codes, anchors = a["box_outputs"][0], a["anchors"]
+    boxes = min(picks, candidates // a["num_classes"])
+    read = nbytes(a["cls_outputs"], a["limits"])
+    read += images * boxes * 4 * (codes.element_size() + anchors.element_size())
+    return read + images * picks * _pick_bytes(a)
+
+
+def _pick_bytes(a: Inputs) -> int:
+    """Of an output row: box, logit, index, class."""
+    logits, codes = a["cls_outputs"][0], a["box_outputs"][0]
+    return 4 * accumulation_dtype(codes.dtype).itemsize + logits.element_size() + 16
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads what the forward reads, to pick again, and two gradients; writes whole maps of them."""
+    images, _candidates, picks = _counts(a)
+    indices = images * picks * 16  # written by the forward, not asked for here
+    return _bytes(**a) - indices + nbytes(a["cls_outputs"], a["box_outputs"])
+
+
+def _flops(**a: Any) -> int:
+    """One comparison per candidate; 16 per box."""
+    images, candidates, picks = _counts(a)
+    return images * (candidates + 16 * picks)
 
 
 def _yxyx(**a: Any) -> tuple[Tensor, ...]:
@@ -113,7 +185,6 @@ def _higher_index_first(**a: Any) -> tuple[Tensor, ...]:
 
 
 _reference = reference.decode_topk
-_PYRAMID = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))
 
 SPEC = OpSpec(
     name="decode_topk",
@@ -124,10 +195,17 @@ SPEC = OpSpec(
         _case("unclipped", [(3, 3), (1, 2)], k=7, limits=False),
         _case("more_than_all", [(2, 2), (1, 1)], k=1000, classes=1),
         _case("ties", [(3, 4), (2, 2)], k=31, ties=True),
+        _case("spoilt", [(3, 2), (1, 1)], k=31, spoilt=True),
+        _case("one_pixel", [(1, 1)], k=2, batch=1, classes=1),
         _case("none_wanted", [(2, 2)], k=0),
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
-        _case("d0", _PYRAMID, k=5000, batch=1, classes=90, per_location=9),
-        _case("d0_batch8", _PYRAMID, k=5000, batch=8, classes=90, per_location=9),
+        _real("d0", 64, batch=1),
+        _real("d0_batch8", 64, batch=8),
+        _real("d0_batch128", 64, tags=GPU, times=64),
+        _real("d4", 128, batch=1),
+        _real("d4_batch32", 128, tags=GPU, times=16),
+        _real("d7", 192, batch=1),
+        _real("d7_batch8", 192, tags=GPU, times=4),
     ),
     mutants={
         "boxes in yxyx": _yxyx,
@@ -139,11 +217,13 @@ SPEC = OpSpec(
     },
     diff_args=("cls_outputs", "box_outputs"),
     keep_wide=("anchors", "limits"),
+    batched=("cls_outputs", "box_outputs", "limits"),
     magnitude=_magnitude,
     reduction=lambda **_: 4,
-    bytes=lambda cls_outputs, box_outputs, anchors, limits, k, **_: (
-        nbytes(cls_outputs, limits)
-        + len(cls_outputs[0]) * k * (32 + 16 + 4 + cls_outputs[0].element_size() + 16)
-    ),
-    flops=lambda cls_outputs, **_: sum(level.numel() for level in cls_outputs),
+    gradient_magnitude=_gradient_magnitude,
+    gradient_reduction=lambda num_classes, **_: 4 * num_classes,  # all picks of one anchor
+    bytes=_bytes,
+    flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_flops,
 )

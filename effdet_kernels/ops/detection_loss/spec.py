@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, normal, uniform
+from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, uniform
 from effdet_kernels.ops.detection_loss import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -22,6 +25,7 @@ def _case(
     per_location: int = 2,
     positives: float = 0.2,
     spread: float = 2.0,
+    tags: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Case:
     """Levels of ``sizes`` (H, W), a share of ``positives``, logits ``spread`` wide."""
@@ -54,8 +58,14 @@ def _case(
         }
         return {**arguments, **options}
 
-    real = max(max(size) for size in sizes) >= 16
-    return Case(name, make, BENCH if real else frozenset())
+    return Case(name, make, tags)
+
+
+def _real(name: str, largest: int, *, batch: int, tags=BENCH) -> Case:
+    """The five levels of a model for COCO, the largest of ``largest`` pixels a side."""
+    sizes = [(largest >> level, largest >> level) for level in range(5)]
+    options = {"classes": 90, "per_location": 9, "positives": 0.001}
+    return _case(name, sizes, batch=batch, tags=tags, **options)
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
@@ -68,6 +78,53 @@ def _magnitude(**a: Any) -> list[Tensor]:
     )
     positives = a["num_positives"].sum() + 1
     return [cls_loss * (1 + a["gamma"] * steepest), box_loss + cancelled / (4 * positives)]
+
+
+def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Derived in the README."""
+    count = a["num_positives"].sum() + 1
+    cls_grad, box_grad = (torch.zeros(()) if g is None else g.abs() for g in grads)
+    of_logits = [
+        _focal_slope(a, x, label) * cls_grad / count
+        for x, label in zip(a["cls_outputs"], a["cls_targets"], strict=True)
+    ]
+    of_codes = [
+        (target != 0).permute(0, 3, 1, 2) * a["delta"] * box_grad / (4 * count)
+        for target in a["box_targets"]
+    ]
+    return of_logits + of_codes
+
+
+def _focal_slope(a: Inputs, x: Tensor, label: Tensor) -> Tensor:
+    """Magnitudes in the derivative of the focal loss of logits ``x`` [B, A * C, H, W]."""
+    classes, gamma = torch.arange(a["num_classes"], device=x.device), a["gamma"]
+    label = label[..., None].expand(*label.shape, len(classes)).flatten(3).permute(0, 3, 1, 2)
+    positive = label == classes.repeat(x.shape[1] // len(classes))[:, None, None]
+    away = torch.where(positive, -x, x)  # 1 - p_t is its sigmoid
+    modulator = torch.exp(gamma * F.logsigmoid(away)) * (1 + gamma * away.abs())
+    balance = torch.where(positive, a["alpha"], 1 - a["alpha"]) * (label != -2)
+    return balance * modulator * (gamma * (x.abs() + math.log(2)) + 1)
+
+
+def _inputs(a: Inputs) -> int:
+    names = ("cls_outputs", "box_outputs", "cls_targets", "box_targets", "num_positives")
+    return nbytes(*(a[name] for name in names))
+
+
+def _bytes(**a: Any) -> int:
+    return _inputs(a) + 2 * accumulation_dtype(a["cls_outputs"][0].dtype).itemsize
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads what the forward reads and two numbers, writes a gradient of every logit and code."""
+    return _bytes(**a) + nbytes(a["cls_outputs"], a["box_outputs"])
+
+
+def _per_element(logit: int, code: int) -> Callable[..., int]:
+    """FLOPs, exp and log counted as one."""
+    return lambda cls_outputs, box_outputs, **_: (
+        logit * sum(x.numel() for x in cls_outputs) + code * sum(x.numel() for x in box_outputs)
+    )
 
 
 def _count(num_positives: Tensor, change: float) -> Inputs:
@@ -87,8 +144,6 @@ def _zero_targets_trained(a: Inputs) -> Inputs:
 
 
 _reference = reference.detection_loss
-_PYRAMID = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))
-_D0: dict[str, Any] = {"classes": 90, "per_location": 9, "positives": 0.001}
 
 SPEC = OpSpec(
     name="detection_loss",
@@ -102,8 +157,14 @@ SPEC = OpSpec(
         _case("extreme_logits", [(2, 2)], spread=200.0, gamma=0.5),
         _case("no_positives", [(2, 2), (1, 2)], positives=0.0),
         _case("no_images", [(2, 2)], batch=0),
-        _case("d0", _PYRAMID, batch=1, **_D0),
-        _case("d0_batch8", _PYRAMID, batch=8, **_D0),
+        _case("one_pixel", [(1, 1)], batch=1, positives=0.5),
+        _real("d0", 64, batch=1),
+        _real("d0_batch8", 64, batch=8),
+        _real("d0_batch32", 64, batch=32, tags=GPU),
+        _real("d4", 128, batch=1),
+        _real("d4_batch8", 128, batch=8, tags=GPU),
+        _real("d7", 192, batch=1),
+        _real("d7_batch4", 192, batch=4, tags=GPU),
     ),
     mutants={
         "alpha on the negatives": mutant(_reference, lambda a: {"alpha": 1 - a["alpha"]}),
@@ -120,10 +181,13 @@ SPEC = OpSpec(
     },
     diff_args=("cls_outputs", "box_outputs"),
     keep_wide=("box_targets", "num_positives"),
+    nonfinite=("cls_outputs", "box_outputs"),
     magnitude=_magnitude,
     reduction=lambda cls_outputs, **_: max(1, sum(x.numel() for x in cls_outputs)),
-    bytes=lambda cls_outputs, box_outputs, cls_targets, box_targets, num_positives, **_: nbytes(
-        cls_outputs, box_outputs, cls_targets, box_targets, num_positives
-    ),
-    flops=lambda cls_outputs, **_: 20 * sum(x.numel() for x in cls_outputs),
+    gradient_magnitude=_gradient_magnitude,
+    gradient_reduction=lambda **_: 16,  # a chain of roundings, not a sum
+    bytes=_bytes,
+    flops=_per_element(13, 8),
+    backward_bytes=_backward_bytes,
+    backward_flops=_per_element(18, 4),
 )

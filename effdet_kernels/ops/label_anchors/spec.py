@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, mutant, nbytes, uniform
+from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, uniform
 from effdet_kernels.ops.label_anchors import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -20,18 +20,49 @@ def _case(
     def make(g) -> Inputs:
         corner = uniform(g, anchors, 2, low=-8, high=96)
         base = torch.cat([corner, corner + uniform(g, anchors, 2, low=8, high=48)], 1)
-        near = base[torch.randint(anchors, (batch, boxes), generator=g)]
-        moved = near + uniform(g, batch, boxes, 4, low=-3, high=3)
-        classes = torch.randint(1, 90, (batch, boxes), generator=g)
-        absent = uniform(g, batch, boxes) < padding
-        return {
-            "gt_boxes": moved.masked_fill(absent[..., None], -1),
-            "gt_classes": classes.masked_fill(absent, -1),
-            "anchors": base,
-            "match_threshold": threshold,
-        }
+        return _labels(g, base, batch, boxes, padding, threshold)
 
-    return Case(name, make, BENCH if anchors > 1000 else frozenset())
+    return Case(name, make)
+
+
+def _real(
+    name: str, extent: int, *, batch: int = 2, padding: float = 0.9, tags=BENCH, times: int = 1
+) -> Case:
+    """The anchors of a model for images of ``extent`` pixels a side; room for 100 boxes an image."""
+
+    def make(g) -> Inputs:
+        return _labels(g, _pyramid(extent), batch, 100, padding, 0.5)
+
+    return Case(name, make, tags, times=times)
+
+
+def _labels(
+    g: torch.Generator, anchors: Tensor, batch: int, boxes: int, padding: float, threshold: float
+) -> Inputs:
+    near = anchors[torch.randint(len(anchors), (batch, boxes), generator=g)]
+    moved = near + uniform(g, batch, boxes, 4, low=-3, high=3)
+    classes = torch.randint(1, 90, (batch, boxes), generator=g)
+    absent = uniform(g, batch, boxes) < padding
+    return {
+        "gt_boxes": moved.masked_fill(absent[..., None], -1),
+        "gt_classes": classes.masked_fill(absent, -1),
+        "anchors": anchors,
+        "match_threshold": threshold,
+    }
+
+
+def _pyramid(extent: int) -> Tensor:
+    """Three scales of three shapes at every pixel of the levels with strides 8 to 128."""
+    shapes = torch.tensor([[1.0, 1.0], [1.4, 0.7], [0.7, 1.4]], dtype=torch.float64)
+    scales = 2 ** (torch.arange(3, dtype=torch.float64) / 3)
+    sizes = (scales[:, None, None] * shapes).flatten(0, 1)
+    levels = []
+    for stride in (8, 16, 32, 64, 128):
+        place = (torch.arange(extent // stride, dtype=torch.float64) + 0.5) * stride
+        centre = torch.cartesian_prod(place, place).flip(1)[:, None]  # rows first, (x, y)
+        half = 2 * stride * sizes
+        levels.append(torch.cat([centre - half, centre + half], -1).flatten(0, 1))
+    return torch.cat(levels)
 
 
 def _rivals(_generator: torch.Generator) -> Inputs:
@@ -66,6 +97,11 @@ def _with_matches(change) -> Any:
     return lambda **a: change(*reference.label_anchors(**a))
 
 
+def _bytes(gt_boxes, gt_classes, anchors, **_) -> int:
+    per_image = len(anchors) * (8 + 4 * anchors.element_size()) + anchors.element_size()
+    return nbytes(gt_boxes, gt_classes, anchors) + len(gt_boxes) * per_image
+
+
 _reference = reference.label_anchors
 
 SPEC = OpSpec(
@@ -81,8 +117,13 @@ SPEC = OpSpec(
         _case("one", 1, 1, 1, padding=0.0),
         _case("no_images", 0, 2, 5),
         Case("rivals", _rivals),
-        _case("d0", 1, 100, 49104, padding=0.0),
-        _case("d0_batch8", 8, 100, 49104, padding=0.9),
+        _real("d0", 512, batch=1, padding=0.0),
+        _real("d0_batch8", 512, batch=8),
+        _real("d0_batch128", 512, tags=GPU, times=64),
+        _real("d4", 1024, batch=1, padding=0.0),
+        _real("d4_batch8", 1024, batch=8),
+        _real("d7", 1536, batch=1, padding=0.0),
+        _real("d7_batch32", 1536, tags=GPU, times=16),
     ),
     mutants={
         "threshold 0.6": mutant(
@@ -101,10 +142,9 @@ SPEC = OpSpec(
             _reference, lambda a: {"gt_boxes": a["gt_boxes"], "match_threshold": 2.0}
         ),
     },
+    batched=("gt_boxes", "gt_classes"),
     magnitude=_magnitude,
     reduction=lambda **_: 4,
-    bytes=lambda gt_boxes, gt_classes, anchors, **_: (
-        nbytes(gt_boxes, gt_classes, anchors) + len(gt_boxes) * (len(anchors) * (8 + 16) + 4)
-    ),
+    bytes=_bytes,
     flops=lambda gt_boxes, anchors, **_: 12 * gt_boxes.shape[0] * gt_boxes.shape[1] * len(anchors),
 )

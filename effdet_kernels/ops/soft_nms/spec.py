@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effdet_kernels.bound import accumulator, ratio, roundoff
+from effdet_kernels.ops._cases import BENCH, GPU, nbytes
 from effdet_kernels.ops.soft_nms import op, reference
-from effdet_kernels.spec import Case, Inputs, OpSpec, accumulator, ratio, roundoff
+from effdet_kernels.spec import Case, Inputs, OpSpec
 
 
 def _scene(
@@ -19,9 +21,13 @@ def _scene(
     max_det: int,
     classes: int,
     method: str,
+    extent: int = 512,
     **options,
 ) -> Inputs:
-    """Clustered boxes: a few objects per image, candidates jittered around them, as a detector's are."""
+    """Clustered boxes: a few objects per image, candidates jittered around them, as a detector's are.
+
+    The image has ``extent`` pixels a side.
+    """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
@@ -29,7 +35,7 @@ def _scene(
     objects = max(1, count // 8)
     owner = torch.randint(objects, (batch, count), generator=generator)
     rows = torch.arange(batch)[:, None]
-    center = (uniform(batch, objects, 2) * 512)[rows, owner] + uniform(batch, count, 2) * 12
+    center = (uniform(batch, objects, 2) * extent)[rows, owner] + uniform(batch, count, 2) * 12
     size = (uniform(batch, objects, 2) * 120 + 8)[rows, owner] * (
         0.8 + 0.4 * uniform(batch, count, 2)
     )
@@ -45,6 +51,15 @@ def _scene(
         "score_threshold": 0.001,
     }
     return {**arguments, **options}
+
+
+def _real(name: str, extent: int, *, batch=1, max_det=100, method="gaussian", **options) -> Case:
+    """The candidates of a model for COCO on images of ``extent`` pixels a side."""
+
+    def make(g: torch.Generator) -> Inputs:
+        return _scene(g, batch, 5000, max_det, 90, method, extent)
+
+    return Case(name, make, **{"tags": BENCH, **options})
 
 
 def _awkward(generator: torch.Generator) -> Inputs:
@@ -118,6 +133,21 @@ def _replay(
     return worst if finished else math.inf
 
 
+def _bytes(boxes, scores, classes, num_valid, max_det, **_) -> int:
+    images = len(boxes)
+    return nbytes(boxes, scores, classes, num_valid) + images * (
+        max_det * (8 + scores.element_size()) + 16
+    )
+
+
+def _flops(scores, classes, max_det, **_) -> int:
+    """20 for each pair of a pick and a candidate of its class that is left, classes being equally many."""
+    images, count = scores.shape
+    picks = min(max_det, count)
+    share = 1 if classes is None else max(1, classes.unique().numel())
+    return round(20 * images * picks * (count - picks / 2) / share)
+
+
 def _mutant(**replaced):
     """The reference with module functions or arguments replaced."""
 
@@ -173,10 +203,14 @@ SPEC = OpSpec(
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
-        Case("d0", lambda g: _scene(g, 1, 5000, 100, 90, "gaussian"), frozenset({"bench"})),
-        Case("d0_all", lambda g: _scene(g, 1, 5000, 5000, 90, "gaussian"), frozenset({"bench"})),
-        Case("d0_hard", lambda g: _scene(g, 1, 5000, 100, 90, "hard"), frozenset({"bench"})),
-        Case("d0_batch8", lambda g: _scene(g, 8, 5000, 100, 90, "gaussian"), frozenset({"bench"})),
+        _real("d0", 512),
+        _real("d0_all", 512, max_det=5000),
+        _real("d0_hard", 512, method="hard"),
+        _real("d0_batch8", 512, batch=8),
+        _real("d0_batch128", 512, batch=2, tags=GPU, times=64),
+        _real("d4", 1024),
+        _real("d7", 1536),
+        _real("d7_batch8", 1536, batch=8),
     ),
     mutants={
         "class-agnostic": lambda **a: reference.soft_nms(**{**a, "classes": None}),
@@ -188,10 +222,7 @@ SPEC = OpSpec(
         ),
         "threshold ignored": lambda **a: reference.soft_nms(**{**a, "score_threshold": -math.inf}),
     },
-    bytes=lambda boxes, scores, max_det, **_: (
-        boxes.nbytes
-        + scores.nbytes
-        + scores.numel() * 8
-        + len(boxes) * (max_det * (8 + scores.element_size()) + 16)
-    ),
+    batched=("boxes", "scores", "classes", "num_valid"),
+    bytes=_bytes,
+    flops=_flops,
 )
