@@ -3,22 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
 
-from bench import kernels
+import torch
+
+import bench
+from bench import compare, detect, floors, gpu, kernels, machine, model, report, train
+from bench.results import WRONG, Log
+from bench.table import print_rows
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = {
+    "kernels": (kernels, "each op on each backend, forward and backward"),
+    "model": (model, "whole networks, beside their peers"),
+    "train": (train, "training steps"),
+    "detect": (detect, "post-processing: NMS and soft-NMS, from head outputs to rows"),
+}
+TOOLS = {
+    "floors": (floors, "what a machine with given ceilings could do at best, per model"),
+    "report": (report, "tables, roofline plots and a page from results"),
+    "compare": (compare, "two sets of results; flags what became slower"),
+    "gpu": (gpu, "everything on a GPU, in parts that can be resumed"),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=bench.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    kernel_parser = commands.add_parser("kernels", help="time each op on each backend")
-    kernels.add_arguments(kernel_parser)
-    kernel_parser.set_defaults(run=kernels.run)
+    for name, (module, summary) in {**SUITES, **TOOLS}.items():
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        if name in SUITES:
+            _add_common(command)
+        module.add_arguments(command)
     args = parser.parse_args()
     try:
-        args.run(args)
-    except (ValueError, kernels.WrongKernelError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        if args.command in TOOLS:
+            return TOOLS[args.command][0].run(args) or 0
+        return _run_suite(SUITES[args.command][0], args)
+    except ValueError as error:
+        parser.exit(1, f"{parser.prog} {args.command}: {error}\n")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", action="append", choices=kernels.DTYPES, help="may be repeated; default: fp32")
+    add("--threads", type=int, help="CPU threads; default: torch's")
+    add("--smoke", action="store_true", help="tiny sizes, one round, nothing written: does it run?")
+    add("--out", type=Path, help="rows go to this file; default: results/<machine>/<suite>.jsonl")
+    add("--resume", action="store_true", help="leave out what the file has already")
+    add("--deadline", type=float, metavar="SECONDS", help="start no case after this time")
+
+
+def _run_suite(suite: ModuleType, args: argparse.Namespace) -> int:
+    args.dtype = args.dtype or ["fp32"]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but no CUDA device is visible to torch")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads: got {args.threads}, takes at least 1")
+        torch.set_num_threads(args.threads)
+    out = args.out
+    if out is None and not args.smoke:
+        out = RESULTS / machine.slug(args.device) / f"{args.command}.jsonl"
+    log = Log(out, machine.describe(), args.resume)
+    finished = log.run(suite.jobs(args), args.deadline)
+    print_rows(log.rows)
+    if out is not None:
+        print(
+            f"{len(log.rows)} rows in {out}" + ("" if finished else "; the deadline came: --resume")
+        )
+    return 1 if any(row["status"] == WRONG for row in log.rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,63 +1,67 @@
-"""``python -m bench kernels``: each op's benchmark cases, forward, on every backend that is here, in one table."""
+"""``python -m bench kernels``: each op's real shapes, forward and backward, on every backend that is here.
+
+Engines: "eager" is the op in plain PyTorch in the dtype of its inputs (what a model without kernels runs); "compile"
+is torch.compile of that; the backends of ``effdet_kernels`` go by their names ("reference" accumulates in float32, so
+it differs from "eager" in half precision only); others are the spec's own peers. A backend outside its error bound is
+not timed; neither is a peer whose outputs are off by more than rounding.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import machine, runner
-from effdet_kernels import testing, use_backend
-from effdet_kernels.spec import Case, OpSpec, iter_specs
+from bench.results import ABSENT, SKIPPED, TIMED, WRONG, Job, Row
+from effdet_kernels import _dispatch, testing, use_backend
+from effdet_kernels.bound import differentiable, exact_inputs, flatten, tensors_of, with_leaves
+from effdet_kernels.ops._activations import unwidened
+from effdet_kernels.spec import Case, Inputs, OpSpec, iter_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class WrongKernelError(RuntimeError):
-    """A kernel that is outside of its error bound is not timed."""
+_PEER_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}  # of peers: ||y - ref|| / ||ref||
+Call = Callable[[], list[Tensor]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument("--case", help="only cases whose name contains this")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--direction", choices=("forward", "backward"), help="only this one")
     parser.add_argument(
-        "--smoke", action="store_true", help="smallest cases, one round: does it run?"
+        "--no-compile", action="store_true", help="leave torch.compile out (seconds a case)"
     )
-    parser.add_argument("--out", type=Path, help="append the rows to this JSON-lines file")
 
 
-def run(args: argparse.Namespace) -> None:
-    rows = list(measure(args))
-    print_table(rows)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per op, case and backend.
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """One job per op, case, dtype and direction.
 
     Raises:
-        WrongKernelError: an output misses its error bound.
         ValueError: no case fits the arguments.
     """
-    described = machine.describe()
-    bandwidth = runner.copy_bandwidth(args.device, 1 << (20 if args.smoke else 28))
-    dtype = DTYPES[args.dtype]
-    found = [(s, c) for s in iter_specs() for c in _cases(s, args) if dtype in s.dtypes]
-    if not found:
+    specs = list(iter_specs())
+    unknown = set(args.op or ()) - {spec.name for spec in specs}
+    if unknown:
         raise ValueError(
-            f"no benchmark case for --op {args.op} --case {args.case} --dtype {args.dtype}"
+            f"--op: got {', '.join(sorted(unknown))}, takes {', '.join(s.name for s in specs)}"
         )
-    for spec, case in found:
-        yield from _measure_case(spec, case, dtype, bandwidth, described, args)
+    found = False
+    for spec in specs:
+        for case in _cases(spec, args):
+            for label in args.dtype:
+                for direction in ("forward", "backward") if spec.diff_args else ("forward",):
+                    if DTYPES[label] in spec.dtypes and args.direction in (None, direction):
+                        found = True
+                        run = functools.partial(_measure, spec, case, label, direction, args)
+                        yield Job(
+                            "kernels", spec.name, case.name, direction, label, args.device, run
+                        )
+    if not found:
+        raise ValueError(f"no case for --op {args.op} --case {args.case} --dtype {args.dtype}")
 
 
 def _cases(spec: OpSpec, args: argparse.Namespace) -> list[Case]:
@@ -65,58 +69,208 @@ def _cases(spec: OpSpec, args: argparse.Namespace) -> list[Case]:
         return []
     if args.smoke:
         return list(spec.cases[:1])
-    return [c for c in spec.cases if "bench" in c.tags and (not args.case or args.case in c.name)]
-
-
-def _measure_case(spec, case, dtype, bandwidth, described, args) -> Iterator[dict[str, Any]]:
-    inputs = case.inputs(dtype, args.device, spec.keep_wide)
-    names = [
-        name
-        for name, reason in testing.backends(spec).items()
-        if reason is None and (name == "reference" or (name == "cpu") == (args.device == "cpu"))
+    return [
+        case
+        for case in spec.cases
+        if "bench" in case.tags
+        and (args.device == "cuda" or "gpu" not in case.tags)
+        and (not args.case or args.case in case.name)
     ]
 
-    def on(backend: str):
-        def call() -> object:
-            with torch.no_grad(), use_backend(backend):
-                return spec.op(**inputs)
 
-        return call
+def _measure(
+    spec: OpSpec, case: Case, label: str, direction: str, args: argparse.Namespace
+) -> Iterator[Row]:
+    try:
+        inputs = spec.inputs(case, DTYPES[label], args.device)
+        yield from _measure_inputs(spec, case, inputs, label, direction, args)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        yield {"engine": "every engine", "status": SKIPPED, "reason": reason}
 
-    calls = {name: on(name) for name in names}
-    errors = {name: spec.error_ratio(inputs, call(), dtype) for name, call in calls.items()}
-    for name, error in errors.items():
-        if error > 1 and (name != "reference" or dtype == torch.float32):
-            raise WrongKernelError(
-                f"{spec.name}/{case.name} on {name}: error is {error:.3g} of its bound; not timed"
-            )
-    timings = runner.alternate(calls, *((1, 0.0) if args.smoke else (7, 0.2)))
-    moved = spec.bytes(**inputs) if spec.bytes else None
-    for name, timing in timings.items():
+
+def _measure_inputs(
+    spec: OpSpec, case: Case, inputs: Inputs, label: str, direction: str, args: argparse.Namespace
+) -> Iterator[Row]:
+    dtype, device = DTYPES[label], args.device
+    cost = _cost(spec, inputs, direction)
+    common = {"shape": shape_text(spec, inputs), **cost}
+    subjects: dict[str, runner.Subject] = {}
+    rows: dict[str, Row] = {}
+    for engine, function in _engines(spec, inputs, args).items():
+        row = {**common, "engine": engine}
+        if isinstance(function, str):
+            yield {**row, "status": ABSENT, "reason": function}
+            continue
+        try:
+            call, check = _prepared(spec, case, inputs, function, direction)
+            if engine in _dispatch.BACKENDS:
+                row["error"], row["error_of"], allowed = check(dtype), "the bound", 1.0
+            else:
+                row["error"], allowed = (
+                    _norm_error(spec, inputs, call(), direction, case),
+                    _PEER_ERROR[label],
+                )
+                row["error_of"] = f"the reference's norm; up to {allowed} passes"
+        except Exception as error:  # torch.compile and peers may fail in any way
+            first = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {first[0] if first else ''}"
+            yield {
+                **row,
+                "status": WRONG if engine in _dispatch.BACKENDS else ABSENT,
+                "reason": reason,
+            }
+            continue
+        if not row["error"] <= allowed:
+            reason = f"error {row['error']:.3g} of {row['error_of']}"
+            yield {**row, "status": WRONG, "reason": reason}
+            continue
+        row["peak_bytes"] = runner.peak_memory(call, device)
+        subjects[engine], row["cuda_graph"] = _subject(call, device)
+        rows[engine] = row
+    if not subjects:
+        return
+    timings = runner.alternate(subjects, runner.SMOKE if args.smoke else runner.FULL)
+    limit = machine.floor(device, dtype, cost["bytes"], cost["flops"])
+    for engine, timing in timings.items():
         yield {
-            "op": spec.name,
-            "case": case.name,
-            "dtype": args.dtype,
-            "device": args.device,
-            "backend": name,
-            **timing,
-            "error_of_bound": errors[name],
-            "speedup": timings["reference"]["median_s"] / timing["median_s"],
-            "bytes": moved,
-            "of_copy_bandwidth": moved / timing["median_s"] / bandwidth if moved else None,
-            "copy_bandwidth": bandwidth,
-            "machine": described,
+            **rows[engine],
+            "status": TIMED,
+            **timing.row(),
+            **limit,
+            "gb_s": cost["bytes"] / timing.median_s / 1e9,
+            "gflop_s": cost["flops"] / timing.median_s / 1e9,
+            "of_roofline": limit["floor_s"] / timing.median_s,
+            "vs_eager": _speedup(timings, "eager", engine),
+            "vs_compile": _speedup(timings, "compile", engine),
         }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"{'op':<18}{'case':<16}{'backend':<11}{'median':>12}{'min':>12}{'×ref':>9}{'% copy':>8}{'err/bound':>11}"
-    )
-    for row in rows:
-        share = row["of_copy_bandwidth"]
-        print(
-            f"{row['op']:<18}{row['case']:<16}{row['backend']:<11}"
-            f"{row['median_s'] * 1e6:>10.1f}µs{row['min_s'] * 1e6:>10.1f}µs{row['speedup']:>9.2f}"
-            f"{'' if share is None else f'{100 * share:.1f}':>8}{row['error_of_bound']:>11.2g}"
+def _speedup(timings: dict[str, runner.Timing], base: str, engine: str) -> float | None:
+    return timings[base].median_s / timings[engine].median_s if base in timings else None
+
+
+# Engines -----------------------------------------------------------------------------------------
+
+
+def _engines(
+    spec: OpSpec, inputs: Inputs, args: argparse.Namespace
+) -> dict[str, Callable[..., Any] | str]:
+    """By name, the function to time, or why it is absent."""
+    engines: dict[str, Callable[..., Any] | str] = {"eager": _unwidened(spec.reference)}
+    if not args.no_compile:
+        engines["compile"] = spec.uncompilable or _unwidened(_compiled(spec.reference))
+    for name, function in spec.peers.items():
+        engines[name] = _unwidened(function)
+    implemented = testing.backends(spec)
+    for name in _dispatch.BACKENDS:
+        if not _dispatch.serves(name, args.device):
+            continue
+        reason = implemented.get(name, f"{spec.name} has no {name} kernel")
+        engines[name] = reason or _on_backend(spec, name)
+    return engines
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _unwidened(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**inputs: Any) -> Any:
+        with unwidened():
+            return function(**inputs)
+
+    return call
+
+
+def _on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
+    def call(**inputs: Any) -> Any:
+        with use_backend(backend):
+            return spec.op(**inputs)
+
+    return call
+
+
+def _prepared(
+    spec: OpSpec, case: Case, inputs: Inputs, function: Callable[..., Any], direction: str
+) -> tuple[Call, Callable[[torch.dtype], float]]:
+    """The call to time, and its error over the bound."""
+    if direction == "forward":
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return flatten(function(**inputs))
+
+        return forward, lambda dtype: spec.error_ratio(inputs, forward(), dtype, case.times)
+    leaves = with_leaves(spec, inputs)
+    outputs = flatten(function(**leaves))
+    grads = testing.random_gradients(outputs, case.times)
+    variables = [t for _, t in differentiable(spec, leaves)]
+    pairs = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None]
+
+    def backward() -> list[Tensor]:
+        found = torch.autograd.grad(
+            [out for out, _ in pairs], variables, [g for _, g in pairs], True, allow_unused=True
         )
+        zipped = zip(variables, found, strict=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zipped]
+
+    return backward, lambda dtype: spec.gradient_ratio(leaves, grads, backward(), dtype, case.times)
+
+
+def _norm_error(
+    spec: OpSpec, inputs: Inputs, found: Sequence[Tensor], direction: str, case: Case
+) -> float:
+    """||y - ref|| / ||ref|| over all floating outputs (gradients) of the first repeat of the batch."""
+    exact = exact_inputs(spec, inputs, case.times)
+    if direction == "forward":
+        expected = flatten(spec.reference(**exact))
+        names = [None] * len(expected)
+    else:
+        leaves = with_leaves(spec, exact)
+        outputs = flatten(spec.reference(**leaves))
+        grads = testing.random_gradients(outputs)
+        expected = testing.gradients(spec, leaves, outputs, grads)
+        names = [name for name, _ in differentiable(spec, leaves)]
+    difference = size = 0.0
+    for name, got, want in zip(names, found, expected, strict=True):
+        if not want.is_floating_point():
+            continue
+        repeats = case.times
+        if direction == "backward" and name not in spec.batched:
+            want, repeats = want * case.times, 1
+        tile = got.chunk(repeats)[0] if repeats > 1 else got
+        difference += float((tile.to(want.device).double() - want).square().sum())
+        size += float(want.square().sum())
+    return (difference / size) ** 0.5 if size else 0.0
+
+
+def _subject(call: Call, device: str) -> tuple[runner.Subject, bool]:
+    """``call`` as a CUDA graph where it can be captured, else as it is."""
+    if device == "cuda":
+        try:
+            return runner.Local(call, device, graph=True), True
+        except RuntimeError:
+            torch.cuda.synchronize()
+    return runner.Local(call, device), False
+
+
+# Costs ---------------------------------------------------------------------------------------------
+
+
+def _cost(spec: OpSpec, inputs: Inputs, direction: str) -> dict[str, int]:
+    both = (
+        (spec.bytes, spec.flops)
+        if direction == "forward"
+        else (spec.backward_bytes, spec.backward_flops)
+    )
+    nbytes, flops = (function(**inputs) if function else 0 for function in both)
+    return {"bytes": nbytes, "flops": flops}
+
+
+def shape_text(spec: OpSpec, inputs: Inputs) -> str:
+    """The first tensor argument's shape, or those of a list's first and last."""
+    first = next(tensors for value in inputs.values() if (tensors := tensors_of(value)))
+    sizes = ["x".join(map(str, t.shape)) for t in first]
+    return sizes[0] if len(sizes) == 1 else f"{len(sizes)} maps {sizes[0]} to {sizes[-1]}"

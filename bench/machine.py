@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +24,7 @@ def describe() -> dict[str, str | int | float]:
     """Processor, accelerator, thread count, load, commit and versions."""
     machine: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
+        "cpu_model": f"family {_cpuinfo('cpu family')} model {_cpuinfo('model')}",
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0,
         "commit": _commit(),
@@ -29,10 +32,8 @@ def describe() -> dict[str, str | int | float]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         machine["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        pass
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
         machine["cuda"] = torch.version.cuda or ""
@@ -49,6 +50,17 @@ def gpu_clocks() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return dict(zip(fields.split(","), done.stdout.splitlines()[0].split(", "), strict=False))
+
+
+def slug(device: str) -> str:
+    """A folder's name for the results of this machine: processor and cores, or the GPU's name."""
+    if device == "cuda":
+        return _plain(torch.cuda.get_device_name())
+    return f"{_plain(_cpu_name())}_{os.cpu_count()}core"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "unknown"
 
 
 @functools.cache
@@ -81,11 +93,17 @@ def floor(device: str, dtype: torch.dtype, nbytes: int, flops: int) -> dict[str,
 
 
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor()
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() == field), "")
 
 
 def _commit() -> str:

@@ -45,6 +45,9 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
                 self._done = {key_of(row) for row in load(path)}
+            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                with path.open("a") as file:
+                    file.write("\n")  # after a line that a kill tore
 
     def run(self, jobs: Iterable[Job], deadline_s: float | None = None) -> bool:
         """Runs the jobs; False if the deadline came before the last (the rest is for a resumed run)."""

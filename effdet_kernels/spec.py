@@ -63,6 +63,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     # ^ other ways to the same result in plain torch, for benchmarks only
+    uncompilable: str | None = None  # why benchmarks do not run torch.compile on the reference
 
     # The error bound (see effdet_kernels.bound).
     magnitude: Callable[..., Sequence[Tensor]] | None = None  # M, one tensor per floating output

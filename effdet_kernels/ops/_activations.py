@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,  # slope 0.01
     "mish": F.mish,
 }
+_widens = True
+
+
+@contextlib.contextmanager
+def unwidened() -> Iterator[None]:
+    """Inside, references compute in the dtype of their inputs, as plain torch code would: a peer for benchmarks."""
+    global _widens
+    _widens = False
+    try:
+        yield
+    finally:
+        _widens = True
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +39,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widen(x: Tensor) -> Tensor:
     """``x`` in its accumulation dtype."""
-    return x.to(accumulation_dtype(x.dtype))
+    return x.to(accumulation_dtype(x.dtype)) if _widens else x
 
 
 def conv_affine_act(

@@ -1,0 +1,47 @@
+"""What is checked and timed: a call on a device. The same class serves this process and the peers' processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from bench import runner
+
+Call = Callable[[], Sequence[Tensor]]
+
+
+class Entrant:
+    """A call of this process; a ``runner.Subject``.
+
+    Args:
+        call: returns tensors.
+        device: "cpu" or "cuda".
+        graph: on a GPU, replay the call as one CUDA graph if it can be captured; ``self.graph`` says whether it was.
+    """
+
+    def __init__(self, call: Call, device: str = "cpu", graph: bool = False) -> None:
+        self.graph = False
+        if graph and device == "cuda":
+            try:
+                call, self.graph = runner._captured(call), True
+            except RuntimeError:  # it waits for the device, say, or graphs itself
+                pass
+        self._call, self._device = call, device
+        self._timer = runner.Local(call, device)
+
+    def outputs(self, images: Sequence[int] | None = None) -> list[Tensor]:
+        """Runs the call once; its outputs on the CPU, of ``images`` along the first dimension (all by default)."""
+        found = [t.detach() for t in self._call()]
+        return [(t if images is None else t[list(images)]).cpu().contiguous() for t in found]
+
+    def time(self, repeats: int) -> float:
+        """Mean seconds per call of ``repeats`` calls."""
+        return self._timer.time(repeats)
+
+    def peak_memory(self) -> int | None:
+        """As ``runner.peak_memory``, of one call."""
+        return runner.peak_memory(self._call, self._device)
+
+    def close(self) -> None:
+        """Gives back nothing that Python does not."""

@@ -1,0 +1,155 @@
+"""NMS and soft-NMS of OpenVINO, OpenCV and torchvision.
+
+Candidates come as boxes [B, N, 4] (x_min, y_min, x_max, y_max), scores [B, N] and classes [B, N] (int64), coordinates
+being multiples of ``grid`` >= 0. Where a peer knows no classes, boxes of different classes are moved apart before the
+clock runs, which is exact on the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("openvino", "opencv-python-headless", "torchvision")
+SCORE_THRESHOLD = 0.001
+Call = Callable[[], list[Tensor]]
+
+
+def openvino(
+    device: str,
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    max_det: int,
+    sigma: float,
+    iou_threshold: float,
+    hard: bool,
+    grid: float,
+) -> Call:
+    """NonMaxSuppression-9: its weight is exp(-iou^2 / (2 sigma)), so half of our sigma is given.
+
+    Above ``iou_threshold`` it removes a box in soft mode too, so there the threshold is 1.
+    """
+    import numpy as np
+    import openvino as ov
+    from openvino import opset9
+
+    batch, count = scores.shape
+    box_input = opset9.parameter([batch, count, 4], np.float32)
+    score_input = opset9.parameter([batch, 1, count], np.float32)
+    node = opset9.non_max_suppression(
+        box_input,
+        score_input,
+        np.int64(max_det),
+        np.float32(iou_threshold if hard else 1.0),
+        np.float32(SCORE_THRESHOLD),
+        np.float32(0 if hard else sigma / 2),
+        box_encoding="corner",
+        sort_result_descending=False,
+        output_type="i64",
+    )
+    model = ov.Model([node.output(i) for i in range(3)], [box_input, score_input])
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    feed = {0: _apart(boxes, classes).numpy(), 1: scores[:, None].contiguous().numpy()}
+
+    def call() -> list[Tensor]:
+        request.infer(feed)
+        chosen, rated, number = (torch.from_numpy(t.data) for t in request.output_tensors)
+        chosen, rated = chosen[: int(number)], rated[: int(number)]
+        index = torch.full((batch, max_det), -1)
+        score = torch.zeros(batch, max_det)
+        for image in range(batch):
+            mine = chosen[:, 0] == image
+            kept = int(mine.sum())
+            index[image, :kept], score[image, :kept] = chosen[mine, 2], rated[mine, 2]
+        return [index, score]
+
+    return call
+
+
+def opencv(
+    device: str,
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    max_det: int,
+    sigma: float,
+    iou_threshold: float,
+    hard: bool,
+    grid: float,
+) -> Call:
+    """cv2.dnn, image by image. softNMSBoxes takes integer rectangles: in units of ``grid`` nothing is lost."""
+    import cv2
+
+    cv2.setNumThreads(torch.get_num_threads())
+    rectangles = _rectangles(_apart(boxes, classes) / grid).round().int().numpy()
+    plain = _rectangles(boxes).double().numpy()
+    values, labels = scores.numpy(), classes.int().numpy()
+
+    def soft(image: int) -> tuple[Tensor, Tensor]:
+        rated, chosen = cv2.dnn.softNMSBoxes(
+            rectangles[image], values[image], SCORE_THRESHOLD, 0.0, top_k=max_det, sigma=sigma
+        )
+        return torch.as_tensor(chosen).flatten(), torch.as_tensor(rated).flatten()
+
+    def greedy(image: int) -> tuple[Tensor, Tensor]:
+        chosen = cv2.dnn.NMSBoxesBatched(
+            plain[image], values[image], labels[image], SCORE_THRESHOLD, iou_threshold
+        )
+        chosen = torch.as_tensor(chosen).flatten()[:max_det].long()
+        return chosen, scores[image, chosen]
+
+    return lambda: _padded([(greedy if hard else soft)(i) for i in range(len(boxes))], max_det)
+
+
+def torchvision(
+    device: str,
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    max_det: int,
+    sigma: float,
+    iou_threshold: float,
+    hard: bool,
+    grid: float,
+) -> Call:
+    """torchvision.ops.batched_nms (hard), image by image; only with its compiled operators."""
+    import torchvision_or_stub
+
+    if not torchvision_or_stub.prepare():
+        raise ImportError("torchvision's compiled operators cannot be loaded: NMS has no honest speed")
+    from torchvision.ops import batched_nms
+
+    boxes, scores, classes = (t.to(device) for t in (boxes, scores, classes))
+
+    def one(image: int) -> tuple[Tensor, Tensor]:
+        kept = batched_nms(boxes[image], scores[image], classes[image], iou_threshold)[:max_det]
+        return kept, scores[image, kept]
+
+    return lambda: _padded([one(i) for i in range(len(boxes))], max_det)
+
+
+def _apart(boxes: Tensor, classes: Tensor) -> Tensor:
+    """Boxes moved by a multiple of their class that keeps classes from meeting."""
+    return boxes + (classes * (boxes.max().ceil() + 1))[..., None]
+
+
+def _rectangles(boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1)
+
+
+def _padded(found: list[tuple[Tensor, Tensor]], width: int) -> list[Tensor]:
+    device = found[0][1].device
+    index = torch.full((len(found), width), -1, device=device)
+    score = torch.zeros(len(found), width, device=device)
+    for row, (chosen, rated) in enumerate(found):
+        kept = min(width, len(chosen))
+        index[row, :kept], score[row, :kept] = chosen[:kept], rated[:kept]
+    return [index, score]
