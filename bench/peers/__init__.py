@@ -107,7 +107,7 @@ class Remote:
 
         Args:
             task: "module:function" in the folder of tasks; the function gets ``device`` and ``inputs`` and returns
-                the call, a function without arguments that returns tensors.
+                the call, a function without arguments that returns tensors, or (call, finish) as of ``Entrant``.
             device: "cpu" or "cuda".
             graph: replay the call as one CUDA graph if it can be captured; ``self.graph`` says whether it was.
             inputs: tensors, numbers, strings, and lists and dictionaries of them.

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from bench import runner
 
-Call = Callable[[], Sequence[Tensor]]
+Call = Callable[[], Any]
+Finish = Callable[[Any], Sequence[Tensor]]
 
 
 class Entrant:
     """A call of this process; a ``runner.Subject``.
 
     Args:
-        call: returns tensors.
+        call: what is timed; returns tensors.
         device: "cpu" or "cuda".
         graph: on a GPU, replay the call as one CUDA graph if it can be captured; ``self.graph`` says whether it was.
+        finish: makes tensors of what the call returns, where that is something else; not timed.
     """
 
-    def __init__(self, call: Call, device: str = "cpu", graph: bool = False) -> None:
+    def __init__(
+        self, call: Call, device: str = "cpu", graph: bool = False, finish: Finish = list
+    ) -> None:
         self.graph = False
         if graph and device == "cuda":
             try:
                 call, self.graph = runner._captured(call), True
             except RuntimeError:  # it waits for the device, say, or graphs itself
                 pass
-        self._call, self._device = call, device
+        self._call, self._finish, self._device = call, finish, device
         self._timer = runner.Local(call, device)
 
     def outputs(self, images: Sequence[int] | None = None) -> list[Tensor]:
         """Runs the call once; its outputs on the CPU, of ``images`` along the first dimension (all by default)."""
-        found = [t.detach() for t in self._call()]
+        found = [t.detach() for t in self._finish(self._call())]
         return [(t if images is None else t[list(images)]).cpu().contiguous() for t in found]
 
     def time(self, repeats: int) -> float:
@@ -41,7 +47,15 @@ class Entrant:
 
     def peak_memory(self) -> int | None:
         """As ``runner.peak_memory``, of one call."""
+        _give_back_memory()
         return runner.peak_memory(self._call, self._device)
 
     def close(self) -> None:
         """Gives back nothing that Python does not."""
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system: what malloc keeps would hide what a call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

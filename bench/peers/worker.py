@@ -39,8 +39,9 @@ class Worker:
     def load(self, task: str, device: str, graph: bool, path: str) -> dict[str, Any]:
         name, _, function = task.partition(":")
         module = importlib.import_module(name)
-        call = getattr(module, function)(device=device, **torch.load(path, weights_only=True))
-        self._entrant = Entrant(call, device, graph)
+        made = getattr(module, function)(device=device, **torch.load(path, weights_only=True))
+        call, finish = made if isinstance(made, tuple) else (made, list)
+        self._entrant = Entrant(call, device, graph, finish)
         versions = _versions(getattr(module, "PACKAGES", ()))
         return {"graph": self._entrant.graph, "versions": versions}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,19 @@ def network(
     name: str,
     state: dict[str, Tensor],
     x: Tensor,
+    times: int,
     dtype: str,
     channels_last: bool,
     compile_mode: str,
 ) -> Call:
-    """Class and box maps in eval mode; ``compile_mode``: "" for eager, else torch.compile's."""
+    """Class and box maps of ``times`` times the images ``x`` in eval mode.
+
+    ``compile_mode``: "" for eager, else torch.compile's.
+    """
     kind = {"device": device, "memory_format": _format(channels_last)}
     model = _Flat(_model(name, list(x.shape[2:]), state)).eval()
     model = model.to(dtype=getattr(torch, dtype), **kind)
-    x = x.to(dtype=getattr(torch, dtype), **kind)
+    x = x.repeat(times, 1, 1, 1).to(dtype=getattr(torch, dtype), **kind)
     if compile_mode:
         model = torch.compile(model, mode=compile_mode)
 
@@ -73,11 +76,13 @@ def network(
     return call
 
 
-def onnx_file(device: str, name: str, state: dict[str, Tensor], x: Tensor, path: str) -> Call:
-    """Writes the network as an ONNX file of the fixed shape of ``x``; the call does nothing."""
+def onnx_file(
+    device: str, name: str, state: dict[str, Tensor], x: Tensor, times: int, path: str
+) -> Call:
+    """Writes the network as an ONNX file of the fixed shape of the input; the call does nothing."""
     model = _Flat(_model(name, list(x.shape[2:]), state)).eval()
     with torch.no_grad():
-        torch.onnx.export(model, (x,), path, dynamo=True)
+        torch.onnx.export(model, (x.repeat(times, 1, 1, 1),), path, dynamo=True)
     return list
 
 
@@ -88,6 +93,7 @@ def training_step(
     x: Tensor,
     boxes: Tensor,
     classes: Tensor,
+    times: int,
     autocast: str,
     learning_rate: float,
     channels_last: bool,
@@ -98,15 +104,17 @@ def training_step(
     bench = effdet.DetBenchTrain(_model(name, list(x.shape[2:]), state)).to(**kind).train()
     step: Any = torch.compile(bench, mode=compile_mode) if compile_mode else bench
     optimizer = torch.optim.SGD(bench.parameters(), lr=learning_rate, momentum=0.9)
-    target = {"bbox": boxes.to(device), "cls": classes.to(device)}
+    target = {
+        "bbox": boxes.repeat(times, 1, 1).to(device),
+        "cls": classes.repeat(times, 1).to(device),
+    }
     stem = next(bench.parameters())
-    x = x.to(**kind)
-    cast = functools.partial(torch.autocast, device) if autocast else contextlib.nullcontext
+    x = x.repeat(times, 1, 1, 1).to(**kind)
 
     def call() -> list[Tensor]:
         torch.manual_seed(0)  # of drop path
         optimizer.zero_grad(set_to_none=True)
-        with cast(getattr(torch, autocast)) if autocast else cast():
+        with _autocast(device, autocast):
             result = step(x, target)
         result["loss"].backward()
         optimizer.step()
@@ -117,22 +125,25 @@ def training_step(
 
 def soft_nms(
     device: str, boxes: Tensor, scores: Tensor, classes: Tensor, max_det: int, sigma: float
-) -> Call:
+) -> tuple[Callable[[], Any], Callable[[Any], list[Tensor]]]:
     """Gaussian soft-NMS, image by image; it picks until nothing is left, then ``max_det`` are kept.
 
     On a GPU it fails as shipped, for its table of indices is on the CPU: there it runs with the device as default.
     """
     images = [t.to(device) for t in (boxes, scores, classes)]
 
-    def call() -> list[Tensor]:
+    def call() -> list[tuple[Tensor, Tensor]]:
         with _tensors_on(device):
-            found = [
+            return [
                 batched_soft_nms(*image, sigma=sigma, score_threshold=0.001)
                 for image in zip(*images, strict=True)
             ]
-        return [_padded([i for i, _ in found], -1, max_det), _padded([s for _, s in found], 0, max_det)]
 
-    return call
+    def finish(found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        index, score = zip(*found, strict=True)
+        return [_padded(index, -1, max_det), _padded(score, 0, max_det)]
+
+    return call, finish
 
 
 def postprocess(
@@ -148,7 +159,9 @@ def postprocess(
     Soft-NMS on a GPU: see ``soft_nms``; there the scripted loop over images is a loop in Python.
     """
     if not soft and not COMPILED_OPS:
-        raise ImportError("torchvision's compiled operators cannot be loaded: NMS has no honest speed")
+        raise ImportError(
+            "torchvision's compiled operators cannot be loaded: NMS has no honest speed"
+        )
     config = get_efficientdet_config(name)
     config.image_size = tuple(size)
     anchors = Anchors.from_config(config).boxes.to(device)
@@ -169,7 +182,15 @@ def postprocess(
         with _tensors_on(device):
             rows = [
                 generate_detections(
-                    logits[i], codes[i], anchors, indices[i], classes[i], scale[i], limits[i], 100, True
+                    logits[i],
+                    codes[i],
+                    anchors,
+                    indices[i],
+                    classes[i],
+                    scale[i],
+                    limits[i],
+                    100,
+                    True,
                 )
                 for i in range(batch)
             ]
@@ -178,11 +199,15 @@ def postprocess(
     return call
 
 
+def _autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, getattr(torch, dtype)) if dtype else contextlib.nullcontext()
+
+
 def _tensors_on(device: str) -> contextlib.AbstractContextManager:
     return torch.device(device) if device == "cuda" else contextlib.nullcontext()
 
 
-def _padded(found: list[Tensor], value: float, width: int) -> Tensor:
+def _padded(found: tuple[Tensor, ...], value: float, width: int) -> Tensor:
     rows = torch.full((len(found), width), value, dtype=found[0].dtype, device=found[0].device)
     for row, values in zip(rows, found, strict=True):
         row[: min(width, len(values))] = values[:width]

@@ -11,7 +11,7 @@ PACKAGES = ("onnxruntime", "openvino")
 Call = Callable[[], list[Tensor]]
 
 
-def onnxruntime(device: str, path: str, x: Tensor) -> Call:
+def onnxruntime(device: str, path: str, x: Tensor, times: int) -> Call:
     """float32 on the CPU, all graph optimisations."""
     import onnxruntime as ort
 
@@ -20,11 +20,11 @@ def onnxruntime(device: str, path: str, x: Tensor) -> Call:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
+    feed = {session.get_inputs()[0].name: x.repeat(times, 1, 1, 1).numpy()}
     return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
-def openvino(device: str, path: str, x: Tensor, precision: str) -> Call:
+def openvino(device: str, path: str, x: Tensor, times: int, precision: str) -> Call:
     """On the CPU; ``precision`` "f32" or "bf16" of the arithmetic, inputs and outputs are float32."""
     import openvino as ov
 
@@ -38,7 +38,7 @@ def openvino(device: str, path: str, x: Tensor, precision: str) -> Call:
     if used != precision:
         raise RuntimeError(f"OpenVINO computes in {used} here, {precision} was asked for")
     request = compiled.create_infer_request()
-    feed = x.numpy()
+    feed = x.repeat(times, 1, 1, 1).numpy()
 
     def call() -> list[Tensor]:
         request.infer({0: feed})

@@ -8,13 +8,14 @@ clock runs, which is exact on the grid.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PACKAGES = ("openvino", "opencv-python-headless", "torchvision")
 SCORE_THRESHOLD = 0.001
-Call = Callable[[], list[Tensor]]
+Calls = tuple[Callable[[], Any], Callable[[Any], list[Tensor]]]
 
 
 def openvino(
@@ -27,7 +28,7 @@ def openvino(
     iou_threshold: float,
     hard: bool,
     grid: float,
-) -> Call:
+) -> Calls:
     """NonMaxSuppression-9: its weight is exp(-iou^2 / (2 sigma)), so half of our sigma is given.
 
     Above ``iou_threshold`` it removes a box in soft mode too, so there the threshold is 1.
@@ -59,19 +60,13 @@ def openvino(
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
     feed = {0: _apart(boxes, classes).numpy(), 1: scores[:, None].contiguous().numpy()}
 
-    def call() -> list[Tensor]:
-        request.infer(feed)
+    def finish(_: Any) -> list[Tensor]:
         chosen, rated, number = (torch.from_numpy(t.data) for t in request.output_tensors)
         chosen, rated = chosen[: int(number)], rated[: int(number)]
-        index = torch.full((batch, max_det), -1)
-        score = torch.zeros(batch, max_det)
-        for image in range(batch):
-            mine = chosen[:, 0] == image
-            kept = int(mine.sum())
-            index[image, :kept], score[image, :kept] = chosen[mine, 2], rated[mine, 2]
-        return [index, score]
+        images = [chosen[:, 0] == image for image in range(batch)]
+        return _padded([(chosen[mine, 2], rated[mine, 2]) for mine in images], max_det)
 
-    return call
+    return lambda: request.infer(feed), finish
 
 
 def opencv(
@@ -84,7 +79,7 @@ def opencv(
     iou_threshold: float,
     hard: bool,
     grid: float,
-) -> Call:
+) -> Calls:
     """cv2.dnn, image by image. softNMSBoxes takes integer rectangles: in units of ``grid`` nothing is lost."""
     import cv2
 
@@ -93,20 +88,27 @@ def opencv(
     plain = _rectangles(boxes).double().numpy()
     values, labels = scores.numpy(), classes.int().numpy()
 
-    def soft(image: int) -> tuple[Tensor, Tensor]:
-        rated, chosen = cv2.dnn.softNMSBoxes(
+    def soft(image: int) -> Any:
+        return cv2.dnn.softNMSBoxes(
             rectangles[image], values[image], SCORE_THRESHOLD, 0.0, top_k=max_det, sigma=sigma
         )
-        return torch.as_tensor(chosen).flatten(), torch.as_tensor(rated).flatten()
 
-    def greedy(image: int) -> tuple[Tensor, Tensor]:
-        chosen = cv2.dnn.NMSBoxesBatched(
+    def greedy(image: int) -> Any:
+        return cv2.dnn.NMSBoxesBatched(
             plain[image], values[image], labels[image], SCORE_THRESHOLD, iou_threshold
         )
-        chosen = torch.as_tensor(chosen).flatten()[:max_det].long()
-        return chosen, scores[image, chosen]
 
-    return lambda: _padded([(greedy if hard else soft)(i) for i in range(len(boxes))], max_det)
+    def finish(found: list[Any]) -> list[Tensor]:
+        if hard:
+            chosen = [torch.as_tensor(picks).flatten().long() for picks in found]
+            rated = [scores[image, picks] for image, picks in enumerate(chosen)]
+        else:
+            rated, chosen = (
+                [torch.as_tensor(v).flatten() for v in t] for t in zip(*found, strict=True)
+            )
+        return _padded(list(zip(chosen, rated, strict=True)), max_det)
+
+    return lambda: [(greedy if hard else soft)(i) for i in range(len(boxes))], finish
 
 
 def torchvision(
@@ -119,21 +121,26 @@ def torchvision(
     iou_threshold: float,
     hard: bool,
     grid: float,
-) -> Call:
+) -> Calls:
     """torchvision.ops.batched_nms (hard), image by image; only with its compiled operators."""
     import torchvision_or_stub
 
     if not torchvision_or_stub.prepare():
-        raise ImportError("torchvision's compiled operators cannot be loaded: NMS has no honest speed")
+        raise ImportError(
+            "torchvision's compiled operators cannot be loaded: NMS has no honest speed"
+        )
     from torchvision.ops import batched_nms
 
     boxes, scores, classes = (t.to(device) for t in (boxes, scores, classes))
 
-    def one(image: int) -> tuple[Tensor, Tensor]:
-        kept = batched_nms(boxes[image], scores[image], classes[image], iou_threshold)[:max_det]
-        return kept, scores[image, kept]
+    def call() -> list[Tensor]:
+        images = zip(boxes, scores, classes, strict=True)
+        return [batched_nms(*image, iou_threshold)[:max_det] for image in images]
 
-    return lambda: _padded([one(i) for i in range(len(boxes))], max_det)
+    def finish(found: list[Tensor]) -> list[Tensor]:
+        return _padded([(kept, scores[i, kept]) for i, kept in enumerate(found)], max_det)
+
+    return call, finish
 
 
 def _apart(boxes: Tensor, classes: Tensor) -> Tensor:
