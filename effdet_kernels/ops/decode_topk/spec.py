@@ -61,9 +61,8 @@ def _real(name: str, largest: int, *, batch: int = 2, tags=BENCH, times: int = 1
     return _case(name, sizes, k=5000, tags=tags, times=times, **options)
 
 
-def _picked(a: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (tx, ty, tw, th) of the picks, the sizes and the magnitudes of the centres of their anchors."""
-    index = reference.decode_topk(**a)[2]
+def _picked(a: Inputs, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of anchors ``index``: codes (tx, ty, tw, th), sizes, and magnitudes of the centres."""
     codes = reference._rows(a["box_outputs"], 4)
     code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))[..., [1, 0, 3, 2]]
     corners = a["anchors"][index]
@@ -72,11 +71,12 @@ def _picked(a: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
-    code, size, centre = _picked(a)
+    _boxes, logits, index, _classes = reference.decode_topk(**a)
+    code, size, centre = _picked(a, index)
     offset, extent = code.split(2, -1)
     # exp magnifies the rounding of its argument
     side = centre + offset.abs() * size + (1 + extent.abs()) * extent.exp() * size
-    return [torch.cat([side, side], -1), reference.decode_topk(**a)[1].abs()]
+    return [torch.cat([side, side], -1), logits.abs()]
 
 
 def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -86,7 +86,7 @@ def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tenso
         torch.zeros_like(out) if grad is None else grad.abs()
         for out, grad in zip((boxes, logits), grads, strict=False)
     )
-    code, size, _centre = _picked(a)
+    code, size, _centre = _picked(a, index)
     both = g_boxes[..., :2] + g_boxes[..., 2:]
     extent = code[..., 2:]
     slopes = [both * size, both * (1 + extent.abs()) * extent.exp() * size / 2]
@@ -200,11 +200,11 @@ SPEC = OpSpec(
         _case("none_wanted", [(2, 2)], k=0),
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
         _real("d0", 64, batch=1),
-        _real("d0_batch8", 64, batch=8),
+        _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch128", 64, tags=GPU, times=64),
         _real("d4", 128, batch=1),
         _real("d4_batch32", 128, tags=GPU, times=16),
-        _real("d7", 192, batch=1),
+        _real("d7", 192, batch=1, tags=GPU),
         _real("d7_batch8", 192, tags=GPU, times=4),
     ),
     mutants={

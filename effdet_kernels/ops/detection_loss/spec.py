@@ -159,11 +159,11 @@ SPEC = OpSpec(
         _case("no_images", [(2, 2)], batch=0),
         _case("one_pixel", [(1, 1)], batch=1, positives=0.5),
         _real("d0", 64, batch=1),
-        _real("d0_batch8", 64, batch=8),
+        _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch32", 64, batch=32, tags=GPU),
         _real("d4", 128, batch=1),
         _real("d4_batch8", 128, batch=8, tags=GPU),
-        _real("d7", 192, batch=1),
+        _real("d7", 192, batch=1, tags=GPU),
         _real("d7_batch4", 192, batch=4, tags=GPU),
     ),
     mutants={
