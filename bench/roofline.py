@@ -146,7 +146,12 @@ def _draw(
     keys = [math.ceil(len(marks) / _COLUMNS) * _LINE for marks in panels.values()]
     height = _TOP + sum(keys) + (_PLOT + _AROUND) * len(panels)
     tooltips: dict[str, str] = {}
-    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "text.color": INK}
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 9,
+        "text.color": INK,
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(_WIDTH, height), facecolor=PAPER)
         FigureCanvasSVG(figure)
@@ -247,7 +252,8 @@ def _number(
     point = axes.figure.dpi / 72  # pixels
     at = [axes.transData.transform((m.intensity, m.rate / 1e9)) for m in marks]
     taken = [_box(x, y, 3 * point, 3 * point) for x, y in at]
-    taken += [_box(*axes.transData.transform(xy), 2 * point, point) for xy in roof]
+    on_roof = map(axes.transData.transform, roof)
+    taken += [_box(x, y, 2 * point, point) for x, y in on_roof]
     for mark, (x, y) in zip(marks, at, strict=True):
         half = (0.75 + 2.1 * len(str(mark.label))) * point, 3.75 * point
         dx, dy = next(
