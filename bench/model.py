@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import effdet
 from bench import machine, peers
 from bench.floors import FUSIONS, floors
+from bench.kernels import DTYPES
 from bench.peers import Remote
 from bench.peers.contest import Check, Engine, compete, here, peer, relative_to_std
-from bench.kernels import DTYPES
 from bench.results import Job, Row
 from effdet_kernels import _dispatch, testing, use_backend
 from effdet_kernels.spec import iter_specs
@@ -92,7 +92,7 @@ def _measure(
 ) -> list[Row]:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     state, x = weights(name), images(math.gcd(batch, 4), size)
-    own = _build(name, size, state).to(args.device).eval()
+    own = build(name, size, state).to(args.device).eval()
     with torch.inference_mode(), use_backend("reference"):
         expected = [y.cpu() for y in _flat(own(x[_ends(x)].to(args.device)))]
     power = torch.inf if dtype == "fp32" else 2
@@ -242,7 +242,8 @@ def images(batch: int, size: int, seed: int = 0) -> Tensor:
     return (total - total.mean()) / total.std()
 
 
-def _build(name: str, size: int, state: dict[str, Tensor]) -> nn.Module:
+def build(name: str, size: int, state: dict[str, Tensor]) -> nn.Module:
+    """Our model with these weights, for images of that side."""
     model = effdet.create_model(name, pretrained_backbone=False, image_size=size)
     model.load_state_dict(state)
     return model

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench import runner
@@ -32,7 +33,7 @@ class Entrant:
             try:
                 call, self.graph = runner._captured(call), True
             except RuntimeError:  # it waits for the device, say, or graphs itself
-                pass
+                torch.cuda.synchronize()
         self._call, self._finish, self._device = call, finish, device
         self._timer = runner.Local(call, device)
 
