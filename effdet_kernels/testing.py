@@ -221,9 +221,12 @@ def check_autocast(
         explicit = flatten(spec.op(**cast))
         with torch.autocast(device, low):
             implicit = flatten(spec.op(**inputs))
-    for k, (a, b) in enumerate(zip(implicit, explicit, strict=True)):
-        if a.dtype != b.dtype or not _same_bits(a, b):
-            raise CheckError(f"output {k}: autocast gives {a.dtype}, other than the op's rule")
+            with torch.enable_grad():
+                trained = flatten(spec.op(**with_leaves(spec, inputs)))
+    for found, how in ((implicit, "autocast"), (trained, "autocast with gradients")):
+        for k, (a, b) in enumerate(zip(found, explicit, strict=True)):
+            if a.dtype != b.dtype or not _same_bits(a.detach(), b):
+                raise CheckError(f"output {k}: {how} gives {a.dtype}, other than the op's rule")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

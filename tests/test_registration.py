@@ -1,4 +1,4 @@
-"""Every op is a well-behaved torch op: schema, fake kernel, autograd registration, compile, export, autocast."""
+"""Every op is a well-behaved torch op: schema, fake kernel, autograd registration, compile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from effdet_kernels import testing
+from effdet_kernels.bound import tensors_of
 from effdet_kernels.spec import flatten, iter_specs, map_tensors
 
 CASES = [
@@ -41,15 +42,11 @@ def test_opcheck(spec, case):
     inputs = spec.inputs(case, torch.float64)
     for name in spec.diff_args:
         map_tensors(inputs[name], lambda t: t.requires_grad_())
-    if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in inputs.values()):
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    else:
-        tests = (
-            "test_schema",
-            "test_autograd_registration",
-            "test_faketensor",
-            "test_aot_dispatch_dynamic",
-        )
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    everything = [t for value in inputs.values() for t in tensors_of(value)]
+    # The last one compares outputs, and takes no NaN for equal to another.
+    if all(t.numel() and not t.isnan().any() for t in everything):
+        tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(
         testing.operator(spec)._overload, schema_arguments(spec, inputs), test_utils=tests
     )
@@ -62,17 +59,3 @@ def test_compiles_without_graph_breaks(spec, case):
     compiled = torch.compile(lambda kw: spec.op(**kw), fullgraph=True, backend="aot_eager")
     for got, want in zip(flatten(compiled(inputs)), flatten(spec.op(**inputs)), strict=True):
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
-
-
-@pytest.mark.parametrize(("spec", "case"), FIRST)
-def test_autocast_follows_the_ops_rule(spec, case):
-    """Under autocast the op takes float32 and returns finite values; the rule's dtype is float32 or the autocast's."""
-    inputs = spec.inputs(case, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = flatten(spec.op(**inputs))
-    wide = testing.operator(spec)._autocast == "float32"
-    if outputs[0].is_floating_point():
-        assert outputs[0].dtype == (torch.float32 if wide else torch.bfloat16)
-    expected = flatten(spec.op(**inputs))
-    for got, want in zip(outputs, expected, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite())
