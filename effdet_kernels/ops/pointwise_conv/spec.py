@@ -129,8 +129,9 @@ SPEC = OpSpec(
         _case("d4_project", 1, 192, 256, 256, out=32, **_SKIPPED, tags=BENCH),
         _case("d4_late", 1, 1632, 32, 32, out=272, **_SKIPPED, tags=BENCH),
         _case("d4_lateral", 1, 56, 128, 128, out=224, tags=BENCH),
-        _case("d7_first_project", 1, 56, 768, 768, out=32, gate=True, tags=BENCH),
-        _case("d7_project", 1, 240, 384, 384, out=40, **_SKIPPED, tags=BENCH),
+        _case("d7_first_project", 1, 56, 768, 768, out=32, gate=True, tags=GPU),
+        _case("d7_project", 1, 240, 384, 384, out=40, **_SKIPPED, tags=GPU),
+        _case("d7_middle", 1, 432, 192, 192, out=72, **_SKIPPED, tags=BENCH),
         _case("d7_late", 1, 3456, 48, 48, out=576, **_SKIPPED, tags=BENCH),
     ),
     mutants={
