@@ -57,8 +57,8 @@ def _case(
 def _real(name: str, largest: int, *, batch: int = 2, tags=BENCH, times: int = 1) -> Case:
     """The five levels of a model for COCO, the largest of ``largest`` pixels a side."""
     sizes = [(largest >> level, largest >> level) for level in range(5)]
-    options = {"batch": batch, "classes": 90, "per_location": 9}
-    return _case(name, sizes, k=5000, tags=tags, times=times, **options)
+    options: Inputs = {"classes": 90, "per_location": 9, "tags": tags, "times": times}
+    return _case(name, sizes, k=5000, batch=batch, **options)
 
 
 def _picked(a: Inputs, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

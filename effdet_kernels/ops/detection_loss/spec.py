@@ -64,7 +64,7 @@ def _case(
 def _real(name: str, largest: int, *, batch: int, tags=BENCH) -> Case:
     """The five levels of a model for COCO, the largest of ``largest`` pixels a side."""
     sizes = [(largest >> level, largest >> level) for level in range(5)]
-    options = {"classes": 90, "per_location": 9, "positives": 0.001}
+    options: Inputs = {"classes": 90, "per_location": 9, "positives": 0.001}
     return _case(name, sizes, batch=batch, tags=tags, **options)
 
 

@@ -157,10 +157,9 @@ _HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even siz
 
 def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, times=1) -> Case:
     """The opening of an MBConv block, which expands six times."""
-    geometry = {"k": k, "stride": stride, "padding": (_SAME if stride == 1 else _HALVED)[k]}
-    return _case(
-        name, *shape, expand=6 * shape[1], squeeze=True, tags=tags, times=times, **geometry
-    )
+    padding, expand = (_SAME if stride == 1 else _HALVED)[k], 6 * shape[1]
+    options: Inputs = {"stride": stride, "squeeze": True, "tags": tags, "times": times}
+    return _case(name, *shape, expand=expand, k=k, padding=padding, **options)
 
 
 SPEC = OpSpec(
