@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -130,7 +131,7 @@ def _measure_inputs(
         rows[engine] = row
     if not subjects:
         return
-    timings = runner.alternate(subjects, runner.SMOKE if args.smoke else runner.FULL)
+    timings = runner.alternate(subjects, runner.effort(device, args.smoke))
     limit = machine.floor(device, dtype, cost["bytes"], cost["flops"])
     for engine, timing in timings.items():
         yield {
@@ -172,6 +173,7 @@ def _engines(
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks of a peer are no news
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 

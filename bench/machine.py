@@ -16,7 +16,8 @@ import torch
 from bench.runner import Effort, Local, alternate
 from effdet.version import __version__
 
-_LARGE = 1 << 28
+_LARGE = 1 << 28  # bytes: beyond the caches of a CPU
+_HUGE = 1 << 31  # long enough on a GPU for its start not to count
 _QUICK = Effort(rounds=5, seconds=0.05, settle_s=0.0)
 
 
@@ -70,7 +71,7 @@ def bandwidth(device: str, nbytes: int) -> float:
     On a CPU the copy is as large as what is compared with it, so that data that fit in a cache are compared with the
     speed of that cache; on a GPU it is always large, and the L2 cache is flushed before each call.
     """
-    size = _LARGE if device == "cuda" else min(_LARGE, 1 << max(12, nbytes.bit_length() - 1))
+    size = _HUGE if device == "cuda" else min(_LARGE, 1 << max(12, nbytes.bit_length() - 1))
     source = torch.rand(size // 8, device=device)
     target = torch.empty_like(source)
     timing = alternate({"copy": Local(lambda: target.copy_(source), device)}, _QUICK)

@@ -30,14 +30,20 @@ class Effort:
     """How long to measure."""
 
     rounds: int = 7
-    seconds: float = 0.5  # per subject and round
+    seconds: float = 0.3  # per subject and round
     settle_s: float = (
         0.05  # pause before a subject's turn, in which the threads of others go to sleep
     )
 
 
-FULL = Effort()
 SMOKE = Effort(rounds=1, seconds=0.0, settle_s=0.0)
+_ON_CPU = Effort()
+_ON_GPU = Effort(rounds=5, seconds=0.1, settle_s=0.0)  # events are steady, and GPU time is dear
+
+
+def effort(device: str, smoke: bool = False) -> Effort:
+    """How long to measure on "cpu" or "cuda"."""
+    return SMOKE if smoke else _ON_GPU if device == "cuda" else _ON_CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +57,15 @@ class Timing:
         return dataclasses.asdict(self)
 
 
-def alternate(subjects: Mapping[str, Subject], effort: Effort = FULL) -> dict[str, Timing]:
+def alternate(subjects: Mapping[str, Subject], effort: Effort) -> dict[str, Timing]:
     """Times every subject; they take turns, round by round."""
     repeats = {}
     for name, subject in subjects.items():
         subject.time(1)  # first calls compile, allocate and fill caches
-        repeats[name] = max(1, int(effort.seconds / BEST_OF / max(subject.time(1), 1e-9)))
+        start = time.perf_counter()
+        subject.time(1)
+        seconds = time.perf_counter() - start  # with what surrounds the call
+        repeats[name] = max(1, int(effort.seconds / BEST_OF / max(seconds, 1e-9)))
     best: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(effort.rounds):
         for name, subject in subjects.items():

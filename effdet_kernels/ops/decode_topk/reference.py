@@ -41,12 +41,12 @@ def decode_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best (anchor, class) logits of each image, and their boxes from (ty, tx, th, tw)."""
     logits = _rows(cls_outputs, num_classes).flatten(1)
-    codes = _rows(box_outputs, 4)
+    codes = widen(_rows(box_outputs, 4))  # an anchor may be picked for several classes
     k = min(k, logits.shape[1])
     picks = [_top(row.detach(), k) for row in logits]
     flat = torch.stack(picks) if picks else logits.new_zeros((0, k), dtype=torch.long)
     anchor_index = flat // num_classes
-    code = widen(codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4)))
+    code = codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4))
     corners = anchors.to(code.dtype)[anchor_index]
     size = corners[..., 2:] - corners[..., :2]
     centre = (corners[..., :2] + corners[..., 2:]) / 2

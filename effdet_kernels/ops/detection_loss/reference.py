@@ -20,13 +20,16 @@ def _check_classes(label: Tensor, num_classes: int) -> None:
         )
 
 
+def cross_entropy(x: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of logits, as a sum of two positive terms: nothing cancels for confident logits."""
+    return -target * F.logsigmoid(x) - (1 - target) * F.logsigmoid(-x)
+
+
 def _focal(x: Tensor, label: Tensor, alpha: float, gamma: float, smoothing: float) -> Tensor:
     """Sum of the focal loss of logits ``x`` [..., C] against classes ``label`` [...]."""
     positive = label[..., None] == torch.arange(x.shape[-1], device=x.device)
     target = positive.to(x.dtype)
-    entropy = F.binary_cross_entropy_with_logits(
-        x, target * (1 - smoothing) + smoothing / 2, reduction="none"
-    )
+    entropy = cross_entropy(x, target * (1 - smoothing) + smoothing / 2)
     # (1 - p_t) ** gamma in the log domain: no cancellation, a finite gradient for any logit.
     modulator = torch.exp(gamma * F.logsigmoid(torch.where(positive, -x, x)))
     balance = target * alpha + (1 - target) * (1 - alpha)

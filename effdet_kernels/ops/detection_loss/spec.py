@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +102,10 @@ def _focal_slope(a: Inputs, x: Tensor, label: Tensor) -> Tensor:
     away = torch.where(positive, -x, x)  # 1 - p_t is its sigmoid
     modulator = torch.exp(gamma * F.logsigmoid(away)) * (1 + gamma * away.abs())
     balance = torch.where(positive, a["alpha"], 1 - a["alpha"]) * (label != -2)
-    return balance * modulator * (gamma * (x.abs() + math.log(2)) + 1)
+    smoothing = 0.0 if a["legacy_focal"] else a["label_smoothing"]
+    target = positive * (1 - smoothing) + smoothing / 2
+    slope = gamma * (-away).sigmoid() * reference.cross_entropy(x, target)
+    return balance * modulator * (slope + target * (-x).sigmoid() + (1 - target) * x.sigmoid())
 
 
 def _inputs(a: Inputs) -> int:

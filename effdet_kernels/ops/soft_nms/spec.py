@@ -193,6 +193,7 @@ SPEC = OpSpec(
     reference=reference.soft_nms,
     compare=compare,
     dtypes=(torch.float32, torch.float64),
+    uncompilable="torch.compile would unroll the loop over the picks",
     cases=(
         Case("gaussian", lambda g: _scene(g, 2, 67, 30, 4, "gaussian")),
         Case("linear", lambda g: _scene(g, 2, 67, 80, 4, "linear")),
