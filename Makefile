@@ -1,14 +1,15 @@
-# make demo | test | check | check-full | bench | clean. Each target makes the environment it needs in .venv.
+# make demo | test | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
+PEERS := .venv-peers
 DATA ?=
 PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test parity lint types wheel check check-full bench clean
+.PHONY: demo test parity lint types wheel verify check check-full peers bench clean
 
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
@@ -30,12 +31,17 @@ types: $(INSTALLED)
 wheel: $(INSTALLED)  ## build the wheel and use it where there is neither a compiler nor this source tree
 	PYTHON=$(BIN)/python bash tests/wheel.sh
 
+verify: $(INSTALLED)  ## every op on every backend that is here, as a table
+	$(BIN)/python -m effdet_kernels.verify
+
 check: test lint types parity wheel demo
 
 check-full: check  ## also the tests that take minutes
 	$(PYTEST) -m slow
 
-bench: $(INSTALLED)
+peers: $(PEERS)/.installed  ## an environment with what the benchmarks compare with
+
+bench: $(INSTALLED)  ## each op's real shapes; see docs/benchmarks.md
 	$(BIN)/python -m bench kernels
 
 $(INSTALLED): constraints.txt $(NATIVE)

@@ -10,7 +10,7 @@ import argparse
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from bench.results import Job, Row
 from effdet_kernels import _dispatch, testing, use_backend
 from effdet_kernels.spec import iter_specs
 
-OFF_NETWORK = ("decode_topk", "soft_nms", "detection_loss", "label_anchors")  # ops around it
+NETWORK_OPS = (
+    "batch_norm_act",
+    "depthwise_conv",
+    "expand_depthwise",
+    "pointwise_conv",
+    "separable_conv",
+    "weighted_fusion",
+)
 _FUSION = "c2"  # the fusion model whose floor a row is compared with
 _LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -59,8 +66,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """
     found = peers.chosen(args)
     for name in args.model or ["tf_efficientdet_d0"]:
-        sizes = args.size or [64 if args.smoke else default_size(name)]
-        for size in sizes:
+        own = default_size(name)
+        for size in args.size or [64 if args.smoke else own]:
             for batch in args.batch or [1]:
                 if min(size, batch) < 1:
                     raise ValueError(f"--size and --batch must be positive, got {size} and {batch}")
@@ -122,12 +129,12 @@ def compile_mode(args: argparse.Namespace) -> str:
     return "max-autotune" if args.max_autotune else "default" if args.compile else ""
 
 
-def has_kernels(device: str) -> bool:
-    """Whether an op of the network has an implementation for ``device`` besides the reference."""
+def has_kernels(device: str, ops: Sequence[str] = NETWORK_OPS) -> bool:
+    """Whether one of the ops has an implementation for ``device`` besides the reference."""
     return any(
         backend != "reference" and reason is None and _dispatch.serves(backend, device)
         for spec in iter_specs()
-        if spec.name not in OFF_NETWORK
+        if spec.name in ops
         for backend, reason in testing.backends(spec).items()
     )
 

@@ -97,7 +97,8 @@ def _measure(
         "times": batch // few,
         "autocast": AUTOCAST[dtype],
     }
-    expected = [t.cpu() for t in own_step(args.device, "reference", **{**shared, "autocast": ""})()]
+    step = own_step(args.device, "reference", **{**shared, "autocast": ""})
+    expected = [t.detach().cpu() for t in step()]
     check = _check(expected, *_LIMITS[dtype])
     engines = _own_engines(shared, args.device, compile_mode(args))
     if found is not None:

@@ -157,6 +157,7 @@ def postprocess(
     size: list[int],
     class_maps: list[Tensor],
     box_maps: list[Tensor],
+    points: int,
     soft: bool,
 ) -> Call:
     """From head outputs to rows, boxes clipped to the image.
@@ -165,7 +166,7 @@ def postprocess(
     """
     if not soft and not COMPILED_OPS:
         raise ImportError(
-            "torchvision's compiled operators cannot be loaded: NMS has no honest speed"
+            "torchvision's compiled operators do not load beside this torch: its NMS is not timed"
         )
     config = get_efficientdet_config(name)
     config.image_size = tuple(size)
@@ -178,7 +179,7 @@ def postprocess(
 
     def call() -> list[Tensor]:
         candidates = _post_process(
-            class_maps, box_maps, config.num_levels, config.num_classes, config.max_detection_points
+            class_maps, box_maps, config.num_levels, config.num_classes, points
         )
         logits, codes, indices, classes = candidates
         if not in_python:

@@ -127,7 +127,7 @@ def torchvision(
 
     if not torchvision_or_stub.prepare():
         raise ImportError(
-            "torchvision's compiled operators cannot be loaded: NMS has no honest speed"
+            "torchvision's compiled operators do not load beside this torch: its NMS is not timed"
         )
     from torchvision.ops import batched_nms
 
@@ -138,6 +138,7 @@ def torchvision(
         return [batched_nms(*image, iou_threshold)[:max_det] for image in images]
 
     def finish(found: list[Tensor]) -> list[Tensor]:
+        found = [kept[scores[i, kept] > SCORE_THRESHOLD] for i, kept in enumerate(found)]
         return _padded([(kept, scores[i, kept]) for i, kept in enumerate(found)], max_det)
 
     return call, finish
