@@ -31,9 +31,7 @@ class Effort:
 
     rounds: int = 7
     seconds: float = 0.3  # per subject and round
-    settle_s: float = (
-        0.05  # pause before a subject's turn, in which the threads of others go to sleep
-    )
+    settle_s: float = 0.05  # pause before a subject's turn: the threads of others go to sleep
 
 
 SMOKE = Effort(rounds=1, seconds=0.0, settle_s=0.0)
