@@ -121,9 +121,11 @@ def warnings(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
         a, b = (" and ".join(sorted(side)) for side in sides)
         found.append(f"the machines differ: A is of {a}, B of {b}")
     for field in ("torch", "triton", "cuda"):
-        a, b = (sorted({_of_machine(row, field) for row in rows}) for rows in (before, after))
-        if a != b:
-            found.append(f"{field} differs: A {', '.join(a)}, B {', '.join(b)}")
+        versions = [
+            ", ".join(sorted({_of_machine(row, field) for row in rows})) for rows in (before, after)
+        ]
+        if versions[0] != versions[1]:
+            found.append(f"{field} differs: A {versions[0]}, B {versions[1]}")
     return found
 
 

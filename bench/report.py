@@ -33,7 +33,7 @@ READING = (
     " rounds over their median. Two engines whose medians differ by less than their spreads are not told apart here."
     " An engine whose outputs were outside their bound was not timed."
 )
-_UNNAMED = "they do not say what they measured (an older format, or no results)"
+_UNNAMED = "do not say what they measured (an older format, or no results)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     """
     rows, left_out = usable(load(*args.paths))
     if not rows:
-        raise ValueError(f"no rows of results in {', '.join(map(str, args.paths))}")
+        others = f" ({left_out} lines that {_UNNAMED})" if left_out else ""
+        raise ValueError(f"no rows of results in {', '.join(map(str, args.paths))}{others}")
     setups = split(rows)
     plots = [] if args.no_plot else roofline.plots(setups)
     args.out.mkdir(parents=True, exist_ok=True)
-    notes = [f"Rows left out, because {_UNNAMED}: {left_out}."] if left_out else []
+    notes = [f"Rows left out, because they {_UNNAMED}: {left_out}."] if left_out else []
     files = {plot.file: plot.svg for plot in plots}
     files["tables.md"] = tables(setups, args.title, notes)
     files["index.html"] = page.render(setups, plots, args.title, READING, notes)

@@ -81,7 +81,7 @@ def _text(value: object) -> str:
 def _counts(setups: Iterable[Setup]) -> str:
     counts = Counter(status_of(row) for setup in setups for row in setup.rows)
     return " ".join(
-        f"<span class='count {status}'><b>{counts[status]}</b> {status}</span>"
+        f"<span class='count{f' {status}' if counts[status] else ''}'><b>{counts[status]}</b> {status}</span>"
         for status in _STATUSES
         if counts[status] or status in (TIMED, WRONG)
     )

@@ -278,8 +278,10 @@ def test_without_matplotlib_the_error_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_no_rows_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no rows of results in"):
+    with pytest.raises(ValueError, match=r"no rows of results in .*rows\.jsonl$"):
         written(tmp_path, [])
+    with pytest.raises(ValueError, match=r"\(1 lines that do not say what they measured"):
+        written(tmp_path, [{"op": "soft_nms"}])
 
 
 @pytest.mark.parametrize(
