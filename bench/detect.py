@@ -1,0 +1,292 @@
+"""``python -m bench detect``: what comes after the network, in float32.
+
+Direction "nms": candidates to picks, gaussian soft-NMS (sigma 0.5, scores above 0.001) and NMS (IoU above 0.5), at most
+100 picks an image. Direction "postprocess": head outputs to detection rows, by the same two.
+
+Coordinates of candidates are multiples of 1/16 pixel and not negative. Then boxes shifted by class, as PyPI effdet has
+them, and integer rectangles, as OpenCV has them, are exact, and all engines compute the same function. What an engine
+picks is replayed in intervals that hold its rounding (``bench/peers/replay.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import effdet
+from bench import machine, peers
+from bench.model import default_size, has_kernels
+from bench.peers import candidates
+from bench.peers.contest import Check, Engine, compete, here, peer
+from bench.peers.replay import Rule, worst_share
+from bench.results import Job, Row
+from effdet.postprocess import swap_xy
+from effdet_kernels import decode_topk, soft_nms, use_backend
+from effdet_kernels.ops.soft_nms.spec import SPEC
+
+SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET = 0.5, 0.5, 0.001, 100
+# PyPI effdet shifts boxes by up to 89 x 513 pixels, where float32 has steps of 1/256 of a pixel: half of one, and a
+# little for decoding.
+_PIXEL = 0.0025
+_MATCH = 0.05  # pixels between a row's box and its candidate's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", action="append", type=int, help="default 1 and 8 (repeatable)")
+    parser.add_argument(
+        "--model", action="append", help="of the head outputs; default tf_efficientdet_d0"
+    )
+    parser.add_argument("--size", action="append", type=int, help="image side; default the model's")
+    parser.add_argument(
+        "--data", type=Path, help="folder with detections/raw_candidates.npz: real candidates too"
+    )
+    peers.add_arguments(parser)
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Jobs of both directions, for each batch, soft and hard.
+
+    Raises:
+        ValueError: no such model; a size or batch that is not positive; a dtype besides fp32; no candidates in --data.
+    """
+    if args.dtype != ["fp32"]:
+        raise ValueError(f"--dtype: got {', '.join(args.dtype)}, detect takes fp32")
+    found = peers.chosen(args)
+    batches = args.batch or ([1, 2] if args.smoke else [1, 8])
+    if min([*batches, *(args.size or [1])]) < 1:
+        raise ValueError(f"--size and --batch must be positive, got {args.size} and {batches}")
+    for batch in batches:
+        for hard in (False, True):
+            yield from _nms_jobs(args, found, batch, hard)
+            for name in args.model or ["tf_efficientdet_d0"]:
+                own = default_size(name)
+                for size in args.size or [128 if args.smoke else own]:
+                    run = functools.partial(_measure_rows, args, found, name, size, batch, hard)
+                    case = f"{size}x{size} b{batch} {_label(hard)}"
+                    yield Job("detect", name, case, "postprocess", "fp32", args.device, run)
+
+
+def _nms_jobs(
+    args: argparse.Namespace, found: peers.Peers | None, batch: int, hard: bool
+) -> Iterator[Job]:
+    count = 200 if args.smoke else 5000
+    sources: dict[str, Callable[[], dict[str, Tensor]]] = {
+        f"{count} of 90 classes": lambda: candidates.synthetic(batch, count, 90)
+    }
+    if args.data is not None:
+        file = args.data / "detections" / "raw_candidates.npz"
+        sources["photos"] = lambda: candidates.of_photos(file, batch)
+    for source, draw in sources.items():
+        run = functools.partial(_measure_picks, args, found, draw, hard)
+        case = f"{source} b{batch} {_label(hard)}"
+        yield Job("detect", "soft_nms", case, "nms", "fp32", args.device, run)
+
+
+def _label(hard: bool) -> str:
+    return "hard" if hard else "soft"
+
+
+# From candidates to picks ----------------------------------------------------------------------------
+
+
+def _measure_picks(
+    args: argparse.Namespace,
+    found: peers.Peers | None,
+    draw: Callable[[], dict[str, Tensor]],
+    hard: bool,
+) -> list[Row]:
+    drawn = draw()
+    rule = Rule(hard, SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET)
+
+    def error(outputs: list[Tensor]) -> float:
+        images = zip(drawn["boxes"], drawn["scores"], drawn["classes"], *outputs, strict=True)
+        return max(worst_share(rule, *image) for image in images)
+
+    engines = _own_pickers(drawn, hard, args.device)
+    if found is not None:
+        engines += _peer_pickers(found, drawn, hard, args.device)
+    batch, count = drawn["scores"].shape
+    cost = _moved(SPEC.bytes(**_own_arguments(drawn, hard)), args.device)
+    return compete(engines, Check(error, 1.0, _ERROR_OF), cost, f"{batch}x{count}", args.smoke)
+
+
+_ERROR_OF = (
+    "a replay of the picks in intervals that hold float32's rounding: each pick is a best candidate (else"
+    " infinite), its score as a share of what the interval allows"
+)
+
+
+def _own_arguments(drawn: dict[str, Tensor], hard: bool) -> dict[str, Any]:
+    return {
+        **drawn,
+        "num_valid": None,
+        "max_det": MAX_DET,
+        "method": "hard" if hard else "gaussian",
+        "sigma": SIGMA,
+        "iou_threshold": HARD_IOU,
+        "score_threshold": SCORE_THRESHOLD,
+    }
+
+
+def _own_pickers(drawn: dict[str, Tensor], hard: bool, device: str) -> list[Engine]:
+    moved = {name: t.to(device) for name, t in drawn.items()}
+    arguments = _own_arguments(moved, hard)
+
+    def engine(name: str, backend: str | None) -> Engine:
+        def call() -> tuple[Tensor, ...]:
+            with torch.inference_mode(), use_backend(backend):
+                return soft_nms(**arguments)[:2]
+
+        return here(name, lambda: call, device, graph=True)
+
+    engines = [engine("effdet_kernels", None)]
+    return engines + (
+        [engine("reference", "reference")] if has_kernels(device, ("soft_nms",)) else []
+    )
+
+
+def _peer_pickers(
+    found: peers.Peers, drawn: dict[str, Tensor], hard: bool, device: str
+) -> list[Engine]:
+    common = {**drawn, "max_det": MAX_DET, "sigma": SIGMA}
+    options = {**common, "iou_threshold": HARD_IOU, "hard": hard, "grid": candidates.GRID}
+    engines = []
+    if hard:
+        engines.append(
+            peer("torchvision", found, "suppression:torchvision", device=device, **options)
+        )
+    else:
+        engines.append(peer("effdet eager", found, "pypi_effdet:soft_nms", device=device, **common))
+    if device == "cpu":
+        for name in ("openvino", "opencv"):
+            engines.append(peer(name, found, f"suppression:{name}", device=device, **options))
+    return engines
+
+
+# From head outputs to rows ---------------------------------------------------------------------------
+
+
+class _Maps(nn.Module):
+    """Stands in for a network: returns maps that it was given."""
+
+    def __init__(self, config: Any, maps: tuple[list[Tensor], list[Tensor]]) -> None:
+        super().__init__()
+        self.config, self.maps = config, maps
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return self.maps
+
+
+def _measure_rows(
+    args: argparse.Namespace,
+    found: peers.Peers | None,
+    name: str,
+    size: int,
+    batch: int,
+    hard: bool,
+) -> list[Row]:
+    config = effdet.get_efficientdet_config(name)
+    config.image_size, config.soft_nms = (size, size), not hard
+    if args.smoke:
+        config.max_detection_points = 2 * MAX_DET
+    maps = candidates.head_maps(config, batch, size)
+    engines = _own_benches(config, maps, size, args.device)
+    if found is not None:
+        engines.append(
+            peer(
+                "effdet eager",
+                found,
+                "pypi_effdet:postprocess",
+                device=args.device,
+                name=name,
+                size=[size, size],
+                class_maps=maps[0],
+                box_maps=maps[1],
+                points=config.max_detection_points,
+                soft=not hard,
+            )
+        )
+    exact = _exact_candidates(config, maps, size)
+    rule = Rule(hard, SIGMA, HARD_IOU, 0.0 if hard else SCORE_THRESHOLD, MAX_DET, _PIXEL)
+    check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF)
+    moved = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
+    shape = f"{batch}x{sum(m.shape[1:].numel() for m in maps[0])} scores"
+    return compete(engines, check, _moved(moved, args.device), shape, args.smoke)
+
+
+def _own_benches(
+    config: Any, maps: tuple[list[Tensor], list[Tensor]], size: int, device: str
+) -> list[Engine]:
+    layout = {"device": device, "memory_format": torch.channels_last}  # as our network returns them
+    moved = tuple([m.to(**layout) for m in part] for part in maps)
+    bench = effdet.DetBenchPredict(_Maps(config, moved)).to(device).eval()
+    batch = len(maps[0][0])
+    x = torch.zeros(batch, 3, size, size, device=device)
+    scale, limits = _whole_image(batch, size, device)
+    info = {"img_scale": scale, "img_size": limits}
+
+    def engine(name: str, backend: str | None) -> Engine:
+        def call() -> list[Tensor]:
+            with torch.inference_mode(), use_backend(backend):
+                return [bench(x, info)]
+
+        return here(name, lambda: call, device, graph=True)
+
+    engines = [engine("effdet_kernels", None)]
+    own = has_kernels(device, ("soft_nms", "decode_topk"))
+    return engines + ([engine("reference", "reference")] if own else [])
+
+
+def _whole_image(batch: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """``img_scale`` and ``img_size`` of images that fill the network's input."""
+    limits = torch.full((batch, 2), float(size), device=device)
+    return torch.ones(batch, device=device), limits
+
+
+def _exact_candidates(
+    config: Any, maps: tuple[list[Tensor], list[Tensor]], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and classes of the best candidates in float64."""
+    anchors = effdet.anchors.Anchors.from_config(config).boxes
+    classes, codes = ([m.double() for m in part] for part in maps)
+    with use_backend("reference"):
+        boxes, logits, _, labels = decode_topk(
+            classes,
+            codes,
+            swap_xy(anchors).double(),
+            num_classes=config.num_classes,
+            k=config.max_detection_points,
+            limits=_whole_image(len(classes[0]), size, "cpu")[1].double(),
+        )
+    return boxes, logits.sigmoid(), labels
+
+
+def _rows_share(rule: Rule, rows: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> float:
+    """``worst_share`` of detection rows ``[B, max_det, 6]``, whose candidates are found by class and box."""
+    worst = 0.0
+    for image, found in enumerate(rows.double()):
+        far = (found[:, None, :4] - boxes[image]).abs().amax(-1)
+        match = (far <= _MATCH) & (found[:, 5:] - 1 == labels[image])
+        index = torch.full((len(found),), -1)
+        for row in range(int((found[:, 5] > 0).sum())):
+            if not bool(match[row].any()):
+                return torch.inf
+            index[row] = (
+                match[row].int().argmax()
+            )  # the best of equal boxes: candidates are in order
+            match[:, index[row]] = False
+        share = worst_share(rule, boxes[image], scores[image], labels[image], index, found[:, 4])
+        worst = max(worst, share)
+    return worst
+
+
+def _moved(nbytes: int, device: str) -> Row:
+    """The cost of a case that moves ``nbytes`` at least; its arithmetic depends on the data and is not counted."""
+    rate = machine.bandwidth(device, 1 << nbytes.bit_length())
+    return {"bytes": nbytes, "flops": None, "floor_s": nbytes / rate, "bandwidth": rate}
