@@ -40,11 +40,11 @@ class Log:
     def __init__(self, path: Path | None, machine: Row, resume: bool = False) -> None:
         self.rows: list[Row] = []
         self._path, self._machine = path, machine
-        self._done: set[tuple[str, ...]] = set()
+        self._done: set[tuple[Any, ...]] = set()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
-                self._done = {key_of(row) for row in load(path)}
+                self._done = {key for row in load(path) if None not in (key := key_of(row))}
             if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
                     file.write("\n")  # after a line that a kill tore
@@ -70,12 +70,13 @@ class Log:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def key_of(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What of ``KEY`` the row has."""
+    return tuple(row.get(name) for name in KEY)
 
 
 def load(*paths: Path) -> list[Row]:
-    """The rows of files and of all ``*.jsonl`` files in folders; a torn last line is left out."""
+    """The rows of files and of all ``*.jsonl`` files in folders; what is no row, a torn last line say, is left out."""
     return [row for path in paths for file in _files(path) for row in _lines(file)]
 
 
@@ -90,6 +91,8 @@ def _files(path: Path) -> list[Path]:
 def _lines(file: Path) -> Iterator[Row]:
     for line in file.read_text().splitlines():
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            yield row
