@@ -154,7 +154,8 @@ def _own_engines(model: nn.Module, x: Tensor, device: str, mode: str) -> list[En
         engines.append(engine("reference", model, "reference"))
     if mode:
         graph = mode != "max-autotune"  # that one makes its own
-        compiled = torch.compile(model, mode=mode)
+        torch.compiler.reset()
+        compiled = torch.compile(model, mode=mode, dynamic=False)
         engines.append(engine("effdet_kernels compiled", compiled, None, graph))
     return engines
 

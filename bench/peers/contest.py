@@ -90,6 +90,8 @@ def compete(
     with contextlib.ExitStack() as stack:
         for engine in engines:
             rows[engine.name] = row = {"engine": engine.name, "shape": shape}
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # a peer's process may need what is free here
             try:
                 competitor = engine.start()
                 stack.callback(competitor.close)

@@ -66,7 +66,7 @@ def network(
     model = model.to(dtype=getattr(torch, dtype), **kind)
     x = x.repeat(times, 1, 1, 1).to(dtype=getattr(torch, dtype), **kind)
     if compile_mode:
-        model = torch.compile(model, mode=compile_mode)
+        model = torch.compile(model, mode=compile_mode, dynamic=False)
 
     def call() -> list[Tensor]:
         with torch.inference_mode():
@@ -108,7 +108,7 @@ def training_step(
         if hasattr(module, "drop_path"):
             module.drop_path = nn.Identity()
     bench = effdet.DetBenchTrain(model).to(**kind).train()
-    step: Any = torch.compile(bench, mode=compile_mode) if compile_mode else bench
+    step: Any = torch.compile(bench, mode=compile_mode, dynamic=False) if compile_mode else bench
     optimizer = torch.optim.SGD(bench.parameters(), lr=learning_rate, momentum=0.9)
     target = {
         "bbox": boxes.repeat(times, 1, 1).to(device),
