@@ -142,12 +142,18 @@ def has_kernels(device: str, ops: Sequence[str] = NETWORK_OPS) -> bool:
 def _own_engines(model: nn.Module, x: Tensor, device: str, mode: str) -> list[Engine]:
     x = x.to(device)
 
-    def engine(name: str, network: Callable, backend: str | None, graph: bool = True) -> Engine:
+    def engine(
+        name: str,
+        network: Callable,
+        backend: str | None,
+        graph: bool = True,
+        compiled: bool = False,
+    ) -> Engine:
         def call() -> list[Tensor]:
             with torch.inference_mode(), use_backend(backend):
                 return _flat(network(x))
 
-        return here(name, lambda: call, device, graph)
+        return here(name, lambda: call, device, graph, compiled)
 
     engines = [engine("effdet_kernels", model, None)]
     if has_kernels(device):
@@ -155,8 +161,8 @@ def _own_engines(model: nn.Module, x: Tensor, device: str, mode: str) -> list[En
     if mode:
         graph = mode != "max-autotune"  # that one makes its own
         torch.compiler.reset()
-        compiled = torch.compile(model, mode=mode, dynamic=False)
-        engines.append(engine("effdet_kernels compiled", compiled, None, graph))
+        network = torch.compile(model, mode=mode, dynamic=False)
+        engines.append(engine("effdet_kernels compiled", network, None, graph, compiled=True))
     return engines
 
 
@@ -172,6 +178,7 @@ def _effdet_engines(
             "pypi_effdet:network",
             device=device,
             graph=compile_mode != "max-autotune",
+            compiled=bool(compile_mode),
             dtype=str(DTYPES[dtype]).removeprefix("torch."),
             channels_last=channels_last,
             compile_mode=compile_mode,

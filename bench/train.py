@@ -171,7 +171,7 @@ def _autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 def _own_engines(shared: dict[str, Any], device: str, mode: str) -> list[Engine]:
     def engine(name: str, backend: str | None, compile_mode: str = "") -> Engine:
         make = functools.partial(own_step, device, backend, compile_mode=compile_mode, **shared)
-        return here(name, make, device, graph=False)
+        return here(name, make, device, graph=False, compiled=bool(compile_mode))
 
     engines = [engine("effdet_kernels", None)]
     if has_kernels(device):
@@ -188,6 +188,7 @@ def _effdet_engines(
             found,
             "pypi_effdet:training_step",
             device=device,
+            compiled=bool(compile_mode),
             learning_rate=LEARNING_RATE,
             channels_last=channels_last,
             compile_mode=compile_mode,

@@ -99,10 +99,9 @@ class Remote:
                 env=_environment(peers, threads),
             )
         self.graph = False
+        self.versions: dict[str, str] = {}
 
-    def load(
-        self, task: str, *, device: str = "cpu", graph: bool = False, **inputs: Any
-    ) -> dict[str, Any]:
+    def load(self, task: str, *, device: str = "cpu", graph: bool = False, **inputs: Any) -> None:
         """Sets up the call that the other methods make.
 
         Args:
@@ -112,15 +111,13 @@ class Remote:
             graph: replay the call as one CUDA graph if it can be captured; ``self.graph`` says whether it was.
             inputs: tensors, numbers, strings, and lists and dictionaries of them.
 
-        Returns:
-            the versions of the packages that the task names.
+        ``self.versions`` then has the versions of the packages that the task names.
         """
         path = Path(self._folder.name) / "inputs.pt"
         torch.save(inputs, path)
         answer = self._ask("load", task=task, device=device, graph=graph, path=str(path))
         path.unlink()
-        self.graph = answer["graph"]
-        return answer["versions"]
+        self.graph, self.versions = answer["graph"], answer["versions"]
 
     def outputs(self, images: Sequence[int] | None = None) -> list[Tensor]:
         """Runs the call once and returns its outputs; ``images``: only these along the first dimension."""

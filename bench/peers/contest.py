@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ class Competitor(Protocol):
     """``Entrant`` (a call of this process) or ``Remote`` (of a peer's)."""
 
     graph: bool
+    versions: Mapping[str, str]  # of the packages that a peer uses
 
     def outputs(self, images: Sequence[int] | None = None) -> list[Tensor]: ...
     def time(self, repeats: int) -> float: ...
@@ -38,6 +39,7 @@ class Engine:
 
     name: str
     start: Callable[[], Competitor]
+    compiled: bool = False  # by its first call, whose memory then is the compiler's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,27 @@ class Check:
     images: Sequence[int] | None = None  # those compared, along the first dimension; None: all
 
 
-def here(name: str, make: Callable[[], Callable[[], Any]], device: str, graph: bool) -> Engine:
+def here(
+    name: str,
+    make: Callable[[], Callable[[], Any]],
+    device: str,
+    graph: bool,
+    compiled: bool = False,
+) -> Engine:
     """An engine of this process; ``make`` returns the call."""
-    return Engine(name, lambda: Entrant(make(), device, graph))
+    return Engine(name, lambda: Entrant(make(), device, graph), compiled)
 
 
 def peer(
-    name: str, peers: Peers, task: str, /, *, device: str, graph: bool = False, **inputs: Any
+    name: str,
+    peers: Peers,
+    task: str,
+    /,
+    *,
+    device: str,
+    graph: bool = False,
+    compiled: bool = False,
+    **inputs: Any,
 ) -> Engine:
     """An engine in a process of its own; arguments as of ``Remote.load``."""
 
@@ -69,7 +85,7 @@ def peer(
             raise
         return remote
 
-    return Engine(name, start)
+    return Engine(name, start, compiled)
 
 
 def compete(
@@ -95,6 +111,9 @@ def compete(
             try:
                 competitor = engine.start()
                 stack.callback(competitor.close)
+                row["versions"] = dict(competitor.versions)
+                if engine.compiled:
+                    competitor.outputs()
                 row["peak_bytes"] = competitor.peak_memory()  # of the first call: nothing is kept
                 start = time.perf_counter()
                 row["error"] = check.error(competitor.outputs(check.images))

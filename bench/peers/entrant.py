@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class Entrant:
         graph: on a GPU, replay the call as one CUDA graph if it can be captured; ``self.graph`` says whether it was.
         finish: makes tensors of what the call returns, where that is something else; not timed.
     """
+
+    versions: Mapping[str, str] = {}  # those of this process are the machine's
 
     def __init__(
         self, call: Call, device: str = "cpu", graph: bool = False, finish: Finish = list

@@ -83,7 +83,8 @@ def remote(planted):
 
 def test_outputs_time_and_memory(remote):
     x = torch.arange(6.0).reshape(3, 2)
-    assert "torch" in remote.load("planted:doubled", x=x)
+    remote.load("planted:doubled", x=x)
+    assert remote.versions["torch"] == torch.__version__
     assert torch.equal(remote.outputs()[0], 2 * x)
     assert torch.equal(remote.outputs([0, -1])[0], 2 * x[[0, -1]])
     assert 0 < remote.time(3) < 1
@@ -147,6 +148,7 @@ def test_wrong_and_absent_engines_are_not_timed(planted):
     assert ours["status"] == right["status"] == "timed"
     assert ours["median_s"] > 0 and ours["error"] == 0 and ours["gb_s"] > 0
     assert ours["vs_eager"] == right["median_s"] / ours["median_s"]
+    assert ours["versions"] == {} and right["versions"].keys() == {"torch"}
     assert ours["vs_compile"] is None  # that one is wrong
     assert wrong["status"] == "wrong" and wrong["error"] > 1e-3 and "median_s" not in wrong
     assert gone["status"] == "absent" and "no_such_package" in gone["reason"]
