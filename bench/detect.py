@@ -113,7 +113,9 @@ def _measure_picks(
         engines += _peer_pickers(found, drawn, hard, args.device)
     batch, count = drawn["scores"].shape
     cost = _moved(SPEC.bytes(**_own_arguments(drawn, hard)), args.device)
-    return compete(engines, Check(error, 1.0, _ERROR_OF), cost, f"{batch}x{count}", args.smoke)
+    return compete(
+        engines, Check(error, 1.0, _ERROR_OF), cost, f"{batch}x{count}", args.device, args.smoke
+    )
 
 
 _ERROR_OF = (
@@ -217,7 +219,7 @@ def _measure_rows(
     check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF)
     moved = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
     shape = f"{batch}x{sum(m.shape[1:].numel() for m in maps[0])} scores"
-    return compete(engines, check, _moved(moved, args.device), shape, args.smoke)
+    return compete(engines, check, _moved(moved, args.device), shape, args.device, args.smoke)
 
 
 def _own_benches(

@@ -121,7 +121,7 @@ def _measure(
         if found is not None and args.device == "cpu":
             engines += _runtime_engines(found, Path(folder) / "network.onnx", shared, dtype)
         cost = _cost(name, batch, size, dtype, args.device)
-        return compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.smoke)
+        return compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.device, args.smoke)
 
 
 def compile_mode(args: argparse.Namespace) -> str:

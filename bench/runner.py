@@ -35,13 +35,13 @@ class Effort:
 
 
 SMOKE = Effort(rounds=1, seconds=0.0, settle_s=0.0)
-FULL = Effort()
+_ON_CPU = Effort()
 _ON_GPU = Effort(rounds=5, seconds=0.1, settle_s=0.0)  # events are steady, and GPU time is dear
 
 
 def effort(device: str, smoke: bool = False) -> Effort:
     """How long to measure on "cpu" or "cuda"."""
-    return SMOKE if smoke else _ON_GPU if device == "cuda" else FULL
+    return SMOKE if smoke else _ON_GPU if device == "cuda" else _ON_CPU
 
 
 @dataclasses.dataclass(frozen=True)

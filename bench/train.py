@@ -102,7 +102,7 @@ def _measure(
     engines = _own_engines(shared, args.device, compile_mode(args))
     if found is not None:
         engines += _effdet_engines(found, shared, args.device, compile_mode(args))
-    return compete(engines, check, {}, f"{batch}x3x{size}x{size}", args.smoke)
+    return compete(engines, check, {}, f"{batch}x3x{size}x{size}", args.device, args.smoke)
 
 
 def own_step(

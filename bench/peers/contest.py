@@ -89,7 +89,7 @@ def peer(
 
 
 def compete(
-    engines: Sequence[Engine], check: Check, cost: Row, shape: str, smoke: bool = False
+    engines: Sequence[Engine], check: Check, cost: Row, shape: str, device: str, smoke: bool = False
 ) -> list[Row]:
     """A row for each engine: timed, wrong (outputs outside the limit) or absent (cannot run here, with the reason).
 
@@ -98,7 +98,8 @@ def compete(
         check: their outputs pass it before anything is timed.
         cost: "bytes", "flops", "floor_s", "bandwidth", "matrix_rate" and others, put into every timed row.
         shape: of the inputs, in words.
-        smoke: one round only. Otherwise 7 rounds, or 3 where a call takes more than a second.
+        device: "cpu" or "cuda".
+        smoke: one round only. Otherwise as ``runner.effort`` has it; 3 rounds where a call takes more than a second.
     """
     rows: dict[str, Row] = {}
     running: dict[str, Competitor] = {}
@@ -126,7 +127,7 @@ def compete(
                 row |= {"status": WRONG, "reason": f"error above {check.limit:g}; not timed"}
                 continue
             running[engine.name] = competitor
-        effort = runner.SMOKE if smoke else _SLOW if slowest > _SLOW_S else runner.FULL
+        effort = _SLOW if slowest > _SLOW_S and not smoke else runner.effort(device, smoke)
         for name, timing in runner.alternate(running, effort).items():
             rows[name] |= {"status": TIMED, **timing.row(), **_rates(cost, timing.median_s)}
     return list(_compared(list(rows.values())))

@@ -143,7 +143,7 @@ def test_wrong_and_absent_engines_are_not_timed(planted):
     check = contest.Check(
         lambda found: contest.relative_to_std(found, [2 * x], torch.inf), 1e-3, "itself"
     )
-    rows = contest.compete(engines, check, {"bytes": 48, "floor_s": 1e-9}, "4x3", smoke=True)
+    rows = contest.compete(engines, check, {"bytes": 48, "floor_s": 1e-9}, "4x3", "cpu", smoke=True)
     ours, right, wrong, gone, cannot = rows
     assert ours["status"] == right["status"] == "timed"
     assert ours["median_s"] > 0 and ours["error"] == 0 and ours["gb_s"] > 0
