@@ -18,7 +18,7 @@ test: $(INSTALLED)  ## the test suite
 	$(PYTEST) -m "not slow" --ignore tests/oracle
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
-	$(PYTEST) tests/oracle --oracle=$(ORACLE)/bin/python
+	$(PYTEST) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -56,5 +56,12 @@ $(ORACLE)/.installed: tests/oracle/requirements.txt
 	$(ORACLE)/bin/pip install -q --no-deps -r tests/oracle/requirements.txt
 	touch $@
 
+$(PEERS)/.installed: bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q torch==2.13.0 numpy pyyaml pillow safetensors huggingface_hub pycocotools scipy \
+		protobuf flatbuffers ml_dtypes
+	$(PEERS)/bin/pip install -q --no-deps -r bench/peers/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE) build dist out
+	rm -rf $(VENV) $(ORACLE) $(PEERS) build dist out

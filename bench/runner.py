@@ -7,6 +7,7 @@ asked for. ``peers.Remote`` times a call in another process.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import statistics
 import time
@@ -91,7 +92,7 @@ class Local:
     """A callable of this process. ``graph``: replayed as one CUDA graph."""
 
     def __init__(self, call: Callable[[], Any], device: str = "cpu", graph: bool = False) -> None:
-        self._call = _captured(call) if graph and device == "cuda" else call
+        self._call = captured(call) if graph and device == "cuda" else call
         self._on_gpu = device == "cuda"
         self._flush = (
             torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if self._on_gpu else None
@@ -120,7 +121,7 @@ class Local:
         return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeats
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """``call`` as the replay of a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -143,6 +144,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _give_back_memory()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark of resident memory
@@ -151,6 +153,13 @@ def peak_memory(call: Callable[[], Any], device: str) -> int | None:
         return max(0, _status_bytes("VmHWM") - before)
     except OSError:
         return None
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system: what malloc keeps would hide what a call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

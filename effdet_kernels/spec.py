@@ -47,7 +47,7 @@ class Case:
     times: int = 1  # the drawn batch is repeated so often: a batch of 128 need not be drawn whole
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OpSpec:
     """What is known of one op. Functions take the op's keyword arguments, in float64, unless said otherwise."""
 

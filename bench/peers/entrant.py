@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ class Entrant:
         self.graph = False
         if graph and device == "cuda":
             try:
-                call, self.graph = runner._captured(call), True
+                call, self.graph = runner.captured(call), True
             except RuntimeError:  # it waits for the device, say, or graphs itself
                 torch.cuda.synchronize()
         self._call, self._finish, self._device = call, finish, device
@@ -50,15 +49,7 @@ class Entrant:
 
     def peak_memory(self) -> int | None:
         """As ``runner.peak_memory``, of one call."""
-        _give_back_memory()
         return runner.peak_memory(self._call, self._device)
 
     def close(self) -> None:
         """Gives back nothing that Python does not."""
-
-
-def _give_back_memory() -> None:
-    """Returns freed memory to the system: what malloc keeps would hide what a call takes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
