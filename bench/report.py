@@ -7,10 +7,14 @@ and engine, the latest counts. A row that was not timed is listed with its reaso
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import page, roofline
 from bench.columns import CASE, DEVICE, DIRECTION, DTYPE, ENGINE, FIGURES, SHAPE
@@ -18,6 +22,7 @@ from bench.results import Row, load
 from bench.setups import (
     NOT_TIMED,
     Setup,
+    machine_of,
     name_of,
     number,
     plain,
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes tables.md, roofline-<device>-<dtype>.svg and index.html.
+    """Writes tables.md, rows.csv, roofline-<device>-<dtype>.svg and index.html.
 
     Raises:
         ValueError: there is no row at a path, or matplotlib is missing.
@@ -59,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     notes = [f"Rows left out, because they {_UNNAMED}: {left_out}."] if left_out else []
     files = {plot.file: plot.svg for plot in plots}
     files["tables.md"] = tables(setups, args.title, notes)
+    files["rows.csv"] = _csv(setups)
     files["index.html"] = page.render(setups, plots, args.title, READING, notes)
     for name, text in files.items():
         (args.out / name).write_text(text, encoding="utf-8")
@@ -66,6 +72,26 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     print(f"{', '.join(files)} in {args.out}")
     return 0
+
+
+def _csv(setups: Sequence[Setup]) -> str:
+    """A line per row, a column per field; what is not a number or a text (the floors, versions) as JSON."""
+    rows = [
+        {key: _cell(value) for key, value in {**row, **machine_of(row), "machine": setup.label}.items()}
+        for setup in setups
+        for row in setup.rows
+    ]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    return plain(value) if isinstance(value, str) else value
 
 
 def tables(setups: Sequence[Setup], title: str, notes: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -94,9 +95,6 @@ class Local:
     def __init__(self, call: Callable[[], Any], device: str = "cpu", graph: bool = False) -> None:
         self._call = captured(call) if graph and device == "cuda" else call
         self._on_gpu = device == "cuda"
-        self._flush = (
-            torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if self._on_gpu else None
-        )
 
     def time(self, repeats: int) -> float:
         return self._time_gpu(repeats) if self._on_gpu else self._time_cpu(repeats)
@@ -108,10 +106,10 @@ class Local:
         return (time.perf_counter() - start) / repeats
 
     def _time_gpu(self, repeats: int) -> float:
-        assert self._flush is not None
+        flush = _flush_buffer()
         pairs = []
         for _ in range(repeats):
-            self._flush.zero_()
+            flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             self._call()
@@ -119,6 +117,11 @@ class Local:
             pairs.append((start, end))
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeats
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -12,7 +12,8 @@ absolute value: that function is linear in each argument, so its vector-Jacobian
 the magnitudes of the terms of the gradient. An activation stands in it as ``envelope``: the identity, as no
 activation here exceeds its argument, whose derivative is 1.5 (the steepest activation) plus M (an error of the
 argument moves the derivative). The same product with every operand squared is the squared 2-norm of the terms; it
-bounds what the rounding of an intermediate to the input's dtype does.
+bounds what the rounding of an intermediate to the input's dtype does. It does not allow for an intermediate that is
+rounded across a kink (relu at 0, relu6 at 6, hard_swish at -3 and 3), where the derivative jumps.
 """
 
 from __future__ import annotations

@@ -144,7 +144,10 @@ def gradcheck(
         with _dispatch.use_backend(backend), route:
             return tuple(out for out in flatten(spec.op(**changed)) if out.requires_grad)
 
-    return torch.autograd.gradcheck(call, [t for _, t in pairs], nondet_tol=0.0, fast_mode=fast)
+    # Some of torch's own gradients add up with atomics on a GPU; kernels may not.
+    wobble = 1e-12 if backend == "reference" and device == "cuda" else 0.0
+    leaves = [t for _, t in pairs]
+    return torch.autograd.gradcheck(call, leaves, nondet_tol=wobble, fast_mode=fast)
 
 
 def check_repeatable(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -187,6 +188,17 @@ def test_columns_can_be_sorted_by_their_numbers(tmp_path):
     assert "not built" in lines[2][1][labels.index("engine")][1]
 
 
+def test_every_row_is_in_the_csv_file(tmp_path):
+    rows = [row(), absent(engine="openvino", reason='a "quoted", text'), row(floors={"a": 1.0})]
+    rows[2]["engine"] = "other"
+    out = written(tmp_path, rows, "--no-plot")
+    with (out / "rows.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert [line["engine"] for line in found] == [r["engine"] for r in rows]
+    assert float(found[0]["median_s"]) == rows[0]["median_s"]
+    assert found[1]["reason"] == rows[1]["reason"] and json.loads(found[2]["floors"]) == {"a": 1.0}
+
+
 def test_hostile_text_stays_text(tmp_path):
     machine = {"cpu": HOSTILE, "commit": HOSTILE, HOSTILE: HOSTILE}
     fields = dict.fromkeys(("name", "case", "direction", "dtype", "engine", "shape"), HOSTILE)
@@ -274,7 +286,7 @@ def test_without_matplotlib_the_error_says_what_to_do(tmp_path, monkeypatch):
         written(tmp_path, [row()])
     assert not (tmp_path / "out").exists()
     out = written(tmp_path, [row()], "--no-plot")
-    assert sorted(p.name for p in out.iterdir()) == ["index.html", "tables.md"]
+    assert sorted(p.name for p in out.iterdir()) == ["index.html", "rows.csv", "tables.md"]
 
 
 def test_no_rows_is_an_error(tmp_path):
