@@ -1,9 +1,10 @@
 """``python -m bench kernels``: each op's real shapes, forward and backward, on every backend that is here.
 
-Engines: "eager" is the op in plain PyTorch in the dtype of its inputs (what a model without kernels runs); "compile"
-is torch.compile of that; the backends of ``effdet_kernels`` go by their names ("reference" accumulates in float32, so
-it differs from "eager" in half precision only); others are the spec's own peers. A backend outside its error bound is
-not timed; neither is a peer whose outputs are off by more than rounding.
+Maps and weights are channels_last in memory. Engines: "eager" is the op in plain PyTorch in the dtype of its inputs
+(what a model without kernels runs), "eager nchw" the same on contiguous inputs, "compile" torch.compile of it. The
+backends of ``effdet_kernels`` go by their names ("reference" accumulates in float32, so it differs from "eager" in half
+precision only); others are the spec's own peers. A backend outside its error bound is not timed; neither is a peer
+whose outputs are off by more than rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from torch import Tensor
 from bench import machine, runner
 from bench.results import ABSENT, SKIPPED, TIMED, WRONG, Job, Row
 from effdet_kernels import _dispatch, testing, use_backend
-from effdet_kernels.bound import differentiable, exact_inputs, flatten, tensors_of, with_leaves
+from effdet_kernels.bound import (
+    differentiable,
+    exact_inputs,
+    flatten,
+    map_tensors,
+    tensors_of,
+    with_leaves,
+)
 from effdet_kernels.ops._activations import unwidened
 from effdet_kernels.spec import Case, Inputs, OpSpec, iter_specs
 
@@ -83,7 +91,7 @@ def _measure(
     spec: OpSpec, case: Case, label: str, direction: str, args: argparse.Namespace
 ) -> Iterator[Row]:
     try:
-        inputs = spec.inputs(case, DTYPES[label], args.device)
+        inputs = _arranged(spec.inputs(case, DTYPES[label], args.device), torch.channels_last)
         yield from _measure_inputs(spec, case, inputs, label, direction, args)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
@@ -99,12 +107,13 @@ def _measure_inputs(
     subjects: dict[str, runner.Subject] = {}
     rows: dict[str, Row] = {}
     for engine, function in _engines(spec, inputs, args).items():
+        own = _arranged(inputs, torch.contiguous_format) if engine == "eager nchw" else inputs
         row = {**common, "engine": engine}
         if isinstance(function, str):
             yield {**row, "status": ABSENT, "reason": function}
             continue
         try:
-            call, check = _prepared(spec, case, inputs, function, direction)
+            call, check = _prepared(spec, case, own, function, direction)
             if engine in _dispatch.BACKENDS:
                 row["error"], row["error_of"], allowed = check(dtype), "the bound", 1.0
             else:
@@ -142,13 +151,24 @@ def _measure_inputs(
             "gb_s": cost["bytes"] / timing.median_s / 1e9,
             "gflop_s": cost["flops"] / timing.median_s / 1e9,
             "of_roofline": limit["floor_s"] / timing.median_s,
-            "vs_eager": _speedup(timings, "eager", engine),
-            "vs_compile": _speedup(timings, "compile", engine),
+            "vs_eager": _speedup(timings, ("eager", "eager nchw"), engine),
+            "vs_compile": _speedup(timings, ("compile",), engine),
         }
 
 
-def _speedup(timings: dict[str, runner.Timing], base: str, engine: str) -> float | None:
-    return timings[base].median_s / timings[engine].median_s if base in timings else None
+def _speedup(timings: dict[str, runner.Timing], bases: Sequence[str], engine: str) -> float | None:
+    """How many times as fast as the fastest of ``bases``."""
+    found = [timings[base].median_s for base in bases if base in timings]
+    return min(found) / timings[engine].median_s if found else None
+
+
+def _arranged(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:
+    """``inputs`` with maps and weights in that layout."""
+
+    def arrange(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=memory_format) if t.dim() == 4 else t
+
+    return {name: map_tensors(value, arrange) for name, value in inputs.items()}
 
 
 # Engines -----------------------------------------------------------------------------------------
@@ -159,6 +179,8 @@ def _engines(
 ) -> dict[str, Callable[..., Any] | str]:
     """By name, the function to time, or why it is absent."""
     engines: dict[str, Callable[..., Any] | str] = {"eager": _unwidened(spec.reference)}
+    if any(t.dim() == 4 for value in inputs.values() for t in tensors_of(value)):
+        engines["eager nchw"] = engines["eager"]
     if not args.no_compile:
         engines["compile"] = spec.uncompilable or _unwidened(_compiled(spec.reference))
     for name, function in spec.peers.items():

@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
 def _csv(setups: Sequence[Setup]) -> str:
     """A line per row, a column per field; what is not a number or a text (the floors, versions) as JSON."""
     rows = [
-        {key: _cell(value) for key, value in {**row, **machine_of(row), "machine": setup.label}.items()}
+        {
+            key: _cell(value)
+            for key, value in {**row, **machine_of(row), "machine": setup.label}.items()
+        }
         for setup in setups
         for row in setup.rows
     ]

@@ -40,7 +40,7 @@ def test_smoke(spec, capsys):
         assert all(row["status"] != "wrong" for row in rows)
         for row in timed:
             assert row["median_s"] > 0 and row["floor_s"] > 0 and row["bytes"] > 0
-            assert row["vs_eager"] == 1 or row["engine"] != "eager"
+            assert row["vs_eager"] <= 1 or not row["engine"].startswith("eager")
     print_rows(rows)
     assert spec.name in capsys.readouterr().out
 
