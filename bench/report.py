@@ -78,7 +78,7 @@ def _csv(setups: Sequence[Setup]) -> str:
     """A line per row, a column per field; what is not a number or a text (the floors, versions) as JSON."""
     rows = [
         {
-            key: _cell(value)
+            plain(key): _cell(value)
             for key, value in {**row, **machine_of(row), "machine": setup.label}.items()
         }
         for setup in setups
