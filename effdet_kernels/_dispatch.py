@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -74,13 +74,25 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested.reset(token)
 
 
-def choose(op: str, impls: dict[str, Callable[..., Any]], device: str) -> Callable[..., Any]:
-    """The implementation of ``op`` for tensors on ``device`` ("cpu" or "cuda")."""
+def choose(
+    op: str,
+    impls: Mapping[str, Callable[..., Any]],
+    device: str,
+    *,
+    or_next: bool = False,
+) -> str:
+    """The backend among ``impls`` that serves ``op`` for tensors on ``device`` ("cpu" or "cuda").
+
+    With ``or_next``, where the backend asked for by name has no implementation the device's order decides: a forward
+    in CUDA may have its backward in Triton.
+    """
     name = requested()
+    if name is not None and or_next and name not in impls:
+        name = None
     if name is None:
         for candidate in _ORDER[device]:
             if candidate in impls and unavailable_reason(candidate) is None:
-                return impls[candidate]
+                return candidate
         raise BackendError(f"{op}: no implementation for tensors on {device}")
     reason = unavailable_reason(name)
     if reason:
@@ -91,4 +103,4 @@ def choose(op: str, impls: dict[str, Callable[..., Any]], device: str) -> Callab
         raise BackendError(
             f"{op}: backend {name!r} runs on {' and '.join(_DEVICES[name])}, tensors are on {device}"
         )
-    return impls[name]
+    return name

@@ -1,7 +1,8 @@
 """The one ``torch.library.Library`` of the package, and ``define``, which registers an op with it.
 
-An op is registered from four things: its schema, an ``out_spec`` (shapes, dtypes and layouts of its outputs, shared by
-the fake kernel and by allocation), its implementations by backend name, and the names of its differentiable arguments.
+An op is registered from five things: its schema, an ``out_spec`` (shapes, dtypes and layouts of its outputs, shared by
+the fake kernel and by allocation), its implementations and its backwards by backend name, and the names of its
+differentiable arguments.
 ``define`` derives the rest: the fake, the autocast rule, the backward op ``<name>_backward`` and its autograd formula.
 """
 
@@ -80,6 +81,7 @@ class Op:
         schema: str,
         out_spec: Callable[..., list[TensorSpec]],
         impls: dict[str, Callable[..., Any]],
+        backwards: dict[str, Callable[..., Any]],
         differentiable: Sequence[str],
         nondifferentiable_outputs: Sequence[int],
         autocast: Sequence[str] | Literal["float32"],
@@ -91,6 +93,7 @@ class Op:
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
+        self.backwards = {**backwards, "reference": self._reference_backward}
         self.autocast = autocast
         self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
         self._register(schema)
@@ -108,8 +111,7 @@ class Op:
         tensors = _tensors(args)
         if not any(t.requires_grad for t in tensors):
             return False
-        chosen = _dispatch.choose(self.name, self.impls, tensors[0].device.type)
-        return chosen is self.impls["reference"]
+        return _dispatch.choose(self.name, self.impls, tensors[0].device.type) == "reference"
 
     def _reference(self, args: Sequence[Any]) -> Any:
         device = _tensors(args)[0].device.type
@@ -150,7 +152,7 @@ class Op:
 
     def _forward(self, *args: Any) -> Any:
         device = _tensors(args)[0].device.type
-        return self._conformed(_dispatch.choose(self.name, self.impls, device), args)
+        return self._conformed(self.impls[_dispatch.choose(self.name, self.impls, device)], args)
 
     def _conformed(self, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
         """What ``implementation`` returns, in the layouts of ``out_spec`` and apart from the inputs."""
@@ -240,15 +242,24 @@ class Op:
         *args, needs = rest
         variables = _tensors([args[i] for i in self._differentiable])
         needed = [t for t, need in zip(variables, needs, strict=True) if need]
+        device = variables[0].device.type
+        backward = self.backwards[self.backward_backend(device)]
         # A backward may be called inside an autocast region; the forward's casts are in the graph already.
-        with torch.autocast(variables[0].device.type, enabled=False):
-            gradients = reference_backward(
-                self.impls["reference"], grads, args, self._differentiable, needs
-            )
+        with torch.autocast(device, enabled=False):
+            gradients = backward(grads, *args, needs)
         return [
             _like_spec(t).conform(g, _tensors([grads, *args]))
             for t, g in zip(needed, gradients, strict=True)
         ]
+
+    def backward_backend(self, device: str) -> str:
+        """What a backward on ``device`` runs on: the backend asked for if it has one, else by the device's order."""
+        return _dispatch.choose(f"{self.name}_backward", self.backwards, device, or_next=True)
+
+    def _reference_backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        *args, needs = rest
+        reference = self.impls["reference"]
+        return reference_backward(reference, grads, args, self._differentiable, needs)
 
     def _fake_backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
         *args, needs = rest
@@ -330,6 +341,7 @@ def define(
     *,
     out_spec: Callable[..., list[TensorSpec]],
     impls: dict[str, Callable[..., Any]],
+    backwards: dict[str, Callable[..., Any]] | None = None,
     differentiable: Sequence[str] = (),
     nondifferentiable_outputs: Sequence[int] = (),
     autocast: Sequence[str] | Literal["float32"] = "float32",
@@ -340,10 +352,21 @@ def define(
         schema: ``name(Tensor x, ...) -> Tensor`` without the namespace; no defaults (the public function has them).
         out_spec: called with the op's arguments; the specifications of its outputs, flat.
         impls: backend name to function; ``"reference"`` must be there. All take the op's arguments, positionally.
+        backwards: backend name to backward; all take ``(grads, *arguments, needs)``: a gradient or None per output, the
+            op's arguments, and a flag per tensor among the differentiable ones. They return a gradient per set flag, in
+            order. Where none is given the reference is recomputed under autograd.
         differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
         nondifferentiable_outputs: positions of outputs without gradient.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
     """
-    op = Op(schema, out_spec, impls, differentiable, nondifferentiable_outputs, autocast)
+    op = Op(
+        schema,
+        out_spec,
+        impls,
+        backwards or {},
+        differentiable,
+        nondifferentiable_outputs,
+        autocast,
+    )
     OPS[op.name] = op
     return op

@@ -15,12 +15,12 @@ BOXES, SCORES = torch.rand(1, 5, 4), torch.rand(1, 5)
 
 def test_native_kernel_comes_first_on_cpu():
     op = _library.OPS["soft_nms"]
-    assert _dispatch.choose("soft_nms", op.impls, "cpu") is op.impls["cpu"]
+    assert _dispatch.choose("soft_nms", op.impls, "cpu") == "cpu"
 
 
 def test_reference_serves_where_there_is_nothing_else():
     op = _library.OPS["batch_norm_act"]
-    assert _dispatch.choose("batch_norm_act", op.impls, "cuda") is op.impls["reference"]
+    assert _dispatch.choose("batch_norm_act", op.impls, "cuda") == "reference"
 
 
 def test_request_by_name_ends_with_its_block():
@@ -87,6 +87,27 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch):
         y, _, _ = ek.batch_norm_act(x, torch.ones(3), torch.ones(3), eps=1e-3)
     y.sum().backward()
     assert seen == ["reference"]
+
+
+def test_a_backward_of_its_own_serves_and_else_the_next_in_order(monkeypatch):
+    op = _library.OPS["pointwise_conv"]
+    monkeypatch.setitem(op.impls, "cpu", op.impls["reference"])
+    with use_backend("cpu"):
+        assert op.backward_backend("cpu") == "reference"
+    called = []
+    right = op.backwards["reference"]
+
+    def backward(grads, *rest):
+        called.append(rest[-1])
+        return right(grads, *rest)
+
+    monkeypatch.setitem(op.backwards, "cpu", backward)
+    assert op.backward_backend("cpu") == "cpu"
+    x, weight = torch.rand(2, 3, 4, 4), torch.rand(5, 3, 1, 1, requires_grad=True)
+    ek.pointwise_conv(x, weight).sum().backward()
+    assert called == [[False, True]]  # x, weight
+    with use_backend("reference"):
+        assert op.backward_backend("cpu") == "reference"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
