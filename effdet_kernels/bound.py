@@ -154,7 +154,7 @@ def _gradients(
     changed = with_leaves(spec, exact)
     pairs = differentiable(spec, changed)
     outputs = flatten(spec.reference(**changed))
-    return [n for n, _ in pairs], _vjp(outputs, [t for _, t in pairs], grads)
+    return [n for n, _ in pairs], vector_jacobian(outputs, [t for _, t in pairs], grads)
 
 
 def _magnitude_gradients(
@@ -170,7 +170,10 @@ def _magnitude_gradients(
     with _squaring(power == 2):
         outputs = spec.magnitude(**changed)
     # An operand stands in ``magnitude`` as its absolute value: the product has the operand's sign.
-    return [t.abs() for t in _vjp(outputs, [t for _, t in differentiable(spec, changed)], sizes)]
+    return [
+        t.abs()
+        for t in vector_jacobian(outputs, [t for _, t in differentiable(spec, changed)], sizes)
+    ]
 
 
 def _operand(t: Tensor, power: int) -> Tensor:
@@ -181,9 +184,10 @@ def _operand(t: Tensor, power: int) -> Tensor:
     return t.abs() ** power * t.sign()
 
 
-def _vjp(
+def vector_jacobian(
     outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
+    """The gradients of ``leaves`` given those of ``outputs``; 0 where there is no way to a leaf."""
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, grads, strict=True)

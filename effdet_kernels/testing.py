@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import unittest.mock
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effdet_kernels import _dispatch, _library, _triton
-from effdet_kernels.bound import as_list, differentiable, flatten, map_tensors, with_leaves
+from effdet_kernels.bound import (
+    as_list,
+    differentiable,
+    flatten,
+    map_tensors,
+    tensors_of,
+    vector_jacobian,
+    with_leaves,
+)
+from effdet_kernels.guards import CheckError, guarded_outputs, same_bits
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
-_GUARD = 64  # elements before and after a guarded buffer
 _NONFINITE = (torch.nan, torch.inf, -torch.inf)
 Arrangement = Callable[[Tensor], Tensor]
-
-
-class CheckError(AssertionError):
-    """A kernel broke a rule that is not a matter of rounding."""
 
 
 def backends(spec: OpSpec) -> dict[str, str | None]:
@@ -39,6 +41,12 @@ def backends(spec: OpSpec) -> dict[str, str | None]:
 def operator(spec: OpSpec) -> _library.Op:
     """The registered op behind a spec."""
     return _library.OPS[spec.name]
+
+
+def backward_backend(spec: OpSpec, backend: str, device: str = "cpu") -> str:
+    """The backend that computes the gradients of a call on ``backend``."""
+    with _dispatch.use_backend(backend):
+        return operator(spec).backward_backend(device)
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -67,15 +75,28 @@ def check_forward(
 
 def run_guarded(spec: OpSpec, inputs: Inputs, backend: str, seed: int = 0) -> list[Tensor]:
     """The outputs of a call that is watched as the module's docstring says; ``seed`` draws the order of programs."""
-    before = {name: map_tensors(value, torch.clone) for name, value in inputs.items()}
-    shuffled = _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext()
-    with torch.no_grad(), _dispatch.use_backend(backend), guarded_outputs(), shuffled:
+    before = _copies(inputs)
+    with torch.no_grad(), _dispatch.use_backend(backend), guarded_outputs(), _shuffled(seed):
         outputs = flatten(spec.op(**inputs))
-    for name, value in inputs.items():
-        for now, then in zip(as_list(value), as_list(before[name]), strict=True):
-            if isinstance(now, Tensor) and not _same_bits(now, then):
-                raise CheckError(f"{name}: the kernel changed its input")
+    _refuse_changes(inputs, before)
     return outputs
+
+
+def _shuffled(seed: int) -> contextlib.AbstractContextManager[None]:
+    return _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext()
+
+
+def _copies(inputs: Inputs) -> Inputs:
+    return {
+        name: map_tensors(value, lambda t: t.detach().clone()) for name, value in inputs.items()
+    }
+
+
+def _refuse_changes(inputs: Inputs, before: Inputs) -> None:
+    for name, value in inputs.items():
+        for now, then in zip(tensors_of(value), tensors_of(before[name]), strict=True):
+            if not same_bits(now.detach(), then):
+                raise CheckError(f"{name}: the kernel changed its input")
 
 
 def check_gradient(
@@ -84,14 +105,75 @@ def check_gradient(
     dtype: torch.dtype,
     backend: str,
     device: str = "cpu",
+    arrange: Arrangement | None = None,
+    arrange_grads: Arrangement | None = None,
+    parts: int = 1,
+    without: int | None = None,
 ) -> float:
-    """Worst error over the bound of the gradients of one call of the registered op, for random output gradients."""
-    inputs = with_leaves(spec, spec.inputs(case, dtype, device))
-    with _dispatch.use_backend(backend), through_registration(operator(spec)), guarded_outputs():
-        outputs = flatten(spec.op(**inputs))
-        grads = random_gradients(outputs, case.times)
-        found = gradients(spec, inputs, outputs, grads)
+    """Worst error over the bound of the gradients of one call of the registered op, for random output gradients.
+
+    ``arrange`` changes the memory layout of every input, ``arrange_grads`` that of the outputs' gradients. The
+    gradients are asked for in ``parts`` backward calls, the first for tensors 0, parts, 2 parts, …: a caller may need
+    some only. The output numbered ``without`` gets no gradient, as one that no loss depends on.
+
+    Raises:
+        CheckError: a kernel wrote outside of its outputs, or into its inputs or the outputs' gradients.
+    """
+    inputs = spec.inputs(case, dtype, device)
+    if arrange is not None:
+        inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
+    inputs = _asking(spec, inputs)
+    grads, found = run_backward_guarded(spec, case, inputs, backend, arrange_grads, parts, without)
     return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
+
+
+def run_backward_guarded(
+    spec: OpSpec,
+    case: Case,
+    inputs: Inputs,
+    backend: str,
+    arrange_grads: Arrangement | None = None,
+    parts: int = 1,
+    without: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The outputs' gradients, drawn, and those of the inputs, of a backward that is watched as ``run_guarded`` does."""
+    leaves = [t for _, t in differentiable(spec, inputs)]
+    found: list[Tensor] = [torch.empty(0)] * len(leaves)
+    before = _copies(inputs)
+    registered = through_registration(operator(spec))
+    with _dispatch.use_backend(backend), registered, _shuffled(seed):
+        for part in range(parts):
+            for i, leaf in enumerate(leaves):
+                leaf.requires_grad_(i % parts == part)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if not wanted:
+                continue
+            with guarded_outputs():
+                outputs = flatten(spec.op(**inputs))
+                grads = random_gradients(outputs, case.times)
+                if without is not None:
+                    grads[without] = None
+                if arrange_grads is not None:
+                    grads = [None if g is None else arrange_grads(g) for g in grads]
+                given = {"gradient of an output": [g for g in grads if g is not None]}
+                before_call = _copies(given)
+                found[part::parts] = vector_jacobian(outputs, wanted, grads)
+            _refuse_changes(given, before_call)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    _refuse_changes(inputs, before)
+    return grads, found
+
+
+def _asking(spec: OpSpec, inputs: Inputs) -> Inputs:
+    """``inputs`` in the memory they are in, the differentiable ones asking for gradients."""
+    return {
+        name: map_tensors(value, lambda t: t.detach().requires_grad_())
+        if name in spec.diff_args
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def random_gradients(outputs: Sequence[Tensor], times: int = 1) -> list[Tensor | None]:
@@ -106,16 +188,18 @@ def random_gradients(outputs: Sequence[Tensor], times: int = 1) -> list[Tensor |
     return [draw(out) if out.requires_grad else None for out in outputs]
 
 
+def outputs_to_leave_out(spec: OpSpec, case: Case) -> list[int]:
+    """The first and the last output with a gradient, where there are several."""
+    outputs = flatten(spec.op(**with_leaves(spec, spec.inputs(case, torch.float32))))
+    found = [k for k, out in enumerate(outputs) if out.requires_grad]
+    return sorted({found[0], found[-1]}) if len(found) > 1 else []
+
+
 def gradients(
     spec: OpSpec, inputs: Inputs, outputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """The gradients of the tensors among ``spec.diff_args``, in order."""
-    leaves = [t for _, t in differentiable(spec, inputs)]
-    pairs = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None]
-    found = torch.autograd.grad(
-        [out for out, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True
-    )
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+    return vector_jacobian(outputs, [t for _, t in differentiable(spec, inputs)], grads)
 
 
 def gradcheck(
@@ -159,20 +243,45 @@ def check_repeatable(
         CheckError: they do not.
     """
     inputs = spec.inputs(case, dtype, device)
+    runs = _runs(lambda seed: run_guarded(spec, inputs, backend, seed), backend, device)
+    _refuse_differences(runs, "output")
+
+
+def check_gradient_repeatable(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
+    """The same of the gradients: three backward calls give the same bits.
+
+    Raises:
+        CheckError: they do not.
+    """
+    inputs = _asking(spec, spec.inputs(case, dtype, device))
+
+    def run(seed: int) -> list[Tensor]:
+        return run_backward_guarded(spec, case, inputs, backend, seed=seed)[1]
+
+    _refuse_differences(_runs(run, backend, device), "gradient")
+
+
+def _runs(run: Callable[[int], list[Tensor]], backend: str, device: str) -> list[list[Tensor]]:
     threads = torch.get_num_threads()
     # torch may add up in another order on another number of threads; kernels may not.
     counts = (threads, 1, 3) if device == "cpu" and backend != "reference" else (threads,) * 3
-    runs = []
     try:
+        runs = []
         for seed, count in enumerate(counts):
             torch.set_num_threads(count)
-            runs.append(run_guarded(spec, inputs, backend, seed))
+            runs.append(run(seed))
+        return runs
     finally:
         torch.set_num_threads(threads)
+
+
+def _refuse_differences(runs: Sequence[Sequence[Tensor]], what: str) -> None:
     for other in runs[1:]:
         for k, (a, b) in enumerate(zip(runs[0], other, strict=True)):
-            if not _same_bits(a, b):
-                raise CheckError(f"output {k}: two runs differ")
+            if not same_bits(a, b):
+                raise CheckError(f"{what} {k}: two runs differ")
 
 
 def check_nonfinite(
@@ -228,17 +337,8 @@ def check_autocast(
                 trained = flatten(spec.op(**with_leaves(spec, inputs)))
     for found, how in ((implicit, "autocast"), (trained, "autocast with gradients")):
         for k, (a, b) in enumerate(zip(found, explicit, strict=True)):
-            if a.dtype != b.dtype or not _same_bits(a.detach(), b):
+            if a.dtype != b.dtype or not same_bits(a.detach(), b):
                 raise CheckError(f"output {k}: {how} gives {a.dtype}, other than the op's rule")
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return (
-        torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(0, 1, -1), b.nan_to_num(0, 1, -1))
-        if a.is_floating_point()
-        else torch.equal(a, b)
-    )
 
 
 @contextlib.contextmanager
@@ -246,83 +346,3 @@ def through_registration(op: _library.Op) -> Iterator[None]:
     """Inside, calls of ``op`` go to the dispatcher even where the reference could serve them directly."""
     with unittest.mock.patch.object(op, "_is_plain_torch", lambda args: False):
         yield
-
-
-# Memory --------------------------------------------------------------------------------------------
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    return _embedded(tensor, torch.contiguous_format)
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return _embedded(tensor, torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
-
-
-def sliced(tensor: Tensor) -> Tensor:
-    """The same values as a view with gaps of NaN, at an offset that no vector load is aligned to."""
-    if tensor.dim() == 0:
-        return tensor
-    roomy = _poisoned([2 * n + 1 for n in tensor.shape], tensor.dtype, tensor.device)
-    steps = [slice(0, -1, 2) for _ in tensor.shape]
-    steps[-1] = slice(1, None, 2)
-    view = roomy[tuple(steps)]
-    return view.copy_(tensor)
-
-
-LAYOUTS = {"contiguous": contiguous, "channels_last": channels_last, "sliced": sliced}
-
-
-def _embedded(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A dense copy between two zones of NaN."""
-    strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
-    buffer = _poisoned([tensor.numel() + 2 * _GUARD], tensor.dtype, tensor.device)
-    return buffer.as_strided(tensor.shape, strides, _GUARD).copy_(tensor)
-
-
-def _poisoned(shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
-    """NaN; in integers the lowest number, in booleans True."""
-    poison: Any = torch.nan if dtype.is_floating_point else True
-    if not dtype.is_floating_point and dtype != torch.bool:
-        poison = torch.iinfo(dtype).min
-    return torch.full(tuple(shape), poison, dtype=dtype, device=device)
-
-
-@contextlib.contextmanager
-def guarded_outputs() -> Iterator[None]:
-    """Inside, kernels' outputs and all ``torch.empty`` start as NaN (integers: the lowest, or the highest).
-
-    Outputs lie between two zones that must stay as they are.
-
-    Raises:
-        CheckError: at the end, when a kernel wrote outside of its output.
-    """
-    taken: list[tuple[Tensor, int]] = []
-    plain = _library.TensorSpec.empty
-
-    def empty(spec: _library.TensorSpec) -> Tensor:
-        layout = plain(spec)
-        buffer = _poisoned([layout.numel() + 2 * _GUARD], spec.dtype, spec.device)
-        taken.append((buffer, layout.numel()))
-        return buffer.as_strided(layout.shape, layout.stride(), _GUARD)
-
-    with unittest.mock.patch.object(_library.TensorSpec, "empty", empty), _filled_empty():
-        yield
-    for buffer, numel in taken:
-        for zone in (buffer[:_GUARD], buffer[_GUARD + numel :]):
-            if not _same_bits(zone, _poisoned(zone.shape, zone.dtype, zone.device)):
-                raise CheckError("a kernel wrote outside of its output")
-
-
-@contextlib.contextmanager
-def _filled_empty() -> Iterator[None]:
-    """Inside, torch fills uninitialised memory with NaN (integers: the highest number)."""
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic.*")
-        try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)

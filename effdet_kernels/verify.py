@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from effdet_kernels import _dispatch, testing
+from effdet_kernels import _dispatch, guards, testing
 from effdet_kernels.bound import tensors_of
 from effdet_kernels.spec import Case, OpSpec, iter_specs
 
@@ -51,6 +52,14 @@ class Subject:
         """The small cases; when quick the first of them."""
         small = [case for case in self.spec.cases if "bench" not in case.tags]
         return small[:1] if self.quick else small
+
+    def differentiable_cases(self) -> list[Case]:
+        """Of these, those whose gradients are checked."""
+        return [case for case in self.cases() if "not_differentiable_here" not in case.tags]
+
+    def layouts(self) -> Sequence[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The memory layouts; when quick the first of them."""
+        return list(guards.LAYOUTS.items())[: 1 if self.quick else None]
 
     def call(self, check: Callable[..., Any], case: Case, **options: Any) -> Call:
         """``check`` of ``effdet_kernels.testing`` on one case."""
@@ -88,20 +97,37 @@ class NotRun(Exception):
 
 
 def _forward(s: Subject) -> Check:
-    layouts = list(testing.LAYOUTS.items())[: 1 if s.quick else None]
     for case in s.cases():
-        for name, layout in layouts:
+        for name, layout in s.layouts():
             yield f"{case.name}, {name} inputs", s.call(testing.check_forward, case, arrange=layout)
 
 
 def _gradient(s: Subject) -> Check:
+    _needs_a_backward(s)
+    check = testing.check_gradient
+    for case in s.differentiable_cases():
+        for name, layout in s.layouts():
+            yield (
+                f"{case.name}, {name} inputs and gradients",
+                s.call(check, case, arrange=layout, arrange_grads=layout),
+            )
+        yield f"{case.name}, expanded gradients", s.call(check, case, arrange_grads=guards.expanded)
+        yield f"{case.name}, of some inputs at a time", s.call(check, case, parts=2)
+        for k in testing.outputs_to_leave_out(s.spec, case):
+            yield f"{case.name}, without a gradient of output {k}", s.call(check, case, without=k)
+        if s.dtype == torch.float64:
+            yield f"{case.name}, gradcheck", functools.partial(_gradcheck, s, case)
+
+
+def _needs_a_backward(s: Subject) -> None:
+    """Raises NotRun where a gradient would not be this backend's."""
     if not s.spec.diff_args:
         raise NotRun("the op has no gradient")
-    for case in s.cases():
-        if "not_differentiable_here" not in case.tags:
-            yield case.name, s.call(testing.check_gradient, case)
-            if s.dtype == torch.float64:
-                yield f"{case.name}, gradcheck", functools.partial(_gradcheck, s, case)
+    serving = testing.backward_backend(s.spec, s.backend, s.device)
+    if serving != s.backend:
+        raise NotRun(
+            f"{s.spec.name} has no {s.backend} backward: the gradient is that of {serving}"
+        )
 
 
 def _gradcheck(s: Subject, case: Case) -> None:
@@ -112,6 +138,14 @@ def _gradcheck(s: Subject, case: Case) -> None:
 def _repeat(s: Subject) -> Check:
     for case in s.cases():
         yield case.name, s.call(testing.check_repeatable, case)
+
+
+def _gradient_repeat(s: Subject) -> Check:
+    _needs_a_backward(s)
+    if s.backend == "reference" and s.device == "cuda":
+        raise NotRun("torch adds up some gradients of the reference in any order on a GPU")
+    for case in s.differentiable_cases():
+        yield case.name, s.call(testing.check_gradient_repeatable, case)
 
 
 def _nonfinite(s: Subject) -> Check:
@@ -177,6 +211,7 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
     "forward": _forward,
     "gradient": _gradient,
     "repeat": _repeat,
+    "gradient_repeat": _gradient_repeat,
     "nonfinite": _nonfinite,
     "autocast": _autocast,
     "large": _large,
@@ -258,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"machine": _machine(device), "records": records}, indent=1)
+            json.dumps({"machine": _machine(device), "records": records}, indent=1, allow_nan=False)
         )
     return _summary(records)
 
@@ -303,7 +338,13 @@ def verify_op(
                     "device": device,
                     "status": outcome.status,
                     **dataclasses.asdict(outcome),
+                    "worst": _in_json(outcome.worst),
                 }
+
+
+def _in_json(number: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return number if number is None or math.isfinite(number) else str(number)
 
 
 def _machine(device: str) -> dict[str, str]:
@@ -316,7 +357,7 @@ def _heading(device: str) -> str:
     return (
         f"{machine['device']}, torch {machine['torch']}; worst error over the bound (1 passes)\n"
         f"{'op':<17}{'backend':<10}{'dtype':<6}{'cases':>5}{'forward':>9}{'gradient':>9}"
-        f"{'NaN/Inf':>9}  {'repeat':<9}{'autocast':<9}{'2^31':<9}{'time':>8}"
+        f"{'NaN/Inf':>9}  {'repeat fwd/bwd':<16}{'autocast':<9}{'2^31':<9}{'time':>8}"
     )
 
 
@@ -324,9 +365,10 @@ def _line(op: str, backend: str, dtype: str, cases: int, outcomes: Sequence[Outc
     by_name = {outcome.check: outcome for outcome in outcomes}
     cells = {name: _cell(by_name.get(name)) for name in CHECKS}
     seconds = sum(outcome.seconds for outcome in outcomes)
+    repeat = f"{cells['repeat']}/{cells['gradient_repeat']}"
     return (
         f"{op:<17}{backend:<10}{dtype:<6}{cases:>5}{cells['forward']:>9}{cells['gradient']:>9}"
-        f"{cells['nonfinite']:>9}  {cells['repeat']:<9}{cells['autocast']:<9}{cells['large']:<9}"
+        f"{cells['nonfinite']:>9}  {repeat:<16}{cells['autocast']:<9}{cells['large']:<9}"
         f"{seconds:>7.1f}s"
     )
 

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from effdet_kernels import _dispatch, testing
+from effdet_kernels import _dispatch, guards, testing
 from effdet_kernels.spec import OpSpec, iter_specs
 
 SPECS = list(iter_specs())
@@ -30,13 +30,13 @@ def runnable(spec: OpSpec) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", guards.LAYOUTS)
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_error_is_within_the_bound(spec, case, layout):
     for backend in runnable(spec):
         for dtype in spec.dtypes:
             worst = testing.check_forward(
-                spec, case, dtype, backend, arrange=testing.LAYOUTS[layout]
+                spec, case, dtype, backend, arrange=guards.LAYOUTS[layout]
             )
             assert worst <= 1, f"{backend} {dtype}: {worst:.3g} of the bound"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import unittest.mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from effdet_kernels import testing
+from effdet_kernels import _library, guards, testing, verify
 from effdet_kernels._library import TensorSpec, nchw
 from effdet_kernels.bound import differentiable, with_leaves
 from effdet_kernels.spec import Case, OpSpec, iter_specs, ratio
@@ -19,15 +20,15 @@ SPEC = TensorSpec((2, 3), torch.float32, torch.device("cpu"))
 def test_guards_see_a_write_before_and_after_the_output():
     for position in (-1, 6):
         with (
-            pytest.raises(testing.CheckError, match="outside of its output"),
-            testing.guarded_outputs(),
+            pytest.raises(guards.CheckError, match="outside of its output"),
+            guards.guarded_outputs(),
         ):
             out = SPEC.empty()
             out.as_strided((1,), (1,), out.storage_offset() + position).fill_(1.0)
 
 
 def test_outputs_and_scratch_memory_start_as_nan():
-    with testing.guarded_outputs():
+    with guards.guarded_outputs():
         assert bool(SPEC.empty().isnan().all())
         assert bool(torch.empty(100).isnan().all())
     assert not torch.are_deterministic_algorithms_enabled()
@@ -36,7 +37,7 @@ def test_outputs_and_scratch_memory_start_as_nan():
 def test_a_changed_input_is_caught():
     spec = next(s for s in iter_specs() if s.name == "pointwise_conv")
     careless = dataclasses.replace(spec, op=lambda **a: (a["x"].add_(1), spec.op(**a))[1])
-    with pytest.raises(testing.CheckError, match="x: the kernel changed its input"):
+    with pytest.raises(guards.CheckError, match="x: the kernel changed its input"):
         testing.check_forward(careless, spec.cases[0], torch.float32, "reference")
 
 
@@ -76,15 +77,105 @@ def test_bound_tells_float32_from_bfloat16_accumulation():
     assert spec.error_ratio(inputs, total.float(), torch.float32) > 10
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", guards.LAYOUTS)
 def test_layouts_keep_the_values(layout):
     tensor = torch.rand(2, 3, 4, 5, dtype=torch.float64)
-    assert torch.equal(testing.LAYOUTS[layout](tensor), tensor)
+    assert torch.equal(guards.LAYOUTS[layout](tensor), tensor)
 
 
-def test_sliced_is_neither_dense_nor_aligned():
-    view = testing.sliced(torch.rand(2, 3, 4, 5))
-    assert not view.is_contiguous() and view.storage_offset() % 4
+def test_layouts_are_what_they_say():
+    tensor = torch.rand(2, 3, 4, 5)
+    layouts = {name: layout(tensor) for name, layout in guards.LAYOUTS.items()}
+    dense = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    dense["unaligned"] = torch.channels_last
+    for name, view in layouts.items():
+        formats = (torch.contiguous_format, torch.channels_last)
+        found = [f for f in formats if view.is_contiguous(memory_format=f)]
+        assert found == ([dense[name]] if name in dense else [])
+        aligned = view.data_ptr() % 64 == 0
+        assert aligned == (name in ("contiguous", "channels_last"))
+    assert layouts["narrowed"].stride(1) == 1 and min(layouts["sliced"].stride()) == 2
+    assert guards.expanded(tensor).stride() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("layout", guards.LAYOUTS)
+def test_around_every_layout_there_is_nan(layout):
+    tensor = torch.rand(2, 3, 4, 5)
+    view = guards.LAYOUTS[layout](tensor)
+    whole = torch.tensor([], dtype=view.dtype).set_(view.untyped_storage())
+    assert int((~whole.isnan()).sum()) == tensor.numel()
+    first = view.storage_offset()
+    last = first + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+    assert whole[:first].numel() and whole[last + 1 :].numel()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ([0.0], [-0.0], False),
+        ([torch.inf], [1.0], False),
+        ([torch.nan, 1.0], [torch.nan, 1.0], True),
+        ([torch.nan], [1.0], False),
+        ([1.0], [1.0 + 2**-23], False),
+    ],
+)
+def test_same_bits(a, b, same):
+    assert guards.same_bits(torch.tensor(a), torch.tensor(b)) == same
+
+
+def test_the_guard_sees_nan_that_a_kernel_read_outside_of_its_input():
+    x = guards.contiguous(torch.rand(2, 3))
+    with (
+        pytest.raises(guards.CheckError, match="outside of its output"),
+        guards.guarded_outputs(),
+    ):
+        out = SPEC.empty()
+        beyond = x.as_strided((1,), (1,), x.storage_offset() + 6) * 2 + 1
+        out.as_strided((1,), (1,), out.storage_offset() + 6).copy_(beyond)
+
+
+def with_backward(change):
+    """The spec of pointwise_conv, and a context in which its backward's results go through ``change``."""
+    op = _library.OPS["pointwise_conv"]
+    right = op.backwards["reference"]
+
+    def wrong(grads, *rest):
+        return change(right(grads, *rest), grads, rest[-1])
+
+    spec = next(s for s in iter_specs() if s.name == "pointwise_conv")
+    return spec, unittest.mock.patch.dict(op.backwards, {"reference": wrong})
+
+
+def gradient_failures(change):
+    spec, changed = with_backward(change)
+    with changed:
+        subject = verify.Subject(spec, "reference", torch.float32, "cpu")
+        return verify.run_check("gradient", subject).failures
+
+
+def test_the_right_backward_passes():
+    assert gradient_failures(lambda found, grads, needs: found) == []
+
+
+def test_a_backward_that_mixes_up_which_gradients_are_wanted_is_caught():
+    """Right when all are wanted."""
+    failures = gradient_failures(lambda found, grads, needs: found if all(needs) else found[::-1])
+    assert failures and all("of some inputs at a time" in failure for failure in failures)
+
+
+def test_a_backward_that_takes_any_gradient_for_a_dense_one_is_caught():
+    def careless(found, grads, needs):
+        dense = grads[0].is_contiguous() or grads[0].is_contiguous(
+            memory_format=torch.channels_last
+        )
+        return found if dense else [g * 0 for g in found]
+
+    failures = gradient_failures(careless)
+    assert {"expanded", "narrowed", "sliced"} == {
+        name
+        for name in (*guards.LAYOUTS, "expanded")
+        if any(f"{name} inputs" in f or f"{name} gradients" in f for f in failures)
+    }
 
 
 def test_conform_copies_an_alias_and_fixes_strides():

@@ -23,21 +23,47 @@ def found():
     return json.loads(done.stdout)
 
 
-def test_the_right_kernel_passes(found):
-    assert found["none"] == []
+OUTSIDE = "wrote outside of its output"
+UNWRITTEN = "error is inf of the bound"
+WRONG = "of the bound"
+BUGS = {  # what a check must say of it
+    "writes past its end": OUTSIDE,
+    "reads and writes past its end": OUTSIDE,
+    "leaves elements unwritten": UNWRITTEN,
+    "reads memory that nothing wrote": UNWRITTEN,
+    "depends on program order": WRONG,
+}
 
 
-@pytest.mark.parametrize(
-    ("bug", "message"),
-    [
-        ("writes past its end", "wrote outside of its output"),
-        ("leaves elements unwritten", "error is inf of the bound"),
-        ("reads memory that nothing wrote", "error is inf of the bound"),
-        ("depends on program order", "of the bound"),
-    ],
-)
-def test_each_bug_is_caught(found, bug, message):
-    assert found[bug] and all(message in failure for failure in found[bug])
+def test_right_kernels_pass(found):
+    assert not any(found["failures"]["none"].values())
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_each_bug_of_a_forward_is_caught(found, bug):
+    failures = found["failures"][f"forward {bug}"]["forward"]
+    assert failures and all(BUGS[bug] in failure for failure in failures)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_each_bug_of_a_backward_is_caught(found, bug):
+    failures = found["failures"][f"backward {bug}"]
+    assert failures["forward"] == failures["repeat"] == []
+    assert failures["gradient"] and all(BUGS[bug] in failure for failure in failures["gradient"])
+
+
+def test_sums_in_another_order_are_caught_by_repetition_alone(found):
+    """Each run is as right as another, but no two need be the same."""
+    forward = found["failures"]["forward adds up in any order"]
+    assert forward["forward"] == [] and "output 0: two runs differ" in forward["repeat"][0]
+    backward = found["failures"]["backward adds up in any order"]
+    assert backward["forward"] == backward["repeat"] == backward["gradient"] == []
+    assert "gradient 0: two runs differ" in backward["gradient_repeat"][0]
+
+
+def test_a_backward_that_changes_what_it_reads_is_caught(found):
+    failures = found["failures"]["backward changes what it reads"]["gradient"]
+    assert any("gradient of an output: the kernel changed its input" in f for f in failures)
 
 
 def test_a_plain_call_does_not_see_the_order(found):

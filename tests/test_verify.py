@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from effdet_kernels import verify
+from effdet_kernels import _library, verify
 from effdet_kernels.spec import iter_specs
 
 
@@ -48,6 +48,29 @@ def test_a_wrong_kernel_fails_and_is_named(monkeypatch, capsys, mutant):
     out = capsys.readouterr().out
     assert "of the bound" in out and "forward: node" in out
     assert "repeat: forward failed" in out  # a kernel that is wrong is not called again
+
+
+def test_the_gradient_of_another_backend_is_not_passed_off_as_this_ones(monkeypatch, capsys):
+    op = _library.OPS["pointwise_conv"]
+    monkeypatch.setitem(op.impls, "cpu", op.impls["reference"])
+    arguments = ["--device", "cpu", "--quick", "--op", "pointwise_conv", "--backend", "cpu"]
+    assert verify.main([*arguments, "--check", "forward", "--check", "gradient"]) == 0
+    out = capsys.readouterr().out
+    assert "gradient: pointwise_conv has no cpu backward: the gradient is that of reference" in out
+
+
+def test_the_json_of_an_infinite_error_is_json(monkeypatch, tmp_path):
+    spec = next(s for s in iter_specs() if s.name == "pointwise_conv")
+
+    def unwritten(**inputs):
+        return spec.op(**inputs) * torch.nan
+
+    wrong = dataclasses.replace(spec, op=unwritten)
+    monkeypatch.setattr(verify, "iter_specs", lambda: iter([wrong]))
+    path = tmp_path / "verify.json"
+    assert verify.main(["--device", "cpu", "--quick", "--dtype", "fp32", "--json", str(path)]) == 1
+    records = json.loads(path.read_text(), parse_constant=pytest.fail)["records"]
+    assert next(r for r in records if r.get("check") == "forward")["worst"] == "inf"
 
 
 def test_a_kernel_that_raises_fails_with_its_message(monkeypatch, capsys):

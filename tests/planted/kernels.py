@@ -1,4 +1,7 @@
-"""A small op, the running sum, with one right Triton kernel and four with a bug each that often goes unseen."""
+"""A small op, the running sum, with right Triton kernels and with kernels that have a bug each that often goes unseen.
+
+The backward, the running sum from the other end, has a kernel of each kind too.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,38 @@ def _running_sum_kernel(
 ):
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    if BUG == "reads and writes past its end":
+        x = tl.load(x_ptr + at)
+    else:
+        x = tl.load(x_ptr + at, mask=at < n, other=0.0)
     before = tl.arange(0, WIDE)
     if BUG == "reads memory that nothing wrote":
         partial = tl.load(partial_ptr + before) * (before < block)
     else:
         partial = tl.load(partial_ptr + before, mask=before < block, other=0.0)
     y = tl.cumsum(x, 0) + tl.sum(partial, 0)
-    if BUG == "writes past its end":
+    if BUG == "writes past its end" or BUG == "reads and writes past its end":
         tl.store(y_ptr + at, y)
     else:
         tl.store(y_ptr + at, y, mask=at < n)
+
+
+@triton.jit
+def _added_up_kernel(x_ptr, carry_ptr, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Adds a block's sum to what all later blocks start with, whichever block comes first."""
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    later = tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32) + tl.sum(x, 0)
+    tl.atomic_add(carry_ptr + later, total, mask=later > block)
+
+
+@triton.jit
+def _from_carry_kernel(x_ptr, carry_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(y_ptr + at, tl.cumsum(x, 0) + tl.load(carry_ptr + tl.program_id(0)), mask=at < n)
 
 
 @triton.jit
@@ -67,6 +91,11 @@ def _launcher(bug: str):
             _carried_sum_kernel[(blocks,)](x, carry, y, n, BLOCK)
             return y
         wide = triton.next_power_of_2(blocks)
+        if bug == "adds up in any order":
+            carry = torch.zeros(wide)
+            _added_up_kernel[(blocks,)](x, carry, n, BLOCK, wide)
+            _from_carry_kernel[(blocks,)](x, carry, y, n, BLOCK)
+            return y
         partial = torch.empty(wide)
         _block_sum_kernel[(blocks,)](x, partial, n, BLOCK)
         if bug == "leaves elements unwritten":
@@ -77,18 +106,34 @@ def _launcher(bug: str):
     return launch
 
 
-def _spec(name: str, bug: str) -> OpSpec:
+def _backward(bug: str):
+    launch = _launcher(bug)
+
+    def backward(grads, x, needs):
+        (grad,) = grads
+        found = [launch(grad.flip(0)).flip(0)] if needs[0] else []
+        if bug == "changes what it reads":
+            grad.zero_()
+        return found
+
+    return backward
+
+
+def _spec(name: str, forward_bug: str, backward_bug: str) -> OpSpec:
     op = _library.define(
         f"{name}(Tensor x) -> Tensor",
         out_spec=_out_spec,
-        impls={"reference": lambda x: x.cumsum(0), "triton": _launcher(bug)},
+        impls={"reference": lambda x: x.cumsum(0), "triton": _launcher(forward_bug)},
+        backwards={"triton": _backward(backward_bug)},
+        differentiable=("x",),
     )
     return OpSpec(
         name=name,
         op=lambda x: op(x),
         reference=lambda x: x.cumsum(0),
-        cases=(Case("odd", lambda g: {"x": torch.rand(37, generator=g, dtype=torch.float64)}),),
+        cases=(Case("odd", lambda g: {"x": torch.rand(85, generator=g, dtype=torch.float64)}),),
         mutants={},
+        diff_args=("x",),
         dtypes=(torch.float32,),
         magnitude=lambda x: [x.abs().cumsum(0)],
         reduction=lambda x: len(x),
@@ -96,10 +141,18 @@ def _spec(name: str, bug: str) -> OpSpec:
 
 
 BUGS = (
-    "none",
     "writes past its end",
+    "reads and writes past its end",
     "leaves elements unwritten",
     "reads memory that nothing wrote",
     "depends on program order",
+    "adds up in any order",
 )
-SPECS = {bug: _spec(f"running_sum_{i}", bug) for i, bug in enumerate(BUGS)}
+SPECS = {
+    "none": _spec("running_sum", "none", "none"),
+    **{f"forward {bug}": _spec(f"running_sum_{i}", bug, "none") for i, bug in enumerate(BUGS)},
+    **{
+        f"backward {bug}": _spec(f"running_sum_backward_{i}", "none", bug)
+        for i, bug in enumerate((*BUGS, "changes what it reads"))
+    },
+}

@@ -26,11 +26,11 @@ def main() -> None:
     found = {}
     for bug, spec in SPECS.items():
         subject = verify.Subject(spec, "triton", torch.float32, "cpu")
-        outcomes = verify.run_checks(("forward", "repeat"), subject)
-        failures = [failure for outcome in outcomes for failure in outcome.failures]
-        found[bug] = failures
-    found["plain call is right"] = plain_call_is_right(SPECS["depends on program order"])
-    print(json.dumps(found))
+        checks = ("forward", "repeat", "gradient", "gradient_repeat")
+        outcomes = [verify.run_check(check, subject) for check in checks]
+        found[bug] = {outcome.check: outcome.failures for outcome in outcomes}
+    order = SPECS["forward depends on program order"]
+    print(json.dumps({"failures": found, "plain call is right": plain_call_is_right(order)}))
 
 
 if __name__ == "__main__":
