@@ -37,7 +37,8 @@ class Case:
     """One call: ``make(generator)`` draws all keyword arguments of the op, floating tensors in float64, on the CPU.
 
     Tags: "bench", a real shape, timed by benchmarks and left out by tests; "gpu", of these one that only a GPU has
-    the memory or the speed for; "not_differentiable_here", gradients are not checked.
+    the memory or the speed for; "blocks", more channels and pixels than a kernel takes at once, too many to compare
+    every entry of a Jacobian; "not_differentiable_here", gradients are not checked.
     """
 
     name: str

@@ -65,6 +65,7 @@ def test_real_shapes_of_three_models(spec):
     assert all("bench" in case.tags for case in spec.cases if "gpu" in case.tags)
     assert any("gpu" in case.tags for case in spec.cases)
     assert len({case.name for case in spec.cases}) == len(spec.cases)
+    assert not any({"bench", "blocks"} <= case.tags for case in spec.cases)
 
 
 @each_spec
@@ -88,6 +89,27 @@ def test_small_cases_have_one_pixel_no_image_and_several(spec):
         assert (1, 1) in shapes
         assert any(height % 2 and height > 1 for height, _ in shapes)
         assert any(width % 2 and width > 1 for _, width in shapes)
+
+
+@each_spec
+def test_a_small_case_is_larger_than_the_blocks_of_a_kernel(spec):
+    """More than 64 channels and 32 columns, neither a multiple of 8: whole blocks and what is left of one."""
+    cases = [case for case in small(spec) if "blocks" in case.tags]
+    assert cases
+    if spec.name in ("soft_nms", "label_anchors", "decode_topk", "detection_loss"):
+        largest = [
+            max(t.numel() for v in spec.inputs(c).values() for t in tensors_of(v)) for c in cases
+        ]
+        assert 2_000 < max(largest) < 200_000
+        return
+    shapes = [
+        t.shape
+        for case in cases
+        for t in flatten(spec.reference(**spec.inputs(case)))
+        if t.dim() == 4
+    ]
+    assert any(c > 64 and c % 8 for _, c, _, _ in shapes)
+    assert any(h > 16 and w > 32 and h % 8 and w % 8 for _, _, h, w in shapes)
 
 
 def test_batch_norm_act_refuses_the_batch_that_its_cases_lack():

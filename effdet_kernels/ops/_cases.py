@@ -11,6 +11,8 @@ from torch import Tensor
 from effdet_kernels.spec import Inputs
 
 BENCH = frozenset({"bench"})  # a real shape, timed by benchmarks
+# More channels and pixels than a kernel takes at once, most often no multiple of what it takes.
+BLOCKS = frozenset({"blocks"})
 GPU = frozenset({"bench", "gpu"})  # one that only a GPU has the memory or the speed for
 
 

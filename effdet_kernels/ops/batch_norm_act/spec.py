@@ -10,7 +10,16 @@ from torch import Tensor
 
 from effdet_kernels.bound import STEEPEST
 from effdet_kernels.ops._activations import ACTIVATIONS
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, per_channel, uniform
+from effdet_kernels.ops._cases import (
+    BENCH,
+    BLOCKS,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+)
 from effdet_kernels.ops.batch_norm_act import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -119,6 +128,7 @@ SPEC = OpSpec(
         _case("offset", 2, 3, 5, 6, mean=100.0, act="relu"),
         _case("narrow", 2, 3, 5, 4, std=1e-2, act="mish"),
         _case("one_value", 1, 4, 1, 1, act="hard_swish"),
+        _case("blocks", 3, 77, 19, 37, mean=3.0, tags=BLOCKS),
         _case("d0_stem", 1, 32, 256, 256, tags=BENCH),
         _case("d0_expanded", 1, 96, 256, 256, tags=BENCH),
         _case("d0_head_batch8", 8, 64, 64, 64, tags=BENCH),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, uniform
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, normal, uniform
 from effdet_kernels.ops.decode_topk import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -199,6 +199,8 @@ SPEC = OpSpec(
         _case("one_pixel", [(1, 1)], k=2, batch=1, classes=1),
         _case("none_wanted", [(2, 2)], k=0),
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
+        _case("blocks", [(16, 17), (8, 9)], k=300, classes=19, per_location=9, tags=BLOCKS),
+        _case("blocks_ties", [(16, 17), (8, 9)], k=700, classes=19, ties=True, tags=BLOCKS),
         _real("d0", 64, batch=1),
         _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch128", 64, tags=GPU, times=64),

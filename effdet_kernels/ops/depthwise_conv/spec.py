@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from effdet_kernels.bound import envelope
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import (
     BENCH,
+    BLOCKS,
     GPU,
     mutant,
     nbytes,
@@ -127,6 +129,8 @@ def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, **opt
     return _case(name, *shape, k=k, stride=stride, padding=padding, tags=tags, **options)
 
 
+_blocks = functools.partial(_real, tags=BLOCKS)
+
 SPEC = OpSpec(
     name="depthwise_conv",
     op=op.depthwise_conv,
@@ -150,7 +154,12 @@ SPEC = OpSpec(
         _case("scale_only", 1, 3, 4, 5, act="leaky_relu", shift=None),
         _case("no_padding", 1, 2, 6, 3, padding=(0, 0, 0, 0), act="mish"),
         _case("one_pixel", 2, 3, 1, 1, squeeze=True),
+        _case("5x5_two_pixels", 1, 3, 1, 2, k=5, padding=(2, 2, 2, 2)),
         _case("no_images", 0, 3, 4, 4, squeeze=True),
+        _blocks("blocks", 2, 77, 19, 37),
+        _blocks("blocks_5x5", 1, 80, 21, 33, k=5),
+        _blocks("blocks_stride2", 1, 77, 38, 35, stride=2),
+        _blocks("blocks_5x5_stride2", 1, 64, 32, 34, k=5, stride=2),
         _real("d0_first", 1, 32, 256, 256),
         _real("d0_3x3_stride2", 1, 96, 256, 256, stride=2),
         _real("d0_5x5", 1, 240, 64, 64, k=5),

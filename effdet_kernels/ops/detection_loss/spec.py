@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, uniform
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, normal, uniform
 from effdet_kernels.ops.detection_loss import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -160,6 +160,7 @@ SPEC = OpSpec(
         _case("no_positives", [(2, 2), (1, 2)], positives=0.0),
         _case("no_images", [(2, 2)], batch=0),
         _case("one_pixel", [(1, 1)], batch=1, positives=0.5),
+        _case("blocks", [(17, 19), (9, 10)], classes=19, per_location=9, tags=BLOCKS),
         _real("d0", 64, batch=1),
         _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch32", 64, batch=32, tags=GPU),

@@ -11,6 +11,7 @@ from torch import Tensor
 from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._cases import (
     BENCH,
+    BLOCKS,
     GPU,
     mutant,
     nbytes,
@@ -175,6 +176,8 @@ SPEC = OpSpec(
         _case("raw", 1, 4, 4, 5, expand=6, raw=True, squeeze=True),
         _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
         _case("no_images", 0, 3, 4, 4, expand=6, squeeze=True),
+        _case("blocks", 2, 21, 19, 37, expand=77, squeeze=True, tags=BLOCKS),
+        _real("blocks_5x5_stride2", 1, 16, 24, 34, k=5, stride=2, tags=BLOCKS),
         _real("d0_early", 1, 16, 256, 256, stride=2),
         _real("d0_wide", 1, 24, 128, 128),
         _real("d0_middle", 1, 40, 64, 64, k=5),

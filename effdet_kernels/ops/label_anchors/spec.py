@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, uniform
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, uniform
 from effdet_kernels.ops.label_anchors import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
 
 def _case(
-    name: str, batch: int, boxes: int, anchors: int, *, padding: float = 0.3, threshold: float = 0.5
+    name: str,
+    batch: int,
+    boxes: int,
+    anchors: int,
+    *,
+    padding: float = 0.3,
+    threshold: float = 0.5,
+    tags: frozenset[str] = frozenset(),
 ) -> Case:
     """Boxes near anchors, and elsewhere; a share of ``padding`` among them."""
 
@@ -22,7 +29,7 @@ def _case(
         base = torch.cat([corner, corner + uniform(g, anchors, 2, low=8, high=48)], 1)
         return _labels(g, base, batch, boxes, padding, threshold)
 
-    return Case(name, make)
+    return Case(name, make, tags)
 
 
 def _real(
@@ -117,6 +124,7 @@ SPEC = OpSpec(
         _case("one", 1, 1, 1, padding=0.0),
         _case("no_images", 0, 2, 5),
         Case("rivals", _rivals),
+        _case("blocks", 3, 37, 2999, tags=BLOCKS),
         _real("d0", 512, batch=1, padding=0.0),
         _real("d0_batch8", 512, batch=8),
         _real("d0_batch128", 512, tags=GPU, times=64),

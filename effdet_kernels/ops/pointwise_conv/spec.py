@@ -12,6 +12,7 @@ from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import (
     BENCH,
+    BLOCKS,
     GPU,
     mutant,
     nbytes,
@@ -119,6 +120,9 @@ SPEC = OpSpec(
         _case("raw_gated", 2, 3, 2, 2, out=4, bn=False, gate=True),
         _case("one_pixel", 2, 17, 1, 1, out=1, act="hard_swish"),
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
+        _case("blocks", 2, 77, 19, 37, out=83, act="swish", **_SKIPPED, tags=BLOCKS),
+        _case("blocks_whole", 1, 64, 16, 32, out=64, act="swish", tags=BLOCKS),
+        _case("blocks_deep", 1, 300, 5, 7, out=40, gate=True, tags=BLOCKS),
         _case("d0_first_project", 1, 32, 256, 256, out=16, gate=True, tags=BENCH),
         _case("d0_expand", 1, 16, 256, 256, out=96, act="swish", tags=BENCH),
         _case("d0_project", 1, 240, 64, 64, out=40, **_SKIPPED, tags=BENCH),

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._activations import ACTIVATIONS, conv_affine_act
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal, per_channel, uniform
+from effdet_kernels.ops._cases import (
+    BENCH,
+    BLOCKS,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+)
 from effdet_kernels.ops._cases import weights as draw_weights
 from effdet_kernels.ops.separable_conv import op, reference
 from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
@@ -281,6 +290,37 @@ SPEC = OpSpec(
         _node("fused_softmax", (3, 5, "identity"), (2, 2, "bilinear"), method="attn", batch=1),
         _node("fused_sum", (4, 3, "nearest"), (8, 6, "max"), method="sum", scaled=False),
         _node("fused_one_pixel", (1, 1, "identity"), (2, 2, "max")),
+        _case(
+            "blocks",
+            [(19, 37), (10, 19), (5, 10)],
+            [83],
+            channels=77,
+            act="swish",
+            tags=BLOCKS,
+        ),
+        _case(
+            "blocks_two_nets",
+            [(16, 32), (8, 16)],
+            [64, 64],
+            channels=64,
+            batch=1,
+            **{**_heads, "tags": BLOCKS},
+        ),
+        _case(
+            "blocks_predict",
+            [(9, 17), (5, 9)],
+            [270, 36],
+            channels=64,
+            batch=1,
+            **{**_predict, "tags": BLOCKS},
+        ),
+        _node(
+            "fused_blocks",
+            *[(19, 37, "identity")] * 2,
+            (38, 74, "max"),
+            channels=77,
+            tags=BLOCKS,
+        ),
         _node(
             "d0_top_down",
             (64, 64, "identity"),

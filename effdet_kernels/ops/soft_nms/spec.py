@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effdet_kernels.bound import accumulator, ratio, roundoff
-from effdet_kernels.ops._cases import BENCH, GPU, nbytes
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, nbytes
 from effdet_kernels.ops.soft_nms import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -204,6 +204,8 @@ SPEC = OpSpec(
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
+        Case("blocks", lambda g: _scene(g, 2, 1100, 150, 90, "gaussian"), BLOCKS),
+        Case("blocks_hard", lambda g: _scene(g, 2, 1100, 150, 90, "hard"), BLOCKS),
         _real("d0", 512),
         _real("d0_all", 512, max_det=5000),
         _real("d0_hard", 512, method="hard"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.bound import envelope
-from effdet_kernels.ops._cases import BENCH, GPU, mutant, nbytes, normal
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, normal
 from effdet_kernels.ops.weighted_fusion import op, reference
 from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
 from effdet_kernels.spec import Case, Inputs, OpSpec
@@ -120,7 +120,7 @@ def _top_down(name: str, extent: int, *, tags=BENCH, **options: Any) -> Case:
 def _bottom_up(name: str, extent: int, **options: Any) -> Case:
     """A node of a BiFPN with a map of twice the size from below."""
     same, twice = (extent, extent, "identity"), (2 * extent, 2 * extent, "max")
-    return _case(name, same, same, twice, **_DOWN, **options)
+    return _case(name, same, same, twice, **{**_DOWN, **options})
 
 
 SPEC = OpSpec(
@@ -147,6 +147,24 @@ SPEC = OpSpec(
         _case("one_pixel", (1, 1, "nearest"), (2, 2, "max"), pool_padding=_EVEN),
         _case("one_map", (2, 3, "identity"), batch=1, act="hard_swish"),
         _case("no_images", (2, 2, "identity"), (4, 4, "max"), pool_padding=_EVEN, batch=0),
+        _case(
+            "blocks_top_down",
+            (18, 38, "identity"),
+            (9, 19, "nearest"),
+            channels=77,
+            act="swish",
+            tags=BLOCKS,
+        ),
+        _bottom_up("blocks_bottom_up", 20, channels=80, batch=2, tags=BLOCKS),
+        _case(
+            "blocks_bilinear",
+            (19, 37, "identity"),
+            (10, 19, "bilinear"),
+            channels=77,
+            method="attn",
+            batch=1,
+            tags=BLOCKS,
+        ),
         _top_down("d0_top_down", 64, channels=64, batch=1),
         _bottom_up("d0_bottom_up_batch8", 32, channels=64, batch=8),
         _case("d0_last", (4, 4, "identity"), (8, 8, "max"), batch=1, channels=64, **_DOWN),
