@@ -12,9 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import KEY, TIMED, WRONG, Row, load
+from bench.results import HARDWARE, KEY, TIMED, WRONG, Row, load
 from bench.setups import (
-    HARDWARE,
     identity,
     latest,
     name_of,

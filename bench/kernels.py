@@ -106,7 +106,7 @@ def _measure_inputs(
     common = {"shape": shape_text(spec, inputs), **cost}
     subjects: dict[str, runner.Subject] = {}
     rows: dict[str, Row] = {}
-    for engine, function in _engines(spec, inputs, args).items():
+    for engine, function in _engines(spec, inputs, direction, args).items():
         own = _arranged(inputs, torch.contiguous_format) if engine == "eager nchw" else inputs
         row = {**common, "engine": engine}
         if isinstance(function, str):
@@ -175,7 +175,7 @@ def _arranged(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:
 
 
 def _engines(
-    spec: OpSpec, inputs: Inputs, args: argparse.Namespace
+    spec: OpSpec, inputs: Inputs, direction: str, args: argparse.Namespace
 ) -> dict[str, Callable[..., Any] | str]:
     """By name, the function to time, or why it is absent."""
     engines: dict[str, Callable[..., Any] | str] = {"eager": _unwidened(spec.reference)}
@@ -190,6 +190,9 @@ def _engines(
         if not _dispatch.serves(name, args.device):
             continue
         reason = implemented.get(name, f"{spec.name} has no {name} kernel")
+        if reason is None and direction == "backward":
+            serving = testing.backward_backend(spec, name, args.device)
+            reason = None if serving == name else f"its backward is that of {serving}"
         engines[name] = reason or _on_backend(spec, name)
     return engines
 

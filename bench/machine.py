@@ -18,6 +18,7 @@ from effdet.version import __version__
 
 _LARGE = 1 << 28  # bytes: beyond the caches of a CPU
 _HUGE = 1 << 31  # long enough on a GPU for its start not to count
+_LONGEST_S = 0.2  # of a matrix product on a CPU
 _QUICK = Effort(rounds=5, seconds=0.05, settle_s=0.0)
 
 
@@ -25,7 +26,7 @@ def describe() -> dict[str, str | int | float]:
     """Processor, accelerator, thread count, load, commit and versions."""
     machine: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
-        "cpu_model": f"family {_cpuinfo('cpu family')} model {_cpuinfo('model')}",
+        "cpu_model": _cpu_model(),
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0,
         "commit": _commit(),
@@ -54,10 +55,13 @@ def gpu_clocks() -> dict[str, str]:
 
 
 def slug(device: str) -> str:
-    """A folder's name for the results of this machine: processor and cores, or the GPU's name."""
+    """A folder's name for the results of this machine: processor and cores, or the GPU's name.
+
+    With the processor's model: virtual machines of several generations may say no more than "AMD EPYC".
+    """
     if device == "cuda":
         return _plain(torch.cuda.get_device_name())
-    return f"{_plain(_cpu_name())}_{os.cpu_count()}core"
+    return _plain(f"{_cpu_name()} {_cpu_model()} {os.cpu_count()}core")
 
 
 def _plain(name: str) -> str:
@@ -80,8 +84,15 @@ def bandwidth(device: str, nbytes: int) -> float:
 
 @functools.cache
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product of random numbers."""
-    size = 8192 if device == "cuda" else 1536
+    """FLOP/s of a large matrix product of random numbers; of a smaller one where a CPU is slow in the dtype."""
+    if device == "cuda":
+        return _product_rate(device, dtype, 8192)
+    rate = _product_rate(device, dtype, 192)
+    size = max(s for s in (192, 384, 768, 1536) if s == 192 or 2 * s**3 < rate * _LONGEST_S)
+    return max(rate, _product_rate(device, dtype, size))
+
+
+def _product_rate(device: str, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = alternate({"mm": Local(lambda: a @ b, device)}, _QUICK)
     return 2 * size**3 / timing["mm"].min_s
@@ -95,6 +106,10 @@ def floor(device: str, dtype: torch.dtype, nbytes: int, flops: int) -> dict[str,
 
 def _cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor()
+
+
+def _cpu_model() -> str:
+    return f"family {_cpuinfo('cpu family')} model {_cpuinfo('model')}"
 
 
 def _cpuinfo(field: str) -> str:

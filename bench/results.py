@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 Row = dict[str, Any]
 KEY = ("suite", "name", "case", "direction", "dtype", "device")  # what one job measures
+HARDWARE = ("gpu", "cpu", "cpu_model", "threads")  # of a row's machine
+SOFTWARE = ("commit", "effdet_kernels", "torch", "triton", "cuda", "python")
 TIMED, WRONG, ABSENT, SKIPPED = "timed", "wrong", "absent", "skipped"  # values of "status"
 
 
@@ -35,7 +38,7 @@ class Job:
 
 
 class Log:
-    """A file of rows; with ``resume`` jobs that are in it already are not run again."""
+    """A file of rows; with ``resume`` jobs that it has of this machine, commit and versions are not run again."""
 
     def __init__(self, path: Path | None, machine: Row, resume: bool = False) -> None:
         self.rows: list[Row] = []
@@ -44,7 +47,8 @@ class Log:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
-                self._done = {key for row in load(path) if None not in (key := key_of(row))}
+                mine = [row for row in load(path) if _same_setup(row.get("machine"), machine)]
+                self._done = {key for row in mine if None not in (key := key_of(row))}
             if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
                     file.write("\n")  # after a line that a kill tore
@@ -63,11 +67,23 @@ class Log:
 
     def _write(self, rows: list[Row]) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        rows = [{**row, "machine": self._machine, "time": now} for row in rows]
+        rows = [{**_in_json(row), "machine": self._machine, "time": now} for row in rows]
         self.rows.extend(rows)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _in_json(row: Row) -> Row:
+    """JSON has no infinity and no NaN: an error may be one."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _same_setup(a: Any, b: Row) -> bool:
+    return isinstance(a, dict) and all(a.get(name) == b.get(name) for name in HARDWARE + SOFTWARE)
 
 
 def key_of(row: Row) -> tuple[Any, ...]:

@@ -8,11 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from bench.results import ABSENT, KEY, SKIPPED, TIMED, WRONG, Row
+from bench.results import ABSENT, HARDWARE, KEY, SKIPPED, SOFTWARE, TIMED, WRONG, Row
 
 NOT_TIMED = (WRONG, SKIPPED, ABSENT)
-HARDWARE = ("gpu", "cpu", "cpu_model", "threads")
-_SOFTWARE = ("commit", "effdet_kernels", "torch", "triton", "cuda", "python")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Setup:
     @property
     def versions(self) -> str:
         """Versions of what was measured with, in one line."""
-        names = [name for name in _SOFTWARE[1:] if self.machine.get(name)]
+        names = [name for name in SOFTWARE[1:] if self.machine.get(name)]
         return ", ".join(f"{name} {plain(self.machine[name])}" for name in names)
 
     @property
@@ -53,7 +51,7 @@ def split(rows: Iterable[Row]) -> list[Setup]:
     """Rows by machine, commit and versions; of rows with the same key and engine in one setup the latest stays."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(identity(row, HARDWARE + _SOFTWARE), []).append(row)
+        found.setdefault(identity(row, HARDWARE + SOFTWARE), []).append(row)
     kept = [latest(group) for group in found.values()]
     return [
         Setup(_label(i), machine_of(max(group, key=_time)), group) for i, group in enumerate(kept)

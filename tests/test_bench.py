@@ -14,6 +14,7 @@ import torch
 from bench import kernels, machine, runner
 from bench.results import Job, Log, key_of, load
 from bench.table import print_rows
+from effdet_kernels import _library
 from effdet_kernels.spec import iter_specs
 
 
@@ -150,6 +151,34 @@ def test_rows_are_written_as_they_come_and_a_resumed_run_leaves_them_out(tmp_pat
     assert log.run([job("a", 2), job("b"), job("c")])
     assert [row["case"] for row in log.rows] == ["b", "c"]
     assert [key_of(row)[2] for row in load(tmp_path)] == ["a", "a", "b", "c"]
+
+
+def test_rows_of_another_commit_or_machine_do_not_count_as_done(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    machine = {"cpu": "x", "commit": "1"}
+    assert Log(path, machine).run([job("a")])
+    for other in ({**machine, "commit": "2"}, {**machine, "cpu": "y"}, {**machine, "threads": 1}):
+        log = Log(path, other, resume=True)
+        assert log.run([job("a")]) and len(log.rows) == 1
+    log = Log(path, machine, resume=True)
+    assert log.run([job("a")]) and log.rows == []
+
+
+def test_rows_are_json_even_where_an_error_is_infinite(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    bad = dataclasses.replace(job("a"), run=lambda: [{"engine": "e", "error": float("inf")}])
+    assert Log(path, {}).run([bad])
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["error"] == "inf"
+
+
+def test_a_backward_is_not_timed_under_the_name_of_another_backend(monkeypatch):
+    op = _library.OPS["pointwise_conv"]
+    monkeypatch.setitem(op.impls, "cpu", op.impls["reference"])
+    words = ("--op", "pointwise_conv", "--no-compile")
+    rows = {(r["direction"], r["engine"]): r for r in measure(arguments(*words))}
+    assert rows["forward", "cpu"]["status"] == "timed"
+    assert rows["backward", "cpu"]["status"] == "absent"
+    assert rows["backward", "cpu"]["reason"] == "its backward is that of reference"
 
 
 def test_after_the_deadline_no_job_starts(tmp_path):
