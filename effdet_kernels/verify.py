@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from effdet_kernels import _dispatch, guards, testing
-from effdet_kernels.bound import tensors_of
+from effdet_kernels.bound import flatten, map_tensors, tensors_of
 from effdet_kernels.spec import Case, OpSpec, iter_specs
 
 DTYPES = {
@@ -175,25 +175,30 @@ def _large(s: Subject) -> Check:
 
 def large_case(spec: OpSpec, dtype: torch.dtype, backend: str) -> tuple[Case, int]:
     """The real case that needs the fewest repeats to pass 2**31 elements, and the bytes that a call then takes."""
-    case, largest, elements = _largest_case(spec)
+    case, largest, held = _largest_case(spec)
     times = _LARGE // largest + 1
     # The reference computes in float32 or wider, with some intermediates of the size of its input.
-    width = dtype.itemsize if backend != "reference" else dtype.itemsize + 16
-    return dataclasses.replace(case, times=times), elements * times * width
+    extra = 16 if backend == "reference" else 0
+    sizes = [
+        t.numel() * (dtype.itemsize + extra if t.is_floating_point() else t.itemsize) for t in held
+    ]
+    return dataclasses.replace(case, times=times), times * sum(sizes)
 
 
 @functools.cache
-def _largest_case(spec: OpSpec) -> tuple[Case, int, int]:
-    """The real case with the largest batched argument, that argument's elements, and those of all that is held."""
+def _largest_case(spec: OpSpec) -> tuple[Case, int, list[Tensor]]:
+    """The real case with the largest batched argument or output: its elements, and on "meta" all that grows with it."""
     found = []
     for case in spec.cases:
         if "bench" in case.tags and "gpu" not in case.tags:
-            inputs = spec.inputs(case, torch.float32)
-            batched = [t.numel() for name in spec.batched for t in tensors_of(inputs[name])]
-            moved = spec.bytes(**inputs) if spec.bytes else 0
-            found.append((max(batched), moved // 4 + sum(batched), case))
-    largest, elements, case = max(found, key=lambda item: item[0])
-    return case, largest, elements
+            inputs = {
+                name: map_tensors(value, lambda t: t.to("meta"))
+                for name, value in spec.inputs(case, torch.float32).items()
+            }
+            held = [t for name in spec.batched for t in tensors_of(inputs[name])]
+            held += flatten(spec.op(**inputs))
+            found.append((case, max(t.numel() for t in held), held))
+    return max(found, key=lambda item: item[1])
 
 
 def free_memory(device: str) -> int:

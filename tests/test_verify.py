@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from effdet_kernels import _library, verify
+from effdet_kernels.bound import flatten, map_tensors, tensors_of
 from effdet_kernels.spec import iter_specs
 
 
@@ -99,11 +100,16 @@ def test_bad_arguments_exit_with_what_they_take(capsys, arguments, message):
 
 def test_large_cases_pass_two_to_the_31_and_state_their_memory():
     for spec in (s for s in iter_specs() if s.batched):
-        case, needed = verify.large_case(spec, torch.bfloat16, "reference")
-        drawn = case.make(torch.Generator().manual_seed(0))
-        first = drawn[spec.batched[0]]
-        largest = max(t.numel() for t in (first if isinstance(first, list) else [first]))
-        assert largest * case.times > 2**31 and needed > 2**31 * 2, spec.name
+        half = torch.bfloat16 in spec.dtypes
+        dtype = torch.bfloat16 if half else torch.float32
+        case, needed = verify.large_case(spec, dtype, "cpu")
+        once = spec.inputs(dataclasses.replace(case, times=1))
+        drawn = {name: map_tensors(value, lambda t: t.to("meta")) for name, value in once.items()}
+        sizes = [t.numel() for name in spec.batched for t in tensors_of(drawn[name])]
+        sizes += [t.numel() for t in flatten(spec.op(**drawn))]
+        assert max(sizes) * case.times > 2**31 >= max(sizes) * (case.times - 1), spec.name
+        assert needed > 2**31 * dtype.itemsize, spec.name
+        assert verify.large_case(spec, dtype, "reference")[1] > needed
 
 
 def test_without_the_memory_the_large_check_says_so(monkeypatch, capsys):
