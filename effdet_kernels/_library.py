@@ -93,7 +93,9 @@ class Op:
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
-        self.backwards = {**backwards, "reference": self._reference_backward}
+        self.backwards = (
+            {**backwards, "reference": self._reference_backward} if differentiable else {}
+        )
         self.autocast = autocast
         self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
         self._register(schema)

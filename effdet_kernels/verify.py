@@ -49,9 +49,10 @@ class Subject:
     quick: bool = False
 
     def cases(self) -> list[Case]:
-        """The small cases; when quick the first of them."""
+        """The small cases; when quick the first of them, and the first that is larger than a kernel's blocks."""
         small = [case for case in self.spec.cases if "bench" not in case.tags]
-        return small[:1] if self.quick else small
+        blocks = [case for case in small if "blocks" in case.tags]
+        return small[:1] + blocks[:1] if self.quick else small
 
     def differentiable_cases(self) -> list[Case]:
         """Of these, those whose gradients are checked."""
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", action="append", choices=DTYPES, help="only this dtype")
     add("--check", action="append", choices=CHECKS, help="only this check")
-    add("--quick", action="store_true", help="one case and one layout per op")
+    add("--quick", action="store_true", help="two cases and one layout per op")
     add("--large", action="store_true", help="also on a CPU: calls with more than 2**31 elements")
     add("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
     args = parser.parse_args(argv)

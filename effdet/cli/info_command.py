@@ -11,7 +11,7 @@ from typing import Any
 from .options import add_command
 
 _PACKAGES = (
-    "torch", "triton", "numpy", "pillow", "omegaconf", "pycocotools", "tqdm", "timm", "matplotlib"
+    "triton", "numpy", "pillow", "omegaconf", "pycocotools", "tqdm", "timm", "matplotlib"
 )  # fmt: skip
 _TEXT = """\
 Prints versions, devices and threads, and for each backend of the kernels whether it can be used
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"effdet       {__version__}")
     print(f"python       {platform.python_version()}, {platform.platform()}")
+    print(f"torch        {torch.__version__}")  # with its build: cpu, cu130, …
     for name in _PACKAGES:
         print(f"{name:<12} {_version(name)}")
     print(f"cpu          {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {backend:<10} {f'missing: {reason}' if reason else 'available'}")
     print("\nops and the backends that implement them")
     for name, op in sorted(_library.OPS.items()):
-        print(f"  {name:<18} {', '.join(op.impls)}")
+        gradient = f"; gradient: {', '.join(op.backwards)}" if op.backwards else ""
+        print(f"  {name:<18} {', '.join(op.impls)}{gradient}")
     forced = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
     if forced:
         print(f"\n{_dispatch.ENVIRONMENT_VARIABLE}={forced}: no other backend is used")
