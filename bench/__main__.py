@@ -65,6 +65,7 @@ def _run_suite(suite: ModuleType, args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads: got {args.threads}, takes at least 1")
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     out = args.out
     if out is None and not args.smoke:
         out = RESULTS / machine.slug(args.device) / f"{args.command}.jsonl"

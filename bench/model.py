@@ -97,7 +97,6 @@ def _measure(
     batch: int,
     dtype: str,
 ) -> list[Row]:
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     state, x = weights(name), images(math.gcd(batch, 4), size)
     own = build(name, size, state).to(args.device).eval()
     with torch.inference_mode(), use_backend("reference"):

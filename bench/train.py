@@ -86,7 +86,6 @@ def _measure(
     batch: int,
     dtype: str,
 ) -> list[Row]:
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     few = math.gcd(batch, 4)
     boxes, classes = _ground_truth(few, size)
     shared = {

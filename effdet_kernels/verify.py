@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the reference too
     if device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "--device cuda: no CUDA device is visible to torch\n")
     specs = list(iter_specs())
