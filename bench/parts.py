@@ -15,7 +15,7 @@ import torch
 from bench.results import load
 from bench.setups import timed, usable
 from effdet_kernels.spec import iter_specs
-from effdet_kernels.verify import CHECKS
+from effdet_kernels.suite import CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = tuple(f"tf_efficientdet_{size}" for size in ("d0", "d2", "d4", "d7"))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from effdet_kernels import _dispatch, testing, verify
+from effdet_kernels import _dispatch, suite, testing
 from effdet_kernels.bound import flatten, with_leaves
 from effdet_kernels.spec import OpSpec, iter_specs
 
@@ -49,7 +49,7 @@ def test_gradients_pass_what_verify_checks(spec, dtype, check):
     """The bound in every layout of inputs and of the outputs' gradients, some of them missing; the same bits again."""
     for backend in runnable(spec):
         if testing.backward_backend(spec, backend) == backend:
-            outcome = verify.run_check(check, verify.Subject(spec, backend, dtype, "cpu"))
+            outcome = suite.run_check(check, suite.Subject(spec, backend, dtype, "cpu"))
             assert not outcome.failures
             assert outcome.calls >= len(spec.cases) / 4
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from effdet_kernels import _library, guards, testing, verify
+from effdet_kernels import _library, guards, suite, testing
 from effdet_kernels._library import TensorSpec, nchw
 from effdet_kernels.bound import differentiable, with_leaves
 from effdet_kernels.spec import Case, OpSpec, iter_specs, ratio
@@ -149,8 +149,8 @@ def with_backward(change):
 def gradient_failures(change):
     spec, changed = with_backward(change)
     with changed:
-        subject = verify.Subject(spec, "reference", torch.float32, "cpu")
-        return verify.run_check("gradient", subject).failures
+        subject = suite.Subject(spec, "reference", torch.float32, "cpu")
+        return suite.run_check("gradient", subject).failures
 
 
 def test_the_right_backward_passes():

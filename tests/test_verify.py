@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from effdet_kernels import _library, verify
+from effdet_kernels import _library, suite, verify
 from effdet_kernels.bound import flatten, map_tensors, tensors_of
 from effdet_kernels.spec import iter_specs
 
@@ -102,18 +102,18 @@ def test_large_cases_pass_two_to_the_31_and_state_their_memory():
     for spec in (s for s in iter_specs() if s.batched):
         half = torch.bfloat16 in spec.dtypes
         dtype = torch.bfloat16 if half else torch.float32
-        case, needed = verify.large_case(spec, dtype, "cpu")
+        case, needed = suite.large_case(spec, dtype, "cpu")
         once = spec.inputs(dataclasses.replace(case, times=1))
         drawn = {name: map_tensors(value, lambda t: t.to("meta")) for name, value in once.items()}
         sizes = [t.numel() for name in spec.batched for t in tensors_of(drawn[name])]
         sizes += [t.numel() for t in flatten(spec.op(**drawn))]
         assert max(sizes) * case.times > 2**31 >= max(sizes) * (case.times - 1), spec.name
         assert needed > 2**31 * dtype.itemsize, spec.name
-        assert verify.large_case(spec, dtype, "reference")[1] > needed
+        assert suite.large_case(spec, dtype, "reference")[1] > needed
 
 
 def test_without_the_memory_the_large_check_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(suite, "free_memory", lambda device: 10**9)
     arguments = ["--device", "cpu", "--op", "pointwise_conv", "--dtype", "fp32", "--large"]
     assert verify.main([*arguments, "--quick"]) == 0
     assert "large: needs about" in capsys.readouterr().out
@@ -121,11 +121,11 @@ def test_without_the_memory_the_large_check_says_so(monkeypatch, capsys):
 
 def test_the_large_check_runs_where_there_is_memory(monkeypatch):
     """The same path at a size that a test can afford."""
-    monkeypatch.setattr(verify, "_LARGE", 10_000)
+    monkeypatch.setattr(suite, "_LARGE", 10_000)
     spec = next(s for s in iter_specs() if s.name == "soft_nms")
     small = tuple(dataclasses.replace(c, tags=frozenset({"bench"})) for c in spec.cases[:1])
-    subject = verify.Subject(
+    subject = suite.Subject(
         dataclasses.replace(spec, cases=small), "reference", torch.float32, "cpu"
     )
-    outcome = verify.run_check("large", subject)
+    outcome = suite.run_check("large", subject)
     assert outcome.calls == 1 and outcome.worst <= 1 and not outcome.failures

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from kernels import SPECS
 
-from effdet_kernels import use_backend, verify
+from effdet_kernels import suite, use_backend
 
 
 def plain_call_is_right(spec) -> bool:
@@ -25,9 +25,9 @@ def plain_call_is_right(spec) -> bool:
 def main() -> None:
     found = {}
     for bug, spec in SPECS.items():
-        subject = verify.Subject(spec, "triton", torch.float32, "cpu")
+        subject = suite.Subject(spec, "triton", torch.float32, "cpu")
         checks = ("forward", "repeat", "gradient", "gradient_repeat")
-        outcomes = [verify.run_check(check, subject) for check in checks]
+        outcomes = [suite.run_check(check, subject) for check in checks]
         found[bug] = {outcome.check: outcome.failures for outcome in outcomes}
     order = SPECS["forward depends on program order"]
     print(json.dumps({"failures": found, "plain call is right": plain_call_is_right(order)}))

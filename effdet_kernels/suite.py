@@ -1,0 +1,243 @@
+"""What is checked of one op on one backend in one dtype: a list of calls per check, run with every failure named."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import guards, testing
+from effdet_kernels.bound import flatten, map_tensors, tensors_of
+from effdet_kernels.spec import Case, OpSpec
+
+Call = Callable[[], "float | None"]
+Check = Iterator[tuple[str, Call]]
+_HALF = (torch.bfloat16, torch.float16)
+_LARGE = 2**31  # elements that a 32-bit offset cannot address
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What one row of the table is about."""
+
+    spec: OpSpec
+    backend: str
+    dtype: torch.dtype
+    device: str
+    quick: bool = False
+
+    def cases(self) -> list[Case]:
+        """The small cases; when quick the first of them, and the first that is larger than a kernel's blocks."""
+        small = [case for case in self.spec.cases if "bench" not in case.tags]
+        blocks = [case for case in small if "blocks" in case.tags]
+        return small[:1] + blocks[:1] if self.quick else small
+
+    def differentiable_cases(self) -> list[Case]:
+        """Of these, those whose gradients are checked."""
+        return [case for case in self.cases() if "not_differentiable_here" not in case.tags]
+
+    def layouts(self) -> Sequence[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The memory layouts; when quick the first of them."""
+        return list(guards.LAYOUTS.items())[: 1 if self.quick else None]
+
+    def call(self, check: Callable[..., Any], case: Case, **options: Any) -> Call:
+        """``check`` of ``effdet_kernels.testing`` on one case."""
+        return functools.partial(
+            check, self.spec, case, self.dtype, self.backend, self.device, **options
+        )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Of one check of one subject: how many calls, the worst error over the bound, what failed, why it did not run."""
+
+    check: str
+    calls: int = 0
+    worst: float | None = None  # None: a check without a ratio
+    failures: list[str] = dataclasses.field(default_factory=list)
+    not_run: str | None = None
+    seconds: float = 0.0
+
+    def add(self, ratio: float | None) -> None:
+        self.calls += 1
+        if ratio is not None:
+            self.worst = max(self.worst or 0.0, ratio)
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.failures else "not run" if self.calls == 0 else "passed"
+
+
+# Checks: each yields (what, call); the call returns a ratio or None, or raises --------------------------
+
+
+class NotRun(Exception):
+    """A check does not apply, or this machine cannot run it; the message says why."""
+
+
+def _forward(s: Subject) -> Check:
+    for case in s.cases():
+        for name, layout in s.layouts():
+            yield f"{case.name}, {name} inputs", s.call(testing.check_forward, case, arrange=layout)
+
+
+def _gradient(s: Subject) -> Check:
+    _needs_a_backward(s)
+    check = testing.check_gradient
+    for case in s.differentiable_cases():
+        for name, layout in s.layouts():
+            yield (
+                f"{case.name}, {name} inputs and gradients",
+                s.call(check, case, arrange=layout, arrange_grads=layout),
+            )
+        yield f"{case.name}, expanded gradients", s.call(check, case, arrange_grads=guards.expanded)
+        yield f"{case.name}, of some inputs at a time", s.call(check, case, parts=2)
+        for k in testing.outputs_to_leave_out(s.spec, case):
+            yield f"{case.name}, without a gradient of output {k}", s.call(check, case, without=k)
+        if s.dtype == torch.float64:
+            yield f"{case.name}, gradcheck", functools.partial(_gradcheck, s, case)
+
+
+def _needs_a_backward(s: Subject) -> None:
+    """Raises NotRun where a gradient would not be this backend's."""
+    if not s.spec.diff_args:
+        raise NotRun("the op has no gradient")
+    serving = testing.backward_backend(s.spec, s.backend, s.device)
+    if serving != s.backend:
+        raise NotRun(
+            f"{s.spec.name} has no {s.backend} backward: the gradient is that of {serving}"
+        )
+
+
+def _gradcheck(s: Subject, case: Case) -> None:
+    """On random projections of the Jacobian; the test suite compares every entry."""
+    testing.gradcheck(s.spec, case, s.backend, s.device, fast=True)
+
+
+def _repeat(s: Subject) -> Check:
+    for case in s.cases():
+        yield case.name, s.call(testing.check_repeatable, case)
+
+
+def _gradient_repeat(s: Subject) -> Check:
+    _needs_a_backward(s)
+    if s.backend == "reference" and s.device == "cuda":
+        raise NotRun("torch adds up some gradients of the reference in any order on a GPU")
+    for case in s.differentiable_cases():
+        yield case.name, s.call(testing.check_gradient_repeatable, case)
+
+
+def _nonfinite(s: Subject) -> Check:
+    if not s.spec.nonfinite:
+        raise NotRun("the op defines what it does with NaN; its cases hold some")
+    for case in s.cases():
+        yield case.name, s.call(testing.check_nonfinite, case)
+
+
+def _autocast(s: Subject) -> Check:
+    if s.dtype not in _HALF:
+        raise NotRun("only for bf16 and fp16")
+    for case in s.cases():
+        yield case.name, s.call(testing.check_autocast, case)
+
+
+def _large(s: Subject) -> Check:
+    """A real shape with its batch repeated until an argument or the output passes 2**31 elements."""
+    if not s.spec.batched:
+        raise NotRun("the images of a batch are not independent")
+    case, needed = large_case(s.spec, s.dtype, s.backend)
+    free = free_memory(s.device)
+    if needed > free:
+        raise NotRun(f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
+    yield f"{case.name} x {case.times}", s.call(testing.check_large, case)
+
+
+def large_case(spec: OpSpec, dtype: torch.dtype, backend: str) -> tuple[Case, int]:
+    """The real case that needs the fewest repeats to pass 2**31 elements, and the bytes that a call then takes."""
+    case, largest, held = _largest_case(spec)
+    times = _LARGE // largest + 1
+    # The reference computes in float32 or wider, with some intermediates of the size of its input.
+    extra = 16 if backend == "reference" else 0
+    sizes = [
+        t.numel() * (dtype.itemsize + extra if t.is_floating_point() else t.itemsize) for t in held
+    ]
+    return dataclasses.replace(case, times=times), times * sum(sizes)
+
+
+@functools.cache
+def _largest_case(spec: OpSpec) -> tuple[Case, int, list[Tensor]]:
+    """The real case with the largest batched argument or output: its elements, and on "meta" all that grows with it."""
+    found = []
+    for case in spec.cases:
+        if "bench" in case.tags and "gpu" not in case.tags:
+            inputs = {
+                name: map_tensors(value, lambda t: t.to("meta"))
+                for name, value in spec.inputs(case, torch.float32).items()
+            }
+            held = [t for name in spec.batched for t in tensors_of(inputs[name])]
+            held += flatten(spec.op(**inputs))
+            found.append((case, max(t.numel() for t in held), held))
+    return max(found, key=lambda item: item[1])
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a call may take on ``device``."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+CHECKS: dict[str, Callable[[Subject], Check]] = {
+    "forward": _forward,
+    "gradient": _gradient,
+    "repeat": _repeat,
+    "gradient_repeat": _gradient_repeat,
+    "nonfinite": _nonfinite,
+    "autocast": _autocast,
+    "large": _large,
+}
+
+
+def run_checks(names: Sequence[str], subject: Subject) -> list[Outcome]:
+    """Checks in order; after a kernel failed the first, the others are not run: it may do any harm."""
+    outcomes: list[Outcome] = []
+    for name in names:
+        if outcomes and outcomes[0].failures:
+            outcomes.append(Outcome(name, not_run=f"{outcomes[0].check} failed"))
+        else:
+            outcomes.append(run_check(name, subject))
+    return outcomes
+
+
+def run_check(name: str, subject: Subject) -> Outcome:
+    """One check, every failure of it caught and named."""
+    outcome = Outcome(name)
+    start = time.perf_counter()
+    try:
+        for what, call in CHECKS[name](subject):
+            try:
+                ratio = call()
+            except Exception as error:  # a kernel may fail in any way; the others are still checked
+                outcome.calls += 1
+                first = str(error).strip().splitlines()
+                outcome.failures.append(
+                    f"{what}: {type(error).__name__}: {first[0] if first else ''}"
+                )
+                continue
+            outcome.add(ratio)
+            if ratio is not None and not ratio <= 1:
+                outcome.failures.append(f"{what}: error is {ratio:.3g} of the bound")
+    except NotRun as reason:
+        outcome.not_run = str(reason)
+    outcome.seconds = time.perf_counter() - start
+    return outcome
