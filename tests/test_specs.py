@@ -10,7 +10,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from effdet_kernels import testing, use_backend
-from effdet_kernels.bound import exact_inputs, flatten, tensors_of, with_leaves
+from effdet_kernels.bound import (
+    exact_inputs,
+    flatten,
+    map_tensors,
+    tensors_of,
+    with_leaves,
+)
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import nbytes
 from effdet_kernels.spec import Case, OpSpec, iter_specs
@@ -145,6 +151,27 @@ def _joined(a, b):
     if isinstance(a, torch.Tensor):
         return torch.cat([a, b])
     return None if a is None else [torch.cat(pair) for pair in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        s
+        for s in SPECS
+        if s.name in PRODUCTS | {"separable_conv", "weighted_fusion", "batch_norm_act"}
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_the_bound_is_computed_where_the_inputs_are(spec):
+    """No tensor of the CPU among those of a GPU: what is large is compared on the device it is on."""
+    for case in small(spec):
+        inputs = exact_inputs(spec, spec.inputs(case))
+        on_meta = {
+            name: map_tensors(value, lambda t: t.to("meta")) for name, value in inputs.items()
+        }
+        found = [*flatten(spec.reference(**on_meta)), *spec.magnitude(**on_meta)]
+        found += spec.terms(on_meta, torch.bfloat16) if spec.terms else []
+        assert all(t.device.type == "meta" for t in found), case.name
 
 
 # Costs ---------------------------------------------------------------------------------------------

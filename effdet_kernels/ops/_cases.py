@@ -53,7 +53,7 @@ def mutant(reference: Callable[..., Any], change: Callable[[Inputs], Inputs]) ->
 
 
 def per_channel(vector: Tensor | None, default: float) -> Tensor:
-    """``vector`` [C] (None: ``default``) shaped to act on [B, C, H, W]."""
+    """``vector`` [C] (None: ``default``) shaped to act on [B, C, H, W] of any device."""
     if vector is None:
-        return torch.full((1, 1, 1, 1), default, dtype=torch.float64)
+        return torch.tensor(default, dtype=torch.float64)  # a number goes with every device
     return vector.view(1, -1, 1, 1)
