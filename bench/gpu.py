@@ -18,6 +18,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.again:
         _set_aside(plan, names)
     state = _known(plan, names)
+    # Whoever ends this command ends the step that runs too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for name in names:
         if state[name].status == PASSED:
             print(f"{name}: passed before; --again runs it once more", flush=True)
@@ -95,8 +98,9 @@ def run_part(plan: Plan, name: str, state: dict[str, Part], seconds: float) -> N
     """Runs the steps of a part that are not done, for so many seconds, and puts what came of it into ``state``."""
     part = state[name]
     start, before = time.monotonic(), part.seconds
-    part.failures, part.reason, part.status = [], "", PASSED
+    part.failures, part.reason, part.status = [], "", OUT_OF_TIME  # unless it comes to its end
     failed: list[str] = []
+    _save(plan, state)
     try:
         for step in PARTS[name](plan):
             if step.name in part.done or not step.needed():
@@ -104,7 +108,6 @@ def run_part(plan: Plan, name: str, state: dict[str, Part], seconds: float) -> N
             left = seconds - (time.monotonic() - start)
             problem = _run_step(plan, name, step, left) if left > 0 else OUT_OF_TIME
             if problem == OUT_OF_TIME:
-                part.status = OUT_OF_TIME
                 break
             if problem:
                 failed.append(f"{step.name}: {problem}")
@@ -112,6 +115,8 @@ def run_part(plan: Plan, name: str, state: dict[str, Part], seconds: float) -> N
                 part.done.append(step.name)
             part.seconds = before + time.monotonic() - start
             _save(plan, state)
+        else:
+            part.status = PASSED
     except DidNotRun as reason:
         part.status, part.reason = DID_NOT_RUN, str(reason)
     part.seconds = before + time.monotonic() - start

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 
@@ -224,10 +226,35 @@ def test_errors_of_the_sanitizer_fail_the_part(tmp_path, monkeypatch):
     fake_tool(tmp_path, 'case "$*" in *verify*) echo ERROR SUMMARY: 1; exit 97;; esac')
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(gpu, "PARTS", {"sanitize": lambda plan: parts.sanitize(Plan(plan.out))})
+    monkeypatch.setattr(parts, "ops_with_gpu_kernels", lambda: ["soft_nms"])
     assert command(tmp_path) == 1
     failures = state(tmp_path, "sanitize")["failures"]
-    assert [failure.partition(":")[0] for failure in failures] == ["memcheck", "racecheck"]
+    names = ["memcheck soft_nms", "racecheck soft_nms"]
+    assert [failure.partition(":")[0] for failure in failures] == names
     assert "compute-sanitizer found errors: ERROR SUMMARY: 1" in failures[0]
+
+
+def test_without_kernels_for_a_gpu_the_sanitizer_does_not_run(tmp_path, monkeypatch):
+    fake_tool(tmp_path, "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(parts, "ops_with_gpu_kernels", list)
+    with pytest.raises(DidNotRun, match="no op has a Triton or CUDA kernel"):
+        list(parts.sanitize(Plan(tmp_path)))
+
+
+def test_a_command_that_is_ended_leaves_the_part_unfinished_and_no_process_behind(tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "bench", "gpu", "verify", "--device", "cpu", "--smoke"]
+    process = subprocess.Popen([*words, "--out", str(out)], stdout=subprocess.PIPE, cwd=parts.ROOT)
+    deadline = time.monotonic() + 60
+    log = out / "verify.log"
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert state(tmp_path, "verify")["status"] == "out of time"
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert str(out) not in running.stdout
 
 
 def fake_tool(folder, text):
@@ -239,6 +266,7 @@ def fake_tool(folder, text):
 def test_the_parts_run_what_they_should(tmp_path, monkeypatch):
     fake_tool(tmp_path, "exit 0")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(parts, "ops_with_gpu_kernels", lambda: ["soft_nms"])
     plan = Plan(tmp_path, peers=("--peer-path", "packages"))
     steps = {name: list(part(plan)) for name, part in PARTS.items()}
     words = {name: [" ".join(s.command[1:]) for s in found] for name, found in steps.items()}
@@ -249,7 +277,7 @@ def test_the_parts_run_what_they_should(tmp_path, monkeypatch):
     assert not any("--peer-path" in text for text in words["model"] + words["kernels"])
     tuned = [text for text in words["peers"] if "--max-autotune" in text]
     assert [text.split("--model ")[1].split(" --dtype")[0] for text in tuned] == [
-        f"tf_efficientdet_d0 --batch {batch}" for batch in (1, 128, 32, 8)
+        f"tf_efficientdet_d0 --batch {batch}" for batch in (1, 128, 32, 8, 2)
     ]
     assert all("triton" in text and "--check large" not in text for text in words["sanitize"])
     assert "--op soft_nms" in words["kernels"][1] and "--dtype fp32" in words["kernels"][1]
