@@ -42,7 +42,7 @@ def main() -> int:
         if args.command in TOOLS:
             return TOOLS[args.command][0].run(args) or 0
         return _run_suite(SUITES[args.command][0], args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog} {args.command}: {error}\n")
 
 

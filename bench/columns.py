@@ -30,7 +30,8 @@ class Column:
     def cell(self, row: Row) -> str:
         """What a reader sees; empty where there is nothing to see."""
         if self.text is None:
-            return plain(row.get(self.field))
+            value = row.get(self.field)
+            return ("yes" if value else "") if isinstance(value, bool) else plain(value)
         value = self.value(row)
         return "" if value is None else self.text(value)
 
@@ -52,11 +53,15 @@ DIRECTION = Column("direction", "direction", "forward, backward, a training step
 DTYPE = Column("dtype", "dtype", "of inputs and outputs")
 DEVICE = Column("device", "device", "where it ran")
 ENGINE = Column("engine", "engine", "a backend of effdet_kernels, or a peer")
+GRAPH = Column(
+    "CUDA graph", "cuda_graph", "replayed as one; where not, the time of launching counts"
+)
 SHAPE = Column("shape", "shape", "of the first input")
 ROOFLINE = Column(
     "% roofline",
     "of_roofline",
-    "the time that the machine's measured ceilings allow, over the median",
+    "the time that the machine's measured ceilings allow, over the median; of a model, for the fusion model c2; of a"
+    " training step, for its arithmetic alone",
     _percent,
 )
 FIGURES = (
@@ -65,8 +70,18 @@ FIGURES = (
     Column("GB/s", "gb_s", "bytes that the call must move, over the median", significant),
     Column("GFLOP/s", "gflop_s", "operations of the case, over the median", significant),
     ROOFLINE,
-    Column("× eager", "vs_eager", "eager PyTorch's median over this one", significant),
-    Column("× compile", "vs_compile", "torch.compile's median over this one", significant),
+    Column(
+        "× eager",
+        "vs_eager",
+        "the median of eager PyTorch over this one: of the op in plain PyTorch, or of PyPI effdet; the faster layout",
+        significant,
+    ),
+    Column(
+        "× compile",
+        "vs_compile",
+        "the median of torch.compile of the same over this one",
+        significant,
+    ),
     Column(
         "peak MB",
         "peak_bytes",

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import HARDWARE, KEY, TIMED, WRONG, Row, load
+from bench.results import EVERY_ENGINE, HARDWARE, KEY, TIMED, WRONG, Row, load
 from bench.setups import (
     identity,
     latest,
@@ -29,7 +29,6 @@ from bench.table import duration
 Name = tuple[str, ...]  # a job's key and the engine
 SLOWER, FASTER, SAME = "SLOWER", "faster", ""
 HEAD = (*KEY, "engine")
-EVERY = "every engine"  # the engine of a row that stands for all of a job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
     pairs, lost, wrong, vanished = [], {}, {}, []
     for name, row in old.items():
         # one row of B may stand for all engines of a job: skipped for want of memory
-        counterpart = new.get(name) or new.get((*name[:-1], EVERY))
+        counterpart = new.get(name) or new.get((*name[:-1], EVERY_ENGINE))
         if counterpart is None:
             vanished.append(name)
         elif timed(row) and timed(counterpart):
@@ -161,11 +160,11 @@ def _print(found: Comparison, threshold: float) -> None:
     names = [pair.name for pair in found.pairs]
     widths = [max(map(len, cells)) + 2 for cells in zip(HEAD, *names, strict=True)]
     if names:
-        print(f"{_aligned(HEAD, widths)}{'A':>11}{'B':>11}{'B / A':>8}{'noise':>7}")
+        print(f"{_aligned(HEAD, widths)}{'A':>11}{'B':>11}{'B / A':>8} {'noise':>7}")
     for pair in sorted(found.pairs, key=lambda pair: -pair.ratio):
         medians = f"{duration(pair.before['median_s']):>11}{duration(pair.after['median_s']):>11}"
         print(
-            f"{_aligned(pair.name, widths)}{medians}{pair.ratio:>8.3f}{pair.noise:>7.1%}"
+            f"{_aligned(pair.name, widths)}{medians}{pair.ratio:>8.3f} {pair.noise:>7.1%}"
             f" {pair.verdict(threshold)}".rstrip()
         )
     for title, entries in (

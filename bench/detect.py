@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET = 0.5, 0.5, 0.001, 100
 # PyPI effdet shifts boxes by up to 89 x 513 pixels, where float32 has steps of 1/256 of a pixel: half of one, and a
 # little for decoding.
 _PIXEL = 0.0025
+_DRAWN = 4  # images; larger batches repeat them: drawing and checking takes seconds an image
 _MATCH = 0.05  # pixels between a row's box and its candidate's
 
 
@@ -76,14 +78,15 @@ def _nms_jobs(
     args: argparse.Namespace, found: peers.Peers | None, batch: int, hard: bool
 ) -> Iterator[Job]:
     count = 200 if args.smoke else 5000
+    few = math.gcd(batch, _DRAWN)
     sources: dict[str, Callable[[], dict[str, Tensor]]] = {
-        f"{count} of 90 classes": lambda: candidates.synthetic(batch, count, 90)
+        f"{count} of 90 classes": lambda: candidates.synthetic(few, count, 90)
     }
     if args.data is not None:
         file = args.data / "detections" / "raw_candidates.npz"
-        sources["photos"] = lambda: candidates.of_photos(file, batch)
+        sources["photos"] = lambda: candidates.of_photos(file, few)
     for source, draw in sources.items():
-        run = functools.partial(_measure_picks, args, found, draw, hard)
+        run = functools.partial(_measure_picks, args, found, draw, batch, hard)
         case = f"{source} b{batch} {_label(hard)}"
         yield Job("detect", "soft_nms", case, "nms", "fp32", args.device, run)
 
@@ -99,23 +102,34 @@ def _measure_picks(
     args: argparse.Namespace,
     found: peers.Peers | None,
     draw: Callable[[], dict[str, Tensor]],
+    batch: int,
     hard: bool,
 ) -> list[Row]:
     drawn = draw()
+    few, count = drawn["scores"].shape
+    repeated = {name: _repeated(t, batch) for name, t in drawn.items()}
     rule = Rule(hard, SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET)
 
     def error(outputs: list[Tensor]) -> float:
         images = zip(drawn["boxes"], drawn["scores"], drawn["classes"], *outputs, strict=True)
         return max(worst_share(rule, *image) for image in images)
 
-    engines = _own_pickers(drawn, hard, args.device)
+    engines = _own_pickers(repeated, hard, args.device)
     if found is not None:
-        engines += _peer_pickers(found, drawn, hard, args.device)
-    batch, count = drawn["scores"].shape
-    cost = _moved(SPEC.bytes(**_own_arguments(drawn, hard)), args.device)
-    return compete(
-        engines, Check(error, 1.0, _ERROR_OF), cost, f"{batch}x{count}", args.device, args.smoke
-    )
+        engines += _peer_pickers(found, repeated, hard, args.device)
+    arguments = _own_arguments(repeated, hard)
+    cost = _moved(SPEC.bytes(**arguments), args.device)
+    check = Check(error, 1.0, _ERROR_OF, _last(few, batch))
+    return compete(engines, check, cost, f"{batch}x{count}", args.device, args.smoke)
+
+
+def _repeated(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.repeat(batch // len(tensor), *[1] * (tensor.dim() - 1))
+
+
+def _last(few: int, batch: int) -> list[int]:
+    """The last repeat of the ``few`` images that a batch repeats: the one that is compared."""
+    return list(range(batch - few, batch))
 
 
 _ERROR_OF = (
@@ -197,7 +211,9 @@ def _measure_rows(
     config.image_size, config.soft_nms = (size, size), not hard
     if args.smoke:
         config.max_detection_points = 2 * MAX_DET
-    maps = candidates.head_maps(config, batch, size)
+    few = math.gcd(batch, _DRAWN)
+    drawn = candidates.head_maps(config, few, size)
+    maps = tuple([_repeated(m, batch) for m in part] for part in drawn)
     engines = _own_benches(config, maps, size, args.device)
     if found is not None:
         engines.append(
@@ -214,9 +230,10 @@ def _measure_rows(
                 soft=not hard,
             )
         )
-    exact = _exact_candidates(config, maps, size)
+    exact = _exact_candidates(config, drawn, size)
     rule = Rule(hard, SIGMA, HARD_IOU, 0.0 if hard else SCORE_THRESHOLD, MAX_DET, _PIXEL)
-    check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF)
+    images = _last(few, batch)
+    check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF, images)
     moved = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
     shape = f"{batch}x{sum(m.shape[1:].numel() for m in maps[0])} scores"
     return compete(engines, check, _moved(moved, args.device), shape, args.device, args.smoke)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, runner
-from bench.results import ABSENT, SKIPPED, TIMED, WRONG, Job, Row
+from bench.results import ABSENT, TIMED, WRONG, Job, Row
 from effdet_kernels import _dispatch, testing, use_backend
 from effdet_kernels.bound import (
     differentiable,
@@ -90,12 +90,9 @@ def _cases(spec: OpSpec, args: argparse.Namespace) -> list[Case]:
 def _measure(
     spec: OpSpec, case: Case, label: str, direction: str, args: argparse.Namespace
 ) -> Iterator[Row]:
-    try:
+    with runner.on_stream(args.device):
         inputs = _arranged(spec.inputs(case, DTYPES[label], args.device), torch.channels_last)
         yield from _measure_inputs(spec, case, inputs, label, direction, args)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        yield {"engine": "every engine", "status": SKIPPED, "reason": reason}
 
 
 def _measure_inputs(
@@ -123,6 +120,8 @@ def _measure_inputs(
                 )
                 row["error_of"] = f"the reference's norm; up to {allowed} passes"
         except Exception as error:  # torch.compile and peers may fail in any way
+            if isinstance(error, torch.OutOfMemoryError) and engine in _dispatch.BACKENDS:
+                raise
             first = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {first[0] if first else ''}"
             yield {
@@ -140,14 +139,16 @@ def _measure_inputs(
         rows[engine] = row
     if not subjects:
         return
-    timings = runner.alternate(subjects, runner.effort(device, args.smoke))
     limit = machine.floor(device, dtype, cost["bytes"], cost["flops"])
+    timings = runner.alternate(subjects, runner.effort(device, args.smoke))
+    clocks = machine.gpu_clocks() if device == "cuda" else {}
     for engine, timing in timings.items():
         yield {
             **rows[engine],
             "status": TIMED,
             **timing.row(),
             **limit,
+            **clocks,
             "gb_s": cost["bytes"] / timing.median_s / 1e9,
             "gflop_s": cost["flops"] / timing.median_s / 1e9,
             "of_roofline": limit["floor_s"] / timing.median_s,
@@ -274,7 +275,7 @@ def _norm_error(
 
 
 def _subject(call: Call, device: str) -> tuple[runner.Subject, bool]:
-    """``call`` as a CUDA graph where it can be captured, else as it is."""
+    """``call`` as a CUDA graph where it can be captured, else as it is; whether it was."""
     if device == "cuda":
         try:
             return runner.Local(call, device, graph=True), True

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import effdet_kernels
 from bench.runner import Effort, Local, alternate
 from effdet.version import __version__
 
@@ -39,14 +40,14 @@ def describe() -> dict[str, str | int | float]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
         machine["cuda"] = torch.version.cuda or ""
-        machine |= gpu_clocks()
     return machine
 
 
 def gpu_clocks() -> dict[str, str]:
-    """SM and memory clock, temperature and power as nvidia-smi reads them now."""
+    """SM and memory clock, temperature and power of torch's GPU as nvidia-smi reads them now."""
     fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    which = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", "-i", which, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -89,7 +90,9 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
         return _product_rate(device, dtype, 8192)
     rate = _product_rate(device, dtype, 192)
     size = max(s for s in (192, 384, 768, 1536) if s == 192 or 2 * s**3 < rate * _LONGEST_S)
-    return max(rate, _product_rate(device, dtype, size))
+    rate = max(rate, _product_rate(device, dtype, size))
+    # Half precision can be widened and computed in float32.
+    return max(rate, matrix_rate(device, torch.float32)) if dtype.itemsize == 2 else rate
 
 
 def _product_rate(device: str, dtype: torch.dtype, size: int) -> float:
@@ -123,8 +126,9 @@ def _cpuinfo(field: str) -> str:
 
 
 def _commit() -> str:
+    """Of the kernels that run: an installed package need not be that of this checkout."""
     command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
+    folder = Path(effdet_kernels.__file__).resolve().parent
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     except (OSError, subprocess.CalledProcessError):

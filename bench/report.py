@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import page, roofline
-from bench.columns import CASE, DEVICE, DIRECTION, DTYPE, ENGINE, FIGURES, SHAPE
+from bench.columns import CASE, DEVICE, DIRECTION, DTYPE, ENGINE, FIGURES, GRAPH, SHAPE
 from bench.results import Row, load
 from bench.setups import (
     NOT_TIMED,
@@ -148,7 +148,7 @@ def by_job(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def _figures(jobs: Sequence[Sequence[Row]]) -> str:
-    columns = [CASE, DIRECTION, DTYPE, DEVICE, SHAPE, ENGINE, *FIGURES]
+    columns = [CASE, DIRECTION, DTYPE, DEVICE, SHAPE, ENGINE, GRAPH, *FIGURES]
     columns = [c for c in columns if any(c.cell(row) for job in jobs for row in job)]
     lines = []
     for job in jobs:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 Row = dict[str, Any]
 KEY = ("suite", "name", "case", "direction", "dtype", "device")  # what one job measures
 HARDWARE = ("gpu", "cpu", "cpu_model", "threads")  # of a row's machine
 SOFTWARE = ("commit", "effdet_kernels", "torch", "triton", "cuda", "python")
+EVERY_ENGINE = "every engine"  # the engine of a row that stands for all of a job
 TIMED, WRONG, ABSENT, SKIPPED = "timed", "wrong", "absent", "skipped"  # values of "status"
 
 
@@ -62,16 +64,30 @@ class Log:
                 if deadline_s is not None and time.monotonic() - start > deadline_s:
                     return False
                 progress.set_description(f"{job.name} {job.case} {job.direction} {job.dtype}")
-                self._write([{**dict(zip(KEY, job.key, strict=True)), **row} for row in job.run()])
+                try:
+                    rows = list(job.run())
+                except torch.OutOfMemoryError as error:
+                    rows = [_of_all_engines(SKIPPED, error)]
+                except RuntimeError as error:  # so that a resumed run does not come to it again
+                    self._write(job, [_of_all_engines(WRONG, error)])
+                    raise
+                self._write(job, rows)
         return True
 
-    def _write(self, rows: list[Row]) -> None:
+    def _write(self, job: Job, rows: list[Row]) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        rows = [{**_in_json(row), "machine": self._machine, "time": now} for row in rows]
+        common = {"machine": self._machine, "time": now}
+        rows = [{**dict(zip(KEY, job.key, strict=True)), **_in_json(row), **common} for row in rows]
         self.rows.extend(rows)
         if self._path is not None:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _of_all_engines(status: str, error: Exception) -> Row:
+    first = (str(error).strip().splitlines() or [""])[0]
+    reason = f"{type(error).__name__}: {first}"
+    return {"engine": EVERY_ENGINE, "status": status, "reason": reason}
 
 
 def _in_json(row: Row) -> Row:

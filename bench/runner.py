@@ -7,6 +7,7 @@ asked for. ``peers.Remote`` times a call in another process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -124,18 +125,41 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def on_stream(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a GPU works on the stream that graphs are captured on.
+
+    Autograd runs a backward on the stream of its forward: a backward can be captured only if that was this one.
+    """
+    return torch.cuda.stream(_stream()) if device == "cuda" else contextlib.nullcontext()
+
+
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as the replay of a CUDA graph."""
-    side = torch.cuda.Stream()
+    """``call`` as the replay of a CUDA graph.
+
+    Raises:
+        RuntimeError: it waits for the device. That is found before a capture begins: one that breaks off may leave the
+            allocator unusable.
+    """
+    side = _stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         kept = call()
-    return lambda: (graph.replay(), kept)[1]
+    return lambda: (graph.replay(), kept, call)[1]  # call: a graph does not keep its inputs alive
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int | None:

@@ -66,11 +66,14 @@ def usable(rows: Iterable[Any]) -> tuple[list[Row], int]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """One row per key and engine, the latest by its time; without times the last one."""
+    """One row per key and engine, the latest by its time; without times the last one.
+
+    Where something was timed, that it later was absent or skipped says nothing.
+    """
     kept: dict[tuple[str, ...], Row] = {}
-    for row in rows:
+    for row in sorted(rows, key=_time):
         known = kept.get(name := name_of(row))
-        if known is None or _time(row) >= _time(known):
+        if known is None or not timed(known) or status_of(row) in (TIMED, WRONG):
             kept[name] = row
     return list(kept.values())
 

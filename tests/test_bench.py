@@ -171,6 +171,42 @@ def test_rows_are_json_even_where_an_error_is_infinite(tmp_path):
     assert json.loads(path.read_text(), parse_constant=pytest.fail)["error"] == "inf"
 
 
+def test_a_job_that_needs_too_much_memory_is_skipped_and_the_next_runs(tmp_path):
+    def too_much():
+        raise torch.OutOfMemoryError("tried to allocate 2 TB\nof 1")
+
+    path = tmp_path / "rows.jsonl"
+    assert Log(path, {}).run([dataclasses.replace(job("a"), run=too_much), job("b")])
+    first, second = load(path)
+    assert (first["engine"], first["status"], first["case"]) == ("every engine", "skipped", "a")
+    assert first["reason"] == "OutOfMemoryError: tried to allocate 2 TB" and second["case"] == "b"
+
+
+def test_a_job_that_breaks_ends_the_run_and_a_resumed_one_goes_on_behind_it(tmp_path):
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    path = tmp_path / "rows.jsonl"
+    every = [dataclasses.replace(job("a"), run=broken), job("b")]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Log(path, {}).run(every)
+    assert Log(path, {}, resume=True).run(every)
+    assert [(row["case"], row.get("status")) for row in load(path)] == [("a", "wrong"), ("b", None)]
+
+
+def test_half_precision_is_not_slower_than_what_it_can_be_widened_to():
+    rates = [machine.matrix_rate("cpu", dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert rates[0] >= rates[1] > 0
+
+
+def test_an_unwritable_folder_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "bench", "kernels", "--smoke", "--device", "cpu"]
+    command += ["--op", "soft_nms", "--no-compile", "--out", str(tmp_path / "file" / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("python -m bench kernels: ")
+
+
 def test_a_backward_is_not_timed_under_the_name_of_another_backend(monkeypatch):
     op = _library.OPS["pointwise_conv"]
     monkeypatch.setitem(op.impls, "cpu", op.impls["reference"])

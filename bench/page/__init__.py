@@ -19,6 +19,7 @@ from bench.columns import (
     DTYPE,
     ENGINE,
     FIGURES,
+    GRAPH,
     ROOFLINE,
     SHAPE,
     Column,
@@ -29,7 +30,7 @@ from bench.setups import Setup, plain, status_of
 HERE = Path(__file__).parent
 SUITE = Column("suite", "suite", "what kind of benchmark")
 NAME = Column("name", "name", "op or model")
-COLUMNS = (SUITE, NAME, CASE, DIRECTION, DTYPE, DEVICE, ENGINE, *FIGURES, SHAPE)
+COLUMNS = (SUITE, NAME, CASE, DIRECTION, DTYPE, DEVICE, ENGINE, *FIGURES, GRAPH, SHAPE)
 _CHOICES = (SUITE, DEVICE, DTYPE, DIRECTION, ENGINE)
 _STATUSES = (TIMED, WRONG, SKIPPED, ABSENT)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import runner
+from bench import machine, runner
 from bench.peers import PeerError, Peers, Remote
 from bench.peers.entrant import Entrant
 from bench.results import ABSENT, TIMED, WRONG, Row
@@ -103,7 +103,7 @@ def compete(
     """
     rows: dict[str, Row] = {}
     running: dict[str, Competitor] = {}
-    slowest = 0.0
+    slowest, on_gpu = 0.0, device == "cuda"
     with contextlib.ExitStack() as stack:
         for engine in engines:
             rows[engine.name] = row = {"engine": engine.name, "shape": shape}
@@ -117,19 +117,27 @@ def compete(
                     competitor.outputs()
                 row["peak_bytes"] = competitor.peak_memory()  # of the first call: nothing is kept
                 start = time.perf_counter()
-                row["error"] = check.error(competitor.outputs(check.images))
+                found = competitor.outputs(check.images)
                 slowest = max(slowest, time.perf_counter() - start)
+                row["error"] = check.error(found)
             except RuntimeError as error:
                 row |= {"status": ABSENT, "reason": _first_line(error)}
                 continue
             row |= {"error_of": check.of, "cuda_graph": competitor.graph}
+            if on_gpu and engine.compiled and not competitor.graph:
+                row["peak_bytes"] = (
+                    None  # max-autotune replays graphs of its own, which take nothing
+                )
             if not row["error"] <= check.limit:
                 row |= {"status": WRONG, "reason": f"error above {check.limit:g}; not timed"}
                 continue
             running[engine.name] = competitor
         effort = _SLOW if slowest > _SLOW_S and not smoke else runner.effort(device, smoke)
-        for name, timing in runner.alternate(running, effort).items():
-            rows[name] |= {"status": TIMED, **timing.row(), **_rates(cost, timing.median_s)}
+        timings = runner.alternate(running, effort)
+        clocks = machine.gpu_clocks() if on_gpu else {}
+        for name, timing in timings.items():
+            rows[name] |= {"status": TIMED, **timing.row(), **clocks}
+            rows[name] |= _rates(cost, timing.median_s)
     return list(_compared(list(rows.values())))
 
 

@@ -302,3 +302,11 @@ def test_no_rows_is_an_error(tmp_path):
 )
 def test_three_digits_are_shown(value, text):
     assert significant(value) == text
+
+
+def test_that_something_was_absent_later_does_not_replace_its_time():
+    first = row(time="2026-01-01T00:00:00")
+    absent = row(status="absent", time="2026-01-02T00:00:00")
+    wrong = row(status="wrong", time="2026-01-03T00:00:00")
+    assert latest([absent, first]) == latest([first, absent]) == [first]
+    assert latest([first, wrong, absent]) == [wrong]
