@@ -9,7 +9,7 @@ differentiable arguments.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,7 @@ class TensorSpec:
         )
 
     def conform(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """``tensor`` in exactly this dtype and these strides, and never an alias of an input."""
+        """``tensor`` in exactly this dtype and these strides, and never an alias of ``inputs``."""
         if tuple(tensor.shape) != tuple(self.shape):
             raise RuntimeError(
                 f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
@@ -56,6 +56,16 @@ class TensorSpec:
 def nchw(shape: Sequence[Any], like: Tensor) -> TensorSpec:
     """Specification of a feature map: ``shape`` [B, C, H, W], channels_last, dtype and device of ``like``."""
     return TensorSpec(tuple(shape), like.dtype, like.device, torch.channels_last)
+
+
+def _conform(
+    specs: Iterable[TensorSpec], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """``outputs`` as ``specs`` want them, no alias of an input or of each other."""
+    done: list[Tensor] = []
+    for spec, out in zip(specs, outputs, strict=True):
+        done.append(spec.conform(out, [*inputs, *done]))
+    return done
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
@@ -160,9 +170,7 @@ class Op:
         """What ``implementation`` returns, in the layouts of ``out_spec`` and apart from the inputs."""
         outputs = implementation(*args)
         flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        pairs = zip(self._out_spec(*args), flat, strict=True)
-        tensors = _tensors(args)
-        return self._pack([spec.conform(out, tensors) for spec, out in pairs])
+        return self._pack(_conform(self._out_spec(*args), flat, _tensors(args)))
 
     def _fake(self, *args: Any) -> Any:
         return self._pack([spec.empty() for spec in self._out_spec(*args)])
@@ -249,10 +257,7 @@ class Op:
         # A backward may be called inside an autocast region; the forward's casts are in the graph already.
         with torch.autocast(device, enabled=False):
             gradients = backward(grads, *args, needs)
-        return [
-            _like_spec(t).conform(g, _tensors([grads, *args]))
-            for t, g in zip(needed, gradients, strict=True)
-        ]
+        return _conform(map(_like_spec, needed), gradients, _tensors([grads, *args]))
 
     def backward_backend(self, device: str) -> str:
         """What a backward on ``device`` runs on: the backend asked for if it has one, else by the device's order."""

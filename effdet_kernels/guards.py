@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import unittest.mock
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,13 @@ def sliced(tensor: Tensor) -> Tensor:
     return roomy[tuple(steps)].copy_(tensor)
 
 
+def mixed(tensor: Tensor) -> Tensor:
+    """One of three layouts, drawn by the first value: tensors of a call need not lie alike."""
+    first = float(tensor.flatten()[0]) if tensor.numel() else 0.0
+    draw = int(abs(first) * 2**16) if math.isfinite(first) else 0
+    return (contiguous, channels_last, narrowed)[draw % 3](tensor)
+
+
 # Each returns the same values in other memory.
 LAYOUTS = {
     "contiguous": contiguous,
@@ -71,6 +79,7 @@ LAYOUTS = {
     "unaligned": unaligned,
     "narrowed": narrowed,
     "sliced": sliced,
+    "mixed": mixed,
 }
 
 

@@ -97,9 +97,10 @@ def _gradient(s: Subject) -> Check:
                 s.call(check, case, arrange=layout, arrange_grads=layout),
             )
         yield f"{case.name}, expanded gradients", s.call(check, case, arrange_grads=guards.expanded)
-        yield f"{case.name}, of some inputs at a time", s.call(check, case, parts=2)
-        for k in testing.outputs_to_leave_out(s.spec, case):
-            yield f"{case.name}, without a gradient of output {k}", s.call(check, case, without=k)
+        for name, parts in testing.PARTS.items():
+            yield f"{case.name}, of some inputs: {name}", s.call(check, case, parts=parts)
+        for k in testing.outputs_to_take_alone(s.spec, case):
+            yield f"{case.name}, of output {k} alone", s.call(check, case, only=k)
         if s.dtype == torch.float64:
             yield f"{case.name}, gradcheck", functools.partial(_gradcheck, s, case)
 

@@ -30,6 +30,32 @@ from effdet_kernels.spec import Case, Inputs, OpSpec
 
 _NONFINITE = (torch.nan, torch.inf, -torch.inf)
 Arrangement = Callable[[Tensor], Tensor]
+Parts = Callable[[int], list[list[int]]]
+
+
+# How the gradients of n tensors are asked for: the tensors of each backward call.
+def together(n: int) -> list[list[int]]:
+    return [list(range(n))]
+
+
+def one_by_one(n: int) -> list[list[int]]:
+    return [[i] for i in range(n)]
+
+
+def every_other(n: int) -> list[list[int]]:
+    return [part for part in (list(range(0, n, 2)), list(range(1, n, 2))) if part]
+
+
+def all_but_the_first(n: int) -> list[list[int]]:
+    """Weights that are trained behind a frozen layer, then the input alone."""
+    return [part for part in (list(range(1, n)), [0]) if part]
+
+
+PARTS = {
+    "one by one": one_by_one,
+    "every other": every_other,
+    "all but the first": all_but_the_first,
+}
 
 
 def backends(spec: OpSpec) -> dict[str, str | None]:
@@ -107,14 +133,14 @@ def check_gradient(
     device: str = "cpu",
     arrange: Arrangement | None = None,
     arrange_grads: Arrangement | None = None,
-    parts: int = 1,
-    without: int | None = None,
+    parts: Parts = together,
+    only: int | None = None,
 ) -> float:
     """Worst error over the bound of the gradients of one call of the registered op, for random output gradients.
 
     ``arrange`` changes the memory layout of every input, ``arrange_grads`` that of the outputs' gradients. The
-    gradients are asked for in ``parts`` backward calls, the first for tensors 0, parts, 2 parts, …: a caller may need
-    some only. The output numbered ``without`` gets no gradient, as one that no loss depends on.
+    gradients are asked for in several backward calls, as ``parts`` divides them: a caller may need some only. With
+    ``only``, no output but that one gets a gradient: no loss depends on the others.
 
     Raises:
         CheckError: a kernel wrote outside of its outputs, or into its inputs or the outputs' gradients.
@@ -123,7 +149,7 @@ def check_gradient(
     if arrange is not None:
         inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
     inputs = _asking(spec, inputs)
-    grads, found = run_backward_guarded(spec, case, inputs, backend, arrange_grads, parts, without)
+    grads, found = run_backward_guarded(spec, case, inputs, backend, arrange_grads, parts, only)
     return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
 
 
@@ -133,8 +159,8 @@ def run_backward_guarded(
     inputs: Inputs,
     backend: str,
     arrange_grads: Arrangement | None = None,
-    parts: int = 1,
-    without: int | None = None,
+    parts: Parts = together,
+    only: int | None = None,
     seed: int = 0,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """The outputs' gradients, drawn, and those of the inputs, of a backward that is watched as ``run_guarded`` does."""
@@ -143,22 +169,21 @@ def run_backward_guarded(
     before = _copies(inputs)
     registered = through_registration(operator(spec))
     with _dispatch.use_backend(backend), registered, _shuffled(seed):
-        for part in range(parts):
+        for part in parts(len(leaves)):
             for i, leaf in enumerate(leaves):
-                leaf.requires_grad_(i % parts == part)
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            if not wanted:
-                continue
+                leaf.requires_grad_(i in part)
             with guarded_outputs():
                 outputs = flatten(spec.op(**inputs))
                 grads = random_gradients(outputs, case.times)
-                if without is not None:
-                    grads[without] = None
+                if only is not None:
+                    grads = [g if k == only else None for k, g in enumerate(grads)]
                 if arrange_grads is not None:
                     grads = [None if g is None else arrange_grads(g) for g in grads]
                 given = {"gradient of an output": [g for g in grads if g is not None]}
                 before_call = _copies(given)
-                found[part::parts] = vector_jacobian(outputs, wanted, grads)
+                gradients_of_part = vector_jacobian(outputs, [leaves[i] for i in part], grads)
+            for i, gradient in zip(part, gradients_of_part, strict=True):
+                found[i] = gradient
             _refuse_changes(given, before_call)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -188,7 +213,7 @@ def random_gradients(outputs: Sequence[Tensor], times: int = 1) -> list[Tensor |
     return [draw(out) if out.requires_grad else None for out in outputs]
 
 
-def outputs_to_leave_out(spec: OpSpec, case: Case) -> list[int]:
+def outputs_to_take_alone(spec: OpSpec, case: Case) -> list[int]:
     """The first and the last output with a gradient, where there are several."""
     outputs = flatten(spec.reference(**with_leaves(spec, spec.inputs(case, torch.float32))))
     found = [k for k, out in enumerate(outputs) if out.requires_grad]

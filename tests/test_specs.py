@@ -18,7 +18,7 @@ from effdet_kernels.bound import (
     with_leaves,
 )
 from effdet_kernels.ops._activations import ACTIVATIONS
-from effdet_kernels.ops._cases import nbytes
+from effdet_kernels.ops._cases import ACTS, nbytes
 from effdet_kernels.spec import Case, OpSpec, iter_specs
 
 SPECS = list(iter_specs())
@@ -95,6 +95,21 @@ def test_small_cases_have_one_pixel_no_image_and_several(spec):
         assert (1, 1) in shapes
         assert any(height % 2 and height > 1 for height, _ in shapes)
         assert any(width % 2 and width > 1 for _, width in shapes)
+
+
+@each_spec
+def test_every_activation_has_a_case_far_from_zero(spec):
+    if "act" not in spec.inputs(spec.cases[0]):
+        return
+    far = {}
+    for case in small(spec):
+        inputs = spec.inputs(case)
+        outputs = flatten(spec.reference(**{**inputs, "act": "none"}))
+        if outputs[0].numel():
+            reach = min(float(outputs[0].max()), -float(outputs[0].min()))
+            far[inputs["act"]] = max(far.get(inputs["act"], 0.0), reach)
+    assert all(far[act] > 6.5 for act in ACTS), far  # beyond every kink
+    assert max(far.values()) > 40
 
 
 @each_spec

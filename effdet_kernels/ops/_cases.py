@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.spec import Inputs
 
 BENCH = frozenset({"bench"})  # a real shape, timed by benchmarks
 # More channels and pixels than a kernel takes at once, most often no multiple of what it takes.
 BLOCKS = frozenset({"blocks"})
 GPU = frozenset({"bench", "gpu"})  # one that only a GPU has the memory or the speed for
+
+
+FAR = 60.0  # standard deviation: values at which e^x overflows, and on both sides of every kink
+ACTS = tuple(name for name in ACTIVATIONS if name != "none")
 
 
 def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:

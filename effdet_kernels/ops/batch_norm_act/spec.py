@@ -11,8 +11,10 @@ from torch import Tensor
 from effdet_kernels.bound import STEEPEST
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import (
+    ACTS,
     BENCH,
     BLOCKS,
+    FAR,
     GPU,
     mutant,
     nbytes,
@@ -31,6 +33,8 @@ def _case(
     *shape: int,
     mean: float = 0.0,
     std: float = 1.0,
+    gain: float = 1.0,
+    eps: float = 1e-3,
     act: str = "swish",
     tags: frozenset[str] = frozenset(),
 ) -> Case:
@@ -39,9 +43,9 @@ def _case(
     def make(g) -> Inputs:
         return {
             "x": normal(g, *shape, std=std) + mean,
-            "weight": uniform(g, shape[1], low=0.5, high=1.5),
+            "weight": uniform(g, shape[1], low=0.5, high=1.5) * gain,
             "bias": normal(g, shape[1]),
-            "eps": 1e-3,
+            "eps": eps,
             "act": act,
         }
 
@@ -128,7 +132,10 @@ SPEC = OpSpec(
         _case("offset", 2, 3, 5, 6, mean=100.0, act="relu"),
         _case("narrow", 2, 3, 5, 4, std=1e-2, act="mish"),
         _case("one_value", 1, 4, 1, 1, act="hard_swish"),
-        _case("blocks", 3, 77, 19, 37, mean=3.0, tags=BLOCKS),
+        _case("small_eps", 5, 3, 3, 4, std=1e-2, eps=1e-5),
+        *[_case(f"far_{act}", 2, 3, 4, 5, act=act, gain=FAR) for act in ACTS],
+        _case("blocks", 7, 77, 19, 37, mean=3.0, tags=BLOCKS),
+        _case("blocks_channels", 2, 147, 5, 6, tags=BLOCKS),
         _case("d0_stem", 1, 32, 256, 256, tags=BENCH),
         _case("d0_expanded", 1, 96, 256, 256, tags=BENCH),
         _case("d0_head_batch8", 8, 64, 64, 64, tags=BENCH),

@@ -25,6 +25,7 @@ def _case(
     limits: bool = True,
     ties: bool = False,
     spoilt: bool = False,
+    code: float = 0.5,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
 ) -> Case:
@@ -35,14 +36,15 @@ def _case(
         if ties:
             logits = [level.round() for level in logits]
         if spoilt:
-            for value, level in zip((torch.nan, torch.inf, -torch.inf), logits, strict=False):
-                level.view(-1)[:: level.numel() // 3 + 1] = value
+            for place, value in enumerate((torch.inf, torch.nan, -torch.inf, torch.inf)):
+                for level in logits:
+                    level.view(-1)[place :: level.numel() // 3 + 1] = value
         total = per_location * sum(height * width for height, width in sizes)
         corner = uniform(g, total, 2, low=-16, high=112)
         extent = uniform(g, total, 2, low=8, high=64)
         return {
             "cls_outputs": logits,
-            "box_outputs": [normal(g, batch, per_location * 4, *size, std=0.5) for size in sizes],
+            "box_outputs": [normal(g, batch, per_location * 4, *size, std=code) for size in sizes],
             "anchors": torch.cat([corner, corner + extent], 1),
             "num_classes": classes,
             "k": k,
@@ -196,11 +198,13 @@ SPEC = OpSpec(
         _case("more_than_all", [(2, 2), (1, 1)], k=1000, classes=1),
         _case("ties", [(3, 4), (2, 2)], k=31, ties=True),
         _case("spoilt", [(3, 2), (1, 1)], k=31, spoilt=True),
+        _case("four_levels", [(4, 5), (3, 2), (2, 2), (1, 1)], k=90),
+        _case("large_codes", [(3, 4)], k=40, code=1.8, limits=False),
         _case("one_pixel", [(1, 1)], k=2, batch=1, classes=1),
         _case("none_wanted", [(2, 2)], k=0),
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
-        _case("blocks", [(16, 17), (8, 9)], k=300, classes=19, per_location=9, tags=BLOCKS),
-        _case("blocks_ties", [(16, 17), (8, 9)], k=700, classes=19, ties=True, tags=BLOCKS),
+        _case("blocks", [(16, 17), (8, 9)], k=300, classes=29, per_location=9, tags=BLOCKS),
+        _case("blocks_ties", [(16, 17), (8, 9)], k=1500, classes=29, ties=True, tags=BLOCKS),
         _real("d0", 64, batch=1),
         _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch128", 64, tags=GPU, times=64),

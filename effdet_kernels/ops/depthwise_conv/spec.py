@@ -11,8 +11,10 @@ from torch import Tensor
 from effdet_kernels.bound import envelope
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import (
+    ACTS,
     BENCH,
     BLOCKS,
+    FAR,
     GPU,
     mutant,
     nbytes,
@@ -31,6 +33,7 @@ def _case(
     k: int = 3,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     bn: bool = True,
+    std: float = 1.0,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
     **options: Any,
@@ -40,7 +43,7 @@ def _case(
     def make(g) -> Inputs:
         channels = shape[1]
         arguments = {
-            "x": normal(g, *shape),
+            "x": normal(g, *shape, std=std),
             "weight": weights(g, channels, 1, k, k),
             "scale": uniform(g, channels, low=0.5, high=1.5) if bn else None,
             "shift": normal(g, channels) if bn else None,
@@ -154,12 +157,17 @@ SPEC = OpSpec(
         _case("scale_only", 1, 3, 4, 5, act="leaky_relu", shift=None),
         _case("no_padding", 1, 2, 6, 3, padding=(0, 0, 0, 0), act="mish"),
         _case("one_pixel", 2, 3, 1, 1, squeeze=True),
+        _case("shift_only", 1, 3, 4, 5, act="relu", scale=None),
+        _case("uneven_padding", 3, 3, 5, 4, padding=(2, 0, 1, 3)),
+        _case("9x9", 2, 3, 6, 11, k=9, padding=(4, 4, 4, 4)),
+        *[_case(f"far_{act}", 1, 3, 4, 5, act=act, std=FAR) for act in ACTS],
         _case("5x5_two_pixels", 1, 3, 1, 2, k=5, padding=(2, 2, 2, 2)),
         _case("no_images", 0, 3, 4, 4, squeeze=True),
         _blocks("blocks", 2, 77, 19, 37),
-        _blocks("blocks_5x5", 1, 80, 21, 33, k=5),
-        _blocks("blocks_stride2", 1, 77, 38, 35, stride=2),
-        _blocks("blocks_5x5_stride2", 1, 64, 32, 34, k=5, stride=2),
+        _blocks("blocks_5x5", 2, 80, 21, 33, k=5),
+        _blocks("blocks_stride2", 2, 77, 38, 35, stride=2),
+        _blocks("blocks_channels", 2, 147, 5, 6),
+        _blocks("blocks_5x5_stride2", 2, 64, 32, 34, k=5, stride=2),
         _real("d0_first", 1, 32, 256, 256),
         _real("d0_3x3_stride2", 1, 96, 256, 256, stride=2),
         _real("d0_5x5", 1, 240, 64, 64, k=5),

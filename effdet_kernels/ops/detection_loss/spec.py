@@ -24,10 +24,14 @@ def _case(
     per_location: int = 2,
     positives: float = 0.2,
     spread: float = 2.0,
+    forced: int = 0,
     tags: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Case:
-    """Levels of ``sizes`` (H, W), a share of ``positives``, logits ``spread`` wide."""
+    """Levels of ``sizes`` (H, W), a share of ``positives``, logits ``spread`` wide.
+
+    ``forced`` more positives an image and level are counted than there are targets.
+    """
 
     def make(g) -> Inputs:
         cls_targets, box_targets, count = [], [], torch.zeros(batch, dtype=torch.float64)
@@ -39,7 +43,7 @@ def _case(
             cls_targets.append(torch.where(hit, label, torch.where(ignored, -2, -1)))
             code = normal(g, *shape, 4, std=0.3) * (uniform(g, *shape, 4) > 0.2)
             box_targets.append((code * hit[..., None]).flatten(-2))
-            count += hit.sum((1, 2, 3))
+            count += hit.sum((1, 2, 3)) + forced
         arguments = {
             "cls_outputs": [
                 normal(g, batch, per_location * classes, *hw, std=spread) for hw in sizes
@@ -158,6 +162,7 @@ SPEC = OpSpec(
         _case("cross_entropy", [(2, 3)], gamma=0.0, alpha=0.5, delta=1.0),
         _case("extreme_logits", [(2, 2)], spread=200.0, gamma=0.5),
         _case("no_positives", [(2, 2), (1, 2)], positives=0.0),
+        _case("four_levels", [(4, 5), (3, 2), (2, 2), (1, 1)], forced=3),
         _case("no_images", [(2, 2)], batch=0),
         _case("one_pixel", [(1, 1)], batch=1, positives=0.5),
         _case("blocks", [(17, 19), (9, 10)], classes=19, per_location=9, tags=BLOCKS),

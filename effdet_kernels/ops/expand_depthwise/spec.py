@@ -10,8 +10,10 @@ from torch import Tensor
 
 from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._cases import (
+    ACTS,
     BENCH,
     BLOCKS,
+    FAR,
     GPU,
     mutant,
     nbytes,
@@ -33,6 +35,7 @@ def _case(
     k: int = 3,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     raw: bool = False,
+    std: float = 1.0,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
     **options: Any,
@@ -41,7 +44,7 @@ def _case(
 
     def make(g) -> Inputs:
         arguments = {
-            "x": normal(g, *shape),
+            "x": normal(g, *shape, std=std),
             "expand_weight": weights(g, expand, shape[1], 1, 1),
             "expand_scale": uniform(g, expand, low=0.5, high=1.5),
             "expand_shift": normal(g, expand),
@@ -174,10 +177,16 @@ SPEC = OpSpec(
         ),
         _case("3x3_stride2", 2, 2, 6, 5, expand=6, stride=2, padding=(1, 1, 0, 1), act="relu6"),
         _case("raw", 1, 4, 4, 5, expand=6, raw=True, squeeze=True),
+        _case("scale_only", 1, 2, 3, 4, expand=3, shift=None),
+        _case("shift_only", 3, 2, 3, 4, expand=3, scale=None),
+        _case("5x5", 2, 2, 6, 5, expand=3, k=5, padding=(2, 2, 2, 2)),
+        *[_case(f"far_{act}", 1, 2, 3, 4, expand=3, act=act, std=FAR) for act in ACTS],
         _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
         _case("no_images", 0, 3, 4, 4, expand=6, squeeze=True),
         _case("blocks", 2, 21, 19, 37, expand=77, squeeze=True, tags=BLOCKS),
-        _real("blocks_5x5_stride2", 1, 16, 24, 34, k=5, stride=2, tags=BLOCKS),
+        _real("blocks_stride2", 2, 13, 18, 20, stride=2, tags=BLOCKS),
+        _real("blocks_5x5", 1, 40, 9, 18, k=5, tags=BLOCKS),
+        _real("blocks_5x5_stride2", 2, 16, 24, 34, k=5, stride=2, tags=BLOCKS),
         _real("d0_early", 1, 16, 256, 256, stride=2),
         _real("d0_wide", 1, 24, 128, 128),
         _real("d0_middle", 1, 40, 64, 64, k=5),

@@ -77,13 +77,26 @@ def _rivals(_generator: torch.Generator) -> Inputs:
     grid = torch.arange(0, 64, 16, dtype=torch.float64)
     corner = torch.cartesian_prod(grid, grid)
     anchors = torch.cat([corner, corner + 16], 1)
+    half = torch.tensor([[16, 16, 32, 24]], dtype=torch.float64)  # IoU with an anchor: exactly 0.5
+    anchors = torch.cat([anchors, half])
     boxes = [[4, 4, 12, 12], [8, 0, 24, 16], [16, 16, 32, 32], [17, 16, 33, 32], [16, 17, 32, 33],
-             [200, 200, 220, 220], [40, 40, 40, 48], [34, 34, 46, 46]]  # fmt: skip
+             [16, 16, 32, 24], [200, 200, 220, 220], [40, 40, 40, 48], [34, 34, 46, 46]]  # fmt: skip
     return {
         "gt_boxes": torch.tensor([boxes, boxes[::-1]], dtype=torch.float64),
-        "gt_classes": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, -1, 3, 4, 5, 6, -1, 8]]),
+        "gt_classes": torch.tensor([[1, 2, 3, 4, 5, 9, 6, 7, 8], [1, -1, 3, 4, 5, 9, 6, -1, 8]]),
         "anchors": anchors,
         "match_threshold": 0.5,
+    }
+
+
+def _rivals_blocks(generator: torch.Generator) -> Inputs:
+    """The same with every anchor and every box many times over: rivals of equal IoU are far apart."""
+    inputs = _rivals(generator)
+    return {
+        **inputs,
+        "gt_boxes": inputs["gt_boxes"].repeat(1, 12, 1),
+        "gt_classes": inputs["gt_classes"].repeat(1, 12),
+        "anchors": inputs["anchors"].repeat(90, 1),
     }
 
 
@@ -124,6 +137,7 @@ SPEC = OpSpec(
         _case("one", 1, 1, 1, padding=0.0),
         _case("no_images", 0, 2, 5),
         Case("rivals", _rivals),
+        Case("rivals_blocks", _rivals_blocks, BLOCKS),
         _case("blocks", 3, 37, 2999, tags=BLOCKS),
         _real("d0", 512, batch=1, padding=0.0),
         _real("d0_batch8", 512, batch=8),

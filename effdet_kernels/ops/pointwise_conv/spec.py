@@ -11,8 +11,10 @@ from torch import Tensor
 from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._activations import ACTIVATIONS
 from effdet_kernels.ops._cases import (
+    ACTS,
     BENCH,
     BLOCKS,
+    FAR,
     GPU,
     mutant,
     nbytes,
@@ -33,21 +35,24 @@ def _case(
     gate: bool = False,
     residual: bool = False,
     act: str = "none",
+    std: float = 1.0,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
+    **options: Any,
 ) -> Case:
     """A case on a map of ``shape`` [B, C, H, W] with ``out`` output channels."""
 
     def make(g) -> Inputs:
         batch, channels, height, width = shape
         return {
-            "x": normal(g, *shape),
+            "x": normal(g, *shape, std=std),
             "weight": weights(g, out, channels, 1, 1),
             "scale": uniform(g, out, low=0.5, high=1.5) if bn else None,
             "shift": normal(g, out) if bn else None,
             "gate": uniform(g, batch, channels) if gate else None,
             "residual": normal(g, batch, out, height, width) if residual else None,
             "act": act,
+            **options,
         }
 
     return Case(name, make, tags, times=times)
@@ -117,12 +122,15 @@ SPEC = OpSpec(
         _case("all", 1, 6, 3, 5, out=6, gate=True, residual=True, act="swish"),
         _case("relu", 2, 3, 5, 1, out=4, residual=True, act="relu"),
         _case("raw", 1, 4, 5, 3, out=3, bn=False),
+        _case("scale_only", 3, 4, 2, 3, out=3, shift=None),
+        _case("shift_only", 1, 4, 2, 3, out=3, scale=None),
+        *[_case(f"far_{act}", 1, 4, 3, 4, out=3, act=act, std=FAR) for act in ACTS],
         _case("raw_gated", 2, 3, 2, 2, out=4, bn=False, gate=True),
         _case("one_pixel", 2, 17, 1, 1, out=1, act="hard_swish"),
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
         _case("blocks", 2, 77, 19, 37, out=83, act="swish", **_SKIPPED, tags=BLOCKS),
         _case("blocks_whole", 1, 64, 16, 32, out=64, act="swish", tags=BLOCKS),
-        _case("blocks_deep", 1, 300, 5, 7, out=40, gate=True, tags=BLOCKS),
+        _case("blocks_deep", 1, 530, 5, 7, out=147, tags=BLOCKS),
         _case("d0_first_project", 1, 32, 256, 256, out=16, gate=True, tags=BENCH),
         _case("d0_expand", 1, 16, 256, 256, out=96, act="swish", tags=BENCH),
         _case("d0_project", 1, 240, 64, 64, out=40, **_SKIPPED, tags=BENCH),

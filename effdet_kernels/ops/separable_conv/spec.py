@@ -13,8 +13,10 @@ from torch import Tensor
 from effdet_kernels.bound import accumulator, envelope, roundoff
 from effdet_kernels.ops._activations import ACTIVATIONS, conv_affine_act
 from effdet_kernels.ops._cases import (
+    ACTS,
     BENCH,
     BLOCKS,
+    FAR,
     GPU,
     mutant,
     nbytes,
@@ -44,6 +46,7 @@ def _case(
     shifted: bool = True,
     pre_act: str = "none",
     act: str = "none",
+    std: float = 1.0,
     fused: Inputs | None = None,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
@@ -55,7 +58,7 @@ def _case(
         levels = 1 if fused else len(sizes)
         widths = [out for out in outs for _ in range(levels)]
         return {
-            "x": [normal(g, batch, channels, *size) for size in list(sizes) * copies],
+            "x": [normal(g, batch, channels, *size, std=std) for size in list(sizes) * copies],
             "dw_weight": [draw_weights(g, channels, 1, k, k) for _ in outs],
             "pw_weight": [draw_weights(g, out, channels, 1, 1) for out in outs],
             "scale": [uniform(g, width, low=0.5, high=1.5) for width in widths] if scaled else [],
@@ -69,7 +72,12 @@ def _case(
 
 
 def _node(
-    name: str, *maps: tuple[int, int, str], method: str = "fastattn", channels: int = 4, **options
+    name: str,
+    *maps: tuple[int, int, str],
+    method: str = "fastattn",
+    channels: int = 4,
+    pool_padding: Sequence[int] | None = None,
+    **options,
 ) -> Case:
     """A BiFPN node: ``maps`` are (H, W, resampling), the first of the output's size."""
     weight = torch.tensor((0.9, 1.4, 0.3)[: len(maps)], dtype=torch.float64)
@@ -79,7 +87,7 @@ def _node(
         "fusion_weight": None if method == "sum" else weight,
         "resample": [how for *_, how in maps],
         "size": list(maps[0][:2]),
-        "pool_padding": (1, 1, 1, 1) if odd else (0, 1, 0, 1),
+        "pool_padding": pool_padding or ((1, 1, 1, 1) if odd else (0, 1, 0, 1)),
     }
     sizes = [size[:2] for size in maps]
     return _case(name, sizes, [channels + 1 if channels == 4 else channels], fused=fused,
@@ -285,6 +293,11 @@ SPEC = OpSpec(
         _case("predict", [(3, 3), (2, 1)], [7, 2], batch=1, shared=False, scaled=False),
         _case("raw_5x5", [(5, 3), (2, 2)], [3, 3], k=5, shared=False, scaled=False, shifted=False),
         _case("no_images", [(3, 3), (1, 2)], [4], batch=0),
+        _case("pyramid", [(9, 8), (5, 4), (3, 2), (2, 1), (1, 1)], [5, 3], act="swish"),
+        _case("scale_only", [(3, 4)], [3], shifted=False, k=5, pre_act="relu", act="swish"),
+        *[_case(f"far_{act}", [(3, 4)], [3], pre_act=act, act=act, std=FAR) for act in ACTS],
+        _node("fused_any_ratio", (7, 5, "identity"), (3, 2, "nearest"), k=5, batch=1),
+        _node("fused_pool_padded", (4, 3, "identity"), (6, 4, "max"), pool_padding=(2, 2, 2, 2)),
         _node("fused_top_down", (5, 4, "identity"), (3, 2, "nearest")),
         _node("fused_three", (3, 4, "identity"), (3, 4, "identity"), (5, 7, "max"), act="relu"),
         _node("fused_softmax", (3, 5, "identity"), (2, 2, "bilinear"), method="attn", batch=1),
@@ -309,10 +322,27 @@ SPEC = OpSpec(
         _case(
             "blocks_predict",
             [(9, 17), (5, 9)],
-            [270, 36],
+            [530, 36],
             channels=64,
             batch=1,
             **{**_predict, "tags": BLOCKS},
+        ),
+        _case(
+            "blocks_channels",
+            [(5, 6), (3, 3), (2, 2), (1, 1)],
+            [147, 9],
+            channels=147,
+            shared=False,
+            act="swish",
+            tags=BLOCKS,
+        ),
+        _node(
+            "fused_blocks_top_down",
+            (18, 36, "identity"),
+            (9, 18, "nearest"),
+            channels=77,
+            method="attn",
+            tags=BLOCKS,
         ),
         _node(
             "fused_blocks",

@@ -70,7 +70,29 @@ def _awkward(generator: torch.Generator) -> Inputs:
     boxes[0, 6, 2:] = boxes[0, 6, :2]
     boxes[0, 7] = boxes[0, 7, [2, 3, 0, 1]]
     boxes[0, 9], scores[0, 9] = boxes[0, 8], scores[0, 8]
+    boxes[1, 30, 0] = torch.nan  # behind the valid ones
     scores[1] = 0.5
+    return inputs
+
+
+def _shifted(inputs: Inputs) -> Inputs:
+    """Scores around 0."""
+    return {**inputs, "scores": inputs["scores"] - 0.5}
+
+
+def _at_the_threshold(generator: torch.Generator) -> Inputs:
+    """Overlaps of exactly the threshold, which do not suppress; of what does and what ties, all in float32's reach."""
+    inputs = _scene(generator, 1, 6, 6, 0, "hard", iou_threshold=0.25)
+    boxes = [
+        [0, 0, 16, 16],
+        [0, 0, 16, 4],
+        [0, 0, 16, 5],
+        [40, 0, 56, 16],
+        [52, 0, 56, 16],
+        [0, 9, 9, 16],
+    ]
+    inputs["boxes"] = torch.tensor([boxes], dtype=torch.float64)
+    inputs["scores"] = torch.tensor([[0.9, 0.75, 0.5, 0.75, 0.75, 0.5]], dtype=torch.float64)
     return inputs
 
 
@@ -200,11 +222,18 @@ SPEC = OpSpec(
         Case("hard", lambda g: _scene(g, 2, 67, 80, 4, "hard")),
         Case("agnostic", lambda g: _scene(g, 1, 33, 33, 0, "gaussian", sigma=0.3)),
         Case("no_threshold", lambda g: _scene(g, 1, 20, 25, 3, "hard", score_threshold=-math.inf)),
+        Case(
+            "negative", lambda g: _shifted(_scene(g, 1, 20, 25, 3, "linear", score_threshold=-9.0))
+        ),
+        Case("many_classes", lambda g: _scene(g, 2, 67, 40, 70_000, "gaussian", iou_threshold=0.6)),
+        Case("looser", lambda g: _scene(g, 2, 67, 80, 2, "hard", iou_threshold=0.55)),
+        Case("at_the_threshold", _at_the_threshold),
         Case("awkward", _awkward),
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
         Case("blocks", lambda g: _scene(g, 2, 1100, 150, 90, "gaussian"), BLOCKS),
+        Case("blocks_agnostic", lambda g: _scene(g, 1, 4500, 50, 0, "linear"), BLOCKS),
         Case("blocks_hard", lambda g: _scene(g, 2, 1100, 150, 90, "hard"), BLOCKS),
         _real("d0", 512),
         _real("d0_all", 512, max_det=5000),

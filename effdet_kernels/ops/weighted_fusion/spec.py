@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.bound import envelope
-from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, normal
+from effdet_kernels.ops._cases import ACTS, BENCH, BLOCKS, FAR, GPU, mutant, nbytes, normal
 from effdet_kernels.ops.weighted_fusion import op, reference
 from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
 from effdet_kernels.spec import Case, Inputs, OpSpec
@@ -23,6 +23,7 @@ def _case(
     channels: int = 3,
     weight: Sequence[float] = (0.9, 1.4, 0.3),
     offset: float = 0.0,
+    std: float = 1.0,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
     **options: Any,
@@ -31,7 +32,7 @@ def _case(
 
     def make(g) -> Inputs:
         arguments = {
-            "x": [normal(g, batch, channels, *size) + offset for *size, _ in maps],
+            "x": [normal(g, batch, channels, *size, std=std) + offset for *size, _ in maps],
             "weight": torch.tensor(weight[: len(maps)], dtype=torch.float64),
             "method": "fastattn",
             "resample": [how for *_, how in maps],
@@ -145,6 +146,18 @@ SPEC = OpSpec(
         _case("negative_weight", *[(3, 3, "identity")] * 3, weight=(0.7, -0.4, 0.2)),
         _case("small_weights", *[(3, 3, "identity")] * 2, weight=(2e-4, 5e-5)),
         _case("one_pixel", (1, 1, "nearest"), (2, 2, "max"), pool_padding=_EVEN),
+        _case("nearest_any_ratio", (7, 5, "identity"), (3, 2, "nearest"), (2, 7, "nearest")),
+        _case("pool_uncovered", (2, 3, "identity"), (6, 8, "max")),
+        _case("pool_twice_padded", (4, 3, "identity"), (6, 4, "max"), pool_padding=(2, 2, 2, 2)),
+        _case(
+            "bilinear_and_max",
+            (3, 4, "identity"),
+            (5, 8, "max"),
+            (2, 2, "bilinear"),
+            pool_padding=(0, 1, 1, 1),
+        ),
+        _case("large_weights", *[(2, 3, "identity")] * 3, method="attn", weight=(90, 100, 95)),
+        *[_case(f"far_{act}", *[(3, 4, "identity")] * 2, act=act, std=FAR) for act in ACTS],
         _case("one_map", (2, 3, "identity"), batch=1, act="hard_swish"),
         _case("no_images", (2, 2, "identity"), (4, 4, "max"), pool_padding=_EVEN, batch=0),
         _case(
@@ -162,7 +175,6 @@ SPEC = OpSpec(
             (10, 19, "bilinear"),
             channels=77,
             method="attn",
-            batch=1,
             tags=BLOCKS,
         ),
         _top_down("d0_top_down", 64, channels=64, batch=1),
