@@ -92,7 +92,8 @@ class OpSpec:
             repeats = case.times if name in self.batched else 1
 
             def place(t: Tensor) -> Tensor:
-                t = t.to(device, target) if t.is_floating_point() else t.to(device)
+                # A copy: a case may hand out the same tensor at every draw.
+                t = t.to(device, target if t.is_floating_point() else t.dtype, copy=True)
                 return t.repeat(repeats, *[1] * (t.dim() - 1)) if repeats > 1 else t
 
             return place

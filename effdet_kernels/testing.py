@@ -312,19 +312,20 @@ def _refuse_differences(runs: Sequence[Sequence[Tensor]], what: str) -> None:
 def check_nonfinite(
     spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
 ) -> float:
-    """Worst error over the bound with a NaN and infinities among the inputs, one argument at a time.
+    """Worst error over the bound with a NaN and infinities among the inputs, one tensor at a time.
 
     An output must be finite exactly where the reference's is.
     """
     worst = 0.0
     for name in spec.nonfinite:
-        inputs = spec.inputs(case, dtype, device)
-        for i, tensor in enumerate(t for t in as_list(inputs[name]) if t.numel()):
-            flat = tensor.view(-1)
+        for i in range(len(as_list(spec.inputs(case, dtype, device)[name]))):
+            inputs = spec.inputs(case, dtype, device)
+            flat = as_list(inputs[name])[i].view(-1)
+            if not flat.numel():
+                continue
             for j, value in enumerate(_NONFINITE):
                 flat[(i + j * max(1, flat.numel() // 3)) % flat.numel()] = value
             worst = max(worst, spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype))
-            inputs = spec.inputs(case, dtype, device)
     return worst
 
 

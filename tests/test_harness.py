@@ -154,6 +154,20 @@ def gradient_failures(change):
         return suite.run_check("gradient", subject).failures
 
 
+def test_nan_is_put_into_every_map_of_a_list():
+    seen = []
+    spec = next(s for s in iter_specs() if s.name == "weighted_fusion")
+
+    def watched(**inputs):
+        seen.append([bool(t.isnan().any()) for t in inputs["x"]])
+        return spec.op(**inputs)
+
+    case = next(c for c in spec.cases if c.name == "three")
+    watching = dataclasses.replace(spec, op=watched, nonfinite=("x",))
+    assert testing.check_nonfinite(watching, case, torch.float32, "reference") <= 1
+    assert seen == [[True, False, False], [False, True, False], [False, False, True]]
+
+
 def test_the_right_backward_passes():
     assert gradient_failures(lambda found, grads, needs: found) == []
 
