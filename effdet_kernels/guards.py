@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import unittest.mock
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,21 +65,21 @@ def sliced(tensor: Tensor) -> Tensor:
     return roomy[tuple(steps)].copy_(tensor)
 
 
-def mixed(tensor: Tensor) -> Tensor:
-    """One of three layouts, drawn by the first value: tensors of a call need not lie alike."""
-    first = float(tensor.flatten()[0]) if tensor.numel() else 0.0
-    draw = int(abs(first) * 2**16) if math.isfinite(first) else 0
-    return (contiguous, channels_last, narrowed)[draw % 3](tensor)
+def mixed(tensor: Tensor, turn: int = 1) -> Tensor:
+    """One of three layouts, drawn by all values: tensors of a call need not lie alike. ``turn``: another draw."""
+    total = float(tensor.double().nan_to_num(0, 0, 0).abs().sum())
+    return (contiguous, channels_last, narrowed)[int(total * 2**16) // turn % 3](tensor)
 
 
 # Each returns the same values in other memory.
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": contiguous,
     "channels_last": channels_last,
     "unaligned": unaligned,
     "narrowed": narrowed,
     "sliced": sliced,
     "mixed": mixed,
+    "mixed_again": functools.partial(mixed, turn=3),
 }
 
 

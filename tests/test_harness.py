@@ -88,7 +88,7 @@ def test_layouts_are_what_they_say():
     layouts = {name: layout(tensor) for name, layout in guards.LAYOUTS.items()}
     dense = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     dense["unaligned"] = torch.channels_last
-    del layouts["mixed"]  # one of the others
+    del layouts["mixed"], layouts["mixed_again"]  # one of the others
     for name, view in layouts.items():
         formats = (torch.contiguous_format, torch.channels_last)
         found = [f for f in formats if view.is_contiguous(memory_format=f)]
@@ -170,6 +170,22 @@ def test_nan_is_put_into_every_map_of_a_list():
 
 def test_the_right_backward_passes():
     assert gradient_failures(lambda found, grads, needs: found) == []
+
+
+def test_a_backward_that_reads_the_gradient_in_the_layout_of_the_input_is_caught():
+    op = _library.OPS["pointwise_conv"]
+    right = op.backwards["reference"]
+
+    def careless(grads, x, *rest):
+        last = torch.channels_last
+        alike = x.is_contiguous(memory_format=last) == grads[0].is_contiguous(memory_format=last)
+        return [g if alike else g * 0 for g in right(grads, x, *rest)]
+
+    spec = next(s for s in iter_specs() if s.name == "pointwise_conv")
+    with unittest.mock.patch.dict(op.backwards, {"reference": careless}):
+        subject = suite.Subject(spec, "reference", torch.float32, "cpu")
+        failures = suite.run_check("gradient", subject).failures
+    assert any("mixed" in failure for failure in failures)
 
 
 def test_a_backward_that_mixes_up_which_gradients_are_wanted_is_caught():
