@@ -359,9 +359,10 @@ def define(
         schema: ``name(Tensor x, ...) -> Tensor`` without the namespace; no defaults (the public function has them).
         out_spec: called with the op's arguments; the specifications of its outputs, flat.
         impls: backend name to function; ``"reference"`` must be there. All take the op's arguments, positionally.
-        backwards: backend name to backward; all take ``(grads, *arguments, needs)``: a gradient or None per output, the
-            op's arguments, and a flag per tensor among the differentiable ones. They return a gradient per set flag, in
-            order. Where none is given the reference is recomputed under autograd.
+        backwards: backend name to backward; all take ``(grads, *arguments, needs)``: a gradient per output (autograd
+            hands zeros for one that no loss depends on), the op's arguments, and a flag per tensor among the
+            differentiable ones. They return a gradient per set flag, in order. Where none is given the reference is
+            recomputed under autograd.
         differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
         nondifferentiable_outputs: positions of outputs without gradient.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.

@@ -159,6 +159,7 @@ SPEC = OpSpec(
         _case("one_pixel", 2, 3, 1, 1, squeeze=True),
         _case("shift_only", 1, 3, 4, 5, act="relu", scale=None),
         _case("uneven_padding", 3, 3, 5, 4, padding=(2, 0, 1, 3)),
+        _case("stride3", 2, 3, 11, 10, stride=3, squeeze=True),
         _case("9x9", 2, 3, 6, 11, k=9, padding=(4, 4, 4, 4)),
         *[_case(f"far_{act}", 1, 3, 4, 5, act=act, std=FAR) for act in ACTS],
         _case("5x5_two_pixels", 1, 3, 1, 2, k=5, padding=(2, 2, 2, 2)),

@@ -25,6 +25,8 @@ def _case(
     positives: float = 0.2,
     spread: float = 2.0,
     forced: int = 0,
+    stray: bool = False,
+    ignored_last: bool = False,
     tags: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Case:
@@ -38,12 +40,15 @@ def _case(
         for size in sizes:
             shape = (batch, *size, per_location)
             hit = uniform(g, *shape) < positives
+            hit[-1:, -1, -1, -1] = positives > 0  # where a kernel's last block ends
             ignored = uniform(g, *shape) < 0.1
             label = torch.randint(classes, shape, generator=g)
             cls_targets.append(torch.where(hit, label, torch.where(ignored, -2, -1)))
             code = normal(g, *shape, 4, std=0.3) * (uniform(g, *shape, 4) > 0.2)
-            box_targets.append((code * hit[..., None]).flatten(-2))
+            box_targets.append((code * (hit[..., None] | stray)).flatten(-2))
             count += hit.sum((1, 2, 3)) + forced
+        if ignored_last:
+            cls_targets[-1].fill_(-2)
         arguments = {
             "cls_outputs": [
                 normal(g, batch, per_location * classes, *hw, std=spread) for hw in sizes
@@ -163,6 +168,7 @@ SPEC = OpSpec(
         _case("extreme_logits", [(2, 2)], spread=200.0, gamma=0.5),
         _case("no_positives", [(2, 2), (1, 2)], positives=0.0),
         _case("four_levels", [(4, 5), (3, 2), (2, 2), (1, 1)], forced=3),
+        _case("stray_boxes", [(3, 2), (1, 1)], stray=True, ignored_last=True),
         _case("no_images", [(2, 2)], batch=0),
         _case("one_pixel", [(1, 1)], batch=1, positives=0.5),
         _case("blocks", [(17, 19), (9, 10)], classes=19, per_location=9, tags=BLOCKS),

@@ -77,25 +77,44 @@ def _rivals(_generator: torch.Generator) -> Inputs:
     grid = torch.arange(0, 64, 16, dtype=torch.float64)
     corner = torch.cartesian_prod(grid, grid)
     anchors = torch.cat([corner, corner + 16], 1)
-    half = torch.tensor([[16, 16, 32, 24]], dtype=torch.float64)  # IoU with an anchor: exactly 0.5
+    half = torch.tensor([[16, 16, 32, 24]], dtype=torch.float64)  # of an anchor
     anchors = torch.cat([anchors, half])
     boxes = [[4, 4, 12, 12], [8, 0, 24, 16], [16, 16, 32, 32], [17, 16, 33, 32], [16, 17, 32, 33],
-             [16, 16, 32, 24], [200, 200, 220, 220], [40, 40, 40, 48], [34, 34, 46, 46]]  # fmt: skip
+             [16, 16, 32, 24], [200, 200, 220, 220], [40, 40, 40, 48], [34, 34, 46, 46],
+             [48, 16, 64, 48], [48, 16, 64, 48]]  # fmt: skip
     return {
-        "gt_boxes": torch.tensor([boxes, boxes[::-1]], dtype=torch.float64),
-        "gt_classes": torch.tensor([[1, 2, 3, 4, 5, 9, 6, 7, 8], [1, -1, 3, 4, 5, 9, 6, -1, 8]]),
+        "gt_boxes": torch.tensor([boxes, boxes[::-1], boxes], dtype=torch.float64),
+        "gt_classes": torch.tensor(
+            [
+                [1, 2, 3, 4, 5, 9, 6, 7, 8, 10, 11],
+                [11, 10, 1, -1, 3, 4, 5, 9, 6, -1, 8],
+                [300, 1, 0, -2, -2, -1, -1, -1, -2, 200, 1],
+            ]
+        ),
         "anchors": anchors,
         "match_threshold": 0.5,
     }
 
 
+def _nan_padding(generator: torch.Generator) -> Inputs:
+    """What a padding box holds does not matter; the last of many boxes does."""
+    corner = uniform(generator, 40, 2, low=-8, high=960)
+    inputs = _labels(generator, torch.cat([corner, corner + 24], 1), 2, 130, 0.9, 0.5)
+    inputs["gt_classes"][:, -1] = 7
+    inputs["gt_boxes"][:, -1] = torch.tensor([990.0, 990, 999, 999])
+    inputs["anchors"] = torch.cat([inputs["anchors"], inputs["gt_boxes"][0, -1:]])
+    absent = (inputs["gt_classes"] < 0)[..., None]
+    return {**inputs, "gt_boxes": inputs["gt_boxes"].masked_fill(absent, torch.nan)}
+
+
 def _rivals_blocks(generator: torch.Generator) -> Inputs:
     """The same with every anchor and every box many times over: rivals of equal IoU are far apart."""
     inputs = _rivals(generator)
+    classes = inputs["gt_classes"].repeat(1, 12)
     return {
         **inputs,
         "gt_boxes": inputs["gt_boxes"].repeat(1, 12, 1),
-        "gt_classes": inputs["gt_classes"].repeat(1, 12),
+        "gt_classes": torch.where(classes > 0, torch.arange(1, classes.shape[1] + 1), classes),
         "anchors": inputs["anchors"].repeat(90, 1),
     }
 
@@ -137,6 +156,7 @@ SPEC = OpSpec(
         _case("one", 1, 1, 1, padding=0.0),
         _case("no_images", 0, 2, 5),
         Case("rivals", _rivals),
+        Case("nan_padding", _nan_padding),
         Case("rivals_blocks", _rivals_blocks, BLOCKS),
         _case("blocks", 3, 37, 2999, tags=BLOCKS),
         _real("d0", 512, batch=1, padding=0.0),
@@ -151,7 +171,13 @@ SPEC = OpSpec(
         "threshold 0.6": mutant(
             _reference, lambda a: {"match_threshold": a["match_threshold"] + 0.1}
         ),
-        "padding used": mutant(_reference, lambda a: {"gt_classes": a["gt_classes"].abs()}),
+        "padding used": mutant(
+            _reference,
+            lambda a: {
+                "gt_classes": a["gt_classes"].abs(),
+                "gt_boxes": a["gt_boxes"].nan_to_num(-1),
+            },
+        ),
         "classes stay 1-based": _with_matches(
             lambda c, b, n: (torch.where(c >= 0, c + 1, c), b, n)
         ),

@@ -82,7 +82,7 @@ def _shifted(inputs: Inputs) -> Inputs:
 
 def _at_the_threshold(generator: torch.Generator) -> Inputs:
     """Overlaps of exactly the threshold, which do not suppress; of what does and what ties, all in float32's reach."""
-    inputs = _scene(generator, 1, 6, 6, 0, "hard", iou_threshold=0.25)
+    inputs = _scene(generator, 1, 6, 6, 0, "hard", iou_threshold=0.25, score_threshold=0.5)
     boxes = [
         [0, 0, 16, 16],
         [0, 0, 16, 4],
@@ -94,6 +94,12 @@ def _at_the_threshold(generator: torch.Generator) -> Inputs:
     inputs["boxes"] = torch.tensor([boxes], dtype=torch.float64)
     inputs["scores"] = torch.tensor([[0.9, 0.75, 0.5, 0.75, 0.75, 0.5]], dtype=torch.float64)
     return inputs
+
+
+def _negative_classes(generator: torch.Generator) -> Inputs:
+    inputs = _scene(generator, 1, 67, 60, 4, "gaussian")
+    names = torch.tensor([-1, 0, 1 << 32, (1 << 40) + 1])
+    return {**inputs, "classes": names[inputs["classes"]]}
 
 
 def compare(inputs: Inputs, outputs: Sequence[Tensor], dtype: torch.dtype) -> float:
@@ -140,7 +146,8 @@ def _replay(
             return math.inf
         if bool((scores[:pick] == scores[pick])[current[:pick] == current[pick]].any()):
             return math.inf  # an equal candidate with a lower index was passed over
-        if not current[pick] > threshold - slack * abs(threshold):
+        decayed = current[pick] != scores[pick]  # an undecayed score is exact
+        if not current[pick] > threshold - (slack * abs(threshold) if decayed else 0):
             return math.inf
         worst = max(worst, ratio(score[step], current[pick], slack * current[pick].abs()))
         iou = reference._iou(boxes[pick], boxes)
@@ -229,6 +236,7 @@ SPEC = OpSpec(
         Case("looser", lambda g: _scene(g, 2, 67, 80, 2, "hard", iou_threshold=0.55)),
         Case("at_the_threshold", _at_the_threshold),
         Case("awkward", _awkward),
+        Case("negative_classes", _negative_classes),
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
