@@ -1,6 +1,11 @@
-"""The only importer of the compiled module ``_C``: its absence with the reason, dtype codes, status codes."""
+"""The only importer of the compiled module ``_C``: its absence with the reason, how kernels are called, dtype codes."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch  # before _C: the loader then resolves libgomp to torch's copy, so that there is one thread pool
 
@@ -15,7 +20,12 @@ except ImportError as error:
 else:
     REASON = None
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish", "leaky_relu", "mish")  # by code
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # by code
+MAX_KERNEL = 15  # side of a convolution's kernel that ``_C`` takes
+Launch = tuple[str, dict[str, Any]]
+_recorder: ContextVar[list[Launch] | None] = ContextVar("effdet_kernels_recorder", default=None)
 _STATUS = {
     1: "a pointer is null or misaligned",
     2: "a size is negative or too large",
@@ -45,3 +55,57 @@ def check(status: int, op: str) -> None:
 def module():
     """The compiled module; only called where REASON is None."""
     return _C
+
+
+def launch(name: str, **fields: Any) -> None:
+    """Runs kernel ``name`` of ``_C`` on torch's number of threads; ``fields`` are its parameters by name.
+
+    Tensors among the fields (in lists, tuples and dicts too) go as addresses. Inside ``recorded`` the call is noted
+    and does not run.
+    """
+    launches = _recorder.get()
+    if launches is not None:
+        launches.append((name, fields))
+        return
+    kernel = getattr(_C, f"{name}_cpu")
+    check(kernel(resolved(fields, torch.Tensor.data_ptr), torch.get_num_threads()), name)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, kernels called by this thread do not run: their names and fields go to the list."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def resolved(value: Any, address_of: Callable[[torch.Tensor], int]) -> Any:
+    """``value`` with every tensor in it replaced by its address."""
+    if isinstance(value, torch.Tensor):
+        return address_of(value)
+    if isinstance(value, dict):
+        return {key: resolved(item, address_of) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(resolved(item, address_of) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Inside, the C++ kernels of this process use instruction set ``name``, one of ``ISAS``.
+
+    Raises:
+        ValueError: no such set, or this CPU or build lacks it.
+    """
+    if name not in ISAS or REASON is not None:
+        raise ValueError(f"use_isa: got {name!r}, takes one of {', '.join(ISAS)}; {REASON or ''}")
+    before = _C.isa()
+    if not _C.set_isa(ISAS.index(name)):
+        raise ValueError(f"use_isa: this CPU or this build lacks {name}")
+    try:
+        yield
+    finally:
+        _C.set_isa(before)

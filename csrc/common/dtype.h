@@ -1,8 +1,16 @@
 // Dtype codes shared with effdet_kernels/_native.py.
 #pragma once
 
+#include <cstdint>
+
 namespace effdet {
 
-enum Dtype : int { kFloat32 = 0, kFloat64 = 1 };
+enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline std::int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace effdet

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _library
+from effdet_kernels import _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.depthwise_conv import reference
+from effdet_kernels.ops.expand_depthwise.op import launch
 
 
 def depthwise_conv(
@@ -74,11 +75,18 @@ def _out_spec(x, weight, scale, shift, stride, padding, act, squeeze) -> list[Te
     return [y, sums] if squeeze else [y]
 
 
+def _run_cpu(*args) -> list[Tensor]:
+    x, weight, scale, shift, stride, padding, act, _ = _cpu.widened(args)
+    if weight.shape[2] > _native.MAX_KERNEL:
+        return reference.depthwise_conv(*args)
+    return launch(_out_spec(*args), x, {}, weight, scale, shift, stride, padding, act)
+
+
 _depthwise_conv = _library.define(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
     " SymInt[] padding, str act, bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"reference": reference.depthwise_conv},
+    impls={"cpu": _run_cpu, "reference": reference.depthwise_conv},
     differentiable=("x", "weight", "scale", "shift"),
     autocast=("x", "weight"),
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from effdet_kernels import _library
+from effdet_kernels import _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.expand_depthwise import reference
 
@@ -110,12 +112,79 @@ def _out_spec(
     return [y, sums] if squeeze else [y]
 
 
+def _run_cpu(*args) -> list[Tensor]:
+    specs = _out_spec(*args)
+    x, expand_weight, expand_scale, expand_shift, *rest = _cpu.widened(args)
+    if rest[0].shape[2] > _native.MAX_KERNEL:
+        return reference.expand_depthwise(*args)
+    expansion = {
+        "expand_weights": _cpu.pack_dense(expand_weight),
+        "expand_act": _cpu.act_code(rest[5]),
+    }
+    vectors = _cpu.affine(expand_scale, expand_shift, expand_weight.shape[0], x.dtype)
+    expansion["expand_scale"], expansion["expand_shift"] = vectors
+    raw = rest[1] is None and rest[2] is None
+    return launch(specs, x, expansion, *rest[:5], "none" if raw else rest[5])
+
+
+def launch(
+    specs: list[TensorSpec],
+    x: Tensor,
+    expansion: dict[str, Any],
+    dw_weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+) -> list[Tensor]:
+    """Runs the C++ kernel of this op and of ``depthwise_conv``, whose ``expansion`` is empty."""
+    outputs = _cpu.allocate(specs, x.dtype)
+    if x.shape[0] == 0:
+        return outputs
+    y, *sums = outputs
+    batch, channels, out_height, out_width = y.shape
+    fields: dict[str, Any] = {
+        "expand_weights": None,
+        "expand_act": 0,
+        "scale": None,
+        "row_sums": None,
+    }
+    if scale is not None or shift is not None:
+        fields["scale"], fields["shift"] = _cpu.affine(scale, shift, channels, x.dtype)
+    if sums:
+        rows = torch.empty(batch, out_height, channels, dtype=sums[0].dtype)
+        fields.update(row_sums=rows, sums=sums[0])
+    x = _cpu.channels_inner(x)
+    left, _, top, _ = padding
+    fields.update(expansion)
+    _native.launch(
+        "expand_depthwise",
+        dtype=_cpu.code(x.dtype),
+        act=_cpu.act_code(act),
+        batch=batch,
+        in_channels=x.shape[1],
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        kernel=dw_weight.shape[2],
+        stride=stride,
+        left=left,
+        top=top,
+        x=_cpu.map_fields(x),
+        weights=_cpu.pack_depthwise(dw_weight),
+        y=y,
+        **fields,
+    )
+    return outputs
+
+
 _expand_depthwise = _library.define(
     "expand_depthwise(Tensor x, Tensor expand_weight, Tensor expand_scale, Tensor expand_shift,"
     " Tensor dw_weight, Tensor? scale, Tensor? shift, SymInt stride, SymInt[] padding, str act,"
     " bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"reference": reference.expand_depthwise},
+    impls={"cpu": _run_cpu, "reference": reference.expand_depthwise},
     differentiable=(
         "x",
         "expand_weight",

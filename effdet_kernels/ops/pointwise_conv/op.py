@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.pointwise_conv import reference
 
 
@@ -67,11 +68,44 @@ def _out_spec(x, weight, *_) -> list[TensorSpec]:
     return [_library.nchw((batch, weight.shape[0], height, width), x)]
 
 
+def _run_cpu(*args) -> Tensor:
+    x, weight, scale, shift, gate, residual, act = _cpu.widened(args)
+    (y,) = _cpu.allocate(_out_spec(*args), x.dtype)
+    out_channels, channels = weight.shape[:2]
+    if x.shape[0] == 0:
+        return y
+    x = _cpu.pixels_inner(x)
+    residual = None if residual is None else _cpu.pixels_inner(residual)
+    gate = None if gate is None else gate.to(accumulation_dtype(x.dtype)).contiguous()
+    scale, shift = _cpu.affine(scale, shift, out_channels, x.dtype)
+    _native.launch(
+        "pointwise_conv",
+        dtype=_cpu.code(x.dtype),
+        act=_cpu.act_code(act),
+        batch=x.shape[0],
+        pixels=x.shape[2] * x.shape[3],
+        in_channels=channels,
+        out_channels=out_channels,
+        x=x,
+        x_batch_stride=x.stride(0),
+        x_pixel_stride=_cpu.pixel_stride(x),
+        weights=_cpu.pack_dense(weight),
+        scale=scale,
+        shift=shift,
+        gate=gate,
+        residual=residual,
+        residual_batch_stride=0 if residual is None else residual.stride(0),
+        residual_pixel_stride=0 if residual is None else _cpu.pixel_stride(residual),
+        y=y,
+    )
+    return y
+
+
 _pointwise_conv = _library.define(
     "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? residual, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"reference": reference.pointwise_conv},
+    impls={"cpu": _run_cpu, "reference": reference.pointwise_conv},
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
     autocast=("x", "weight", "gate", "residual"),
 )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops.separable_conv import reference
-from effdet_kernels.ops.weighted_fusion.op import check_fusion
+from effdet_kernels.ops.weighted_fusion.op import check_fusion, fusion_fields
 
 
 def separable_conv(
@@ -151,12 +151,72 @@ def _reference(
     )  # fmt: skip
 
 
+_MAX_OUTPUTS = 12  # of one launch
+_AS_IT_IS = {"resample": [0], "shares": None, "pool_left": 0, "pool_top": 0}
+
+
+def _run_cpu(*args) -> list[Tensor]:
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how = _cpu.widened(
+        args
+    )
+    if max(weight.shape[2] for weight in dw_weight) > _native.MAX_KERNEL:
+        return _reference(*args)
+    dtype = x[0].dtype
+    y = _cpu.allocate(_out_spec(*args), dtype)
+    if x[0].shape[0] == 0:
+        return y
+    maps = [_cpu.map_fields(_cpu.channels_inner(level)) for level in x]
+    fusion = _AS_IT_IS
+    if method != "none":
+        fusion = fusion_fields(fusion_weight, method, how[0], how[2], dtype)
+    levels = len(y) // len(dw_weight)
+    packed = [
+        {
+            "dw_weights": _cpu.pack_depthwise(dw),
+            "pw_weights": _cpu.pack_dense(pw),
+            "kernel": dw.shape[2],
+        }
+        for dw, pw in zip(dw_weight, pw_weight, strict=True)
+    ]
+    outputs = []
+    for i, out in enumerate(y):
+        width = out.shape[1]
+        vectors = _cpu.affine(
+            scale[i] if scale else None, shift[i] if shift else None, width, dtype
+        )
+        outputs.append(
+            {
+                "dtype": _cpu.code(dtype),
+                "x": maps if method != "none" else [maps[i % len(maps)]],
+                "y": out,
+                "height": out.shape[2],
+                "width": out.shape[3],
+                "out_channels": width,
+                "scale": vectors[0],
+                "shift": vectors[1],
+                **packed[i // levels],
+            }
+        )
+    for first in range(0, len(y), _MAX_OUTPUTS):
+        _native.launch(
+            "separable_conv",
+            dtype=_cpu.code(dtype),
+            pre_act=_cpu.act_code(pre_act),
+            act=_cpu.act_code(act),
+            batch=x[0].shape[0],
+            channels=x[0].shape[1],
+            outputs=outputs[first : first + _MAX_OUTPUTS],
+            **fusion,
+        )
+    return y
+
+
 _separable_conv = _library.define(
     "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale,"
     " Tensor[] shift, str pre_act, str act, str method, Tensor? fusion_weight, str resample,"
     " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"reference": _reference},
+    impls={"cpu": _run_cpu, "reference": _reference},
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     autocast=("x", "dw_weight", "pw_weight"),
 )

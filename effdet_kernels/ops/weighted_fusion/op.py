@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.weighted_fusion import reference
 
 METHODS = ("fastattn", "attn", "sum")
@@ -130,12 +133,61 @@ def _reference(x, weight, method, resample, size, pool_padding, act) -> Tensor:
     return reference.weighted_fusion(x, weight, method, names, size, pool_padding, act)
 
 
+def shares(weight: Tensor | None, method: str, count: int, dtype: torch.dtype) -> Tensor:
+    """The normalised weights a_i [count], in the accumulation dtype of maps of ``dtype``."""
+    accumulator = accumulation_dtype(dtype)
+    if weight is None:
+        return torch.ones(count, dtype=accumulator)
+    weight = weight.to(accumulator)
+    if method == "attn":
+        return weight.softmax(0)
+    weight = weight.relu()
+    return weight / (weight.sum() + reference.FASTATTN_EPS)
+
+
+def fusion_fields(
+    weight: Tensor | None,
+    method: str,
+    resample: str,
+    pool_padding: Sequence[int],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """How a C++ kernel fuses maps of ``dtype``."""
+    codes = [RESAMPLE.index(name) for name in resample.split(",")]
+    return {
+        "resample": codes,
+        "shares": shares(weight, method, len(codes), dtype),
+        "pool_left": pool_padding[0],
+        "pool_top": pool_padding[2],
+    }
+
+
+def _run_cpu(*args) -> Tensor:
+    x, weight, method, resample, size, pool_padding, act = _cpu.widened(args)
+    (y,) = _cpu.allocate(_out_spec(*args), x[0].dtype)
+    if y.shape[0] == 0:
+        return y
+    _native.launch(
+        "weighted_fusion",
+        dtype=_cpu.code(y.dtype),
+        act=_cpu.act_code(act),
+        batch=y.shape[0],
+        channels=y.shape[1],
+        height=size[0],
+        width=size[1],
+        x=[_cpu.map_fields(_cpu.channels_inner(level)) for level in x],
+        y=y,
+        **fusion_fields(weight, method, resample, pool_padding, y.dtype),
+    )
+    return y
+
+
 # `resample` is one string, names joined by commas: torch.jit.trace cannot record a list of strings.
 _weighted_fusion = _library.define(
     "weighted_fusion(Tensor[] x, Tensor? weight, str method, str resample, SymInt[] size,"
     " SymInt[] pool_padding, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"reference": _reference},
+    impls={"cpu": _run_cpu, "reference": _reference},
     differentiable=("x", "weight"),
     autocast=("x",),
 )

@@ -1,0 +1,101 @@
+// Activations on vectors: those of effdet_kernels/ops/_activations.py.
+#pragma once
+
+#include "cpu/activation_codes.h"
+#include "cpu/simd.h"
+
+namespace effdet {
+namespace EFFDET_ISA {
+
+// e^x for x in [-87, 88]. Cody and Waite's reduction to |r| <= ln(2)/2, a polynomial of degree 7 (Cephes' expf).
+EFFDET_INLINE Vec<float> exponential(Vec<float> x) {
+  const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec<float> t = x * 1.44269504088896341f + kMagic;
+  const Vec<float> n = t - kMagic;
+  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return bit_cast<Vec<float>>(bit_cast<VecI>(p) + (bit_cast<VecI>(t) << 23));
+}
+EFFDET_INLINE Vec<double> exponential(Vec<double> x) {
+  Vec<double> y{};
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+
+template <typename V>
+EFFDET_INLINE V lower(V x, V bound) {
+  return x < bound ? bound : x;  // a NaN stays
+}
+template <typename V>
+EFFDET_INLINE V upper(V x, V bound) {
+  return x > bound ? bound : x;
+}
+
+template <typename T>
+struct Exponents;  // where e^x neither overflows nor leaves the normal numbers
+template <>
+struct Exponents<float> {
+  static constexpr float kLargest = 87.0f;
+};
+template <>
+struct Exponents<double> {
+  static constexpr double kLargest = 700.0;
+};
+
+// 1 / (1 + e^-x), 0 below the range of e^-x, where it is less than the smallest normal number or so.
+template <typename T>
+EFFDET_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> most_ = splat<T>(Exponents<T>::kLargest);
+  const Vec<T> e = exponential(upper(lower(-x, -most_), most_));
+  const Vec<T> s = reciprocal(e + T(1));
+  return x < -most_ ? Vec<T>{} : s;
+}
+
+// x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2); the ratio is 1 to rounding above 20 (fp64: 40).
+template <typename T>
+EFFDET_INLINE Vec<T> mish(Vec<T> x) {
+  const Vec<T> most_ = splat<T>(Exponents<T>::kLargest);
+  const Vec<T> e = exponential(upper(lower(x, -most_), splat<T>(T(sizeof(T) == 4 ? 20 : 40))));
+  const Vec<T> n = e * (e + T(2));
+  const Vec<T> ratio = n / (n + T(2));
+  return x * (x < -most_ ? Vec<T>{} : ratio);
+}
+
+template <typename T>
+EFFDET_INLINE Vec<T> swish(Vec<T> x) {
+  return x * sigmoid<T>(x);
+}
+
+// Those besides none and swish, which callers have inline.
+template <typename T>
+__attribute__((noinline)) Vec<T> other_activation(Vec<T> x, int act) {
+  const Vec<T> zero{};
+  switch (act) {
+    case kRelu:
+      return lower(x, zero);
+    case kRelu6:
+      return upper(lower(x, zero), splat<T>(6));
+    case kHardSwish:
+      return x * upper(lower(x + T(3), zero), splat<T>(6)) / T(6);
+    case kLeakyRelu:
+      return x < zero ? x * T(0.01) : x;
+    case kMish:
+      return mish<T>(x);
+  }
+  return x;
+}
+
+template <typename T>
+EFFDET_INLINE Vec<T> activate(Vec<T> x, int act) {
+  if (act == kNone) return x;
+  if (act == kSwish) return swish<T>(x);
+  return other_activation<T>(x, act);
+}
+
+}  // namespace EFFDET_ISA
+}  // namespace effdet

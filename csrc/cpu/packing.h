@@ -1,0 +1,36 @@
+// Weights in the order in which kernels read them (cpu/gemm.h, cpu/depthwise.h); done once in a plan, else per call.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace effdet {
+
+// A convolution's weight [out, in, kernel_rows, kernel_columns] of any strides, in elements.
+struct WeightParams {
+  const void* weight;
+  void* packed;
+  std::int64_t out, in, rows, columns;
+  std::int64_t out_stride, in_stride, row_stride, column_stride;
+  int dtype;
+};
+
+// A vector [count] in the accumulator's type of `dtype`, or all `fill`; padded with zeros to whole vectors.
+struct VectorParams {
+  const void* vector;  // or null
+  void* packed;
+  std::int64_t count, stride;
+  double fill;
+  int dtype;
+};
+
+// Bytes of a packed dense weight: `segments` kernel rows of `length` elements of k.
+EFFDET_PER_ISA(std::int64_t, packed_dense_bytes,
+               (int dtype, std::int64_t out, std::int64_t segments, std::int64_t length))
+EFFDET_PER_ISA(std::int64_t, packed_depthwise_bytes, (int dtype, std::int64_t channels, std::int64_t taps))
+EFFDET_PER_ISA(Status, pack_dense, (const WeightParams&))
+EFFDET_PER_ISA(Status, pack_depthwise, (const WeightParams&))
+EFFDET_PER_ISA(Status, pack_vector, (const VectorParams&))
+
+}  // namespace effdet

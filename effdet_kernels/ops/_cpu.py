@@ -1,0 +1,128 @@
+"""What the launchers of the C++ kernels share: maps, packed weights, BN vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _native
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops._activations import accumulation_dtype
+
+MapFields = tuple[Tensor, int, int, int, int, int]
+
+
+def widened(values: Sequence[Any]) -> list[Any]:
+    """``values`` with float16 tensors in float32, the only way in which kernels take them."""
+    return [
+        [v.float() if v.dtype == torch.float16 else v for v in value]
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
+        else value.float()
+        if isinstance(value, Tensor) and value.dtype == torch.float16
+        else value
+        for value in values
+    ]
+
+
+def code(dtype: torch.dtype) -> int:
+    return _native.DTYPE_CODES[dtype]
+
+
+def act_code(name: str) -> int:
+    return _native.ACTIVATIONS.index(name)
+
+
+def allocate(specs: Sequence[TensorSpec], dtype: torch.dtype) -> list[Tensor]:
+    """Memory for outputs; a map that the op rounds to float16 afterwards is of ``dtype`` here."""
+    return [
+        torch.empty(
+            spec.shape,
+            dtype=dtype if spec.dtype == torch.float16 else spec.dtype,
+            memory_format=spec.memory_format,
+        )
+        for spec in specs
+    ]
+
+
+def channels_inner(x: Tensor) -> Tensor:
+    """The map itself if its channels are next to each other, else a channels_last copy."""
+    if x.shape[1] == 1 or x.stride(1) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def map_fields(x: Tensor) -> MapFields:
+    """A map as kernels take it; x [B, C, H, W] as ``channels_inner`` gives it."""
+    return x, x.shape[2], x.shape[3], x.stride(0), x.stride(2), x.stride(3)
+
+
+def pixels_inner(x: Tensor) -> Tensor:
+    """The map itself if its pixels can be walked with one stride, else a channels_last copy."""
+    x = channels_inner(x)
+    rows_follow = x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
+    return x if rows_follow else x.contiguous(memory_format=torch.channels_last)
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements from one pixel to the next, in row-major order."""
+    return x.stride(3) if x.shape[3] > 1 or x.shape[2] == 1 else x.stride(2)
+
+
+def pack_dense(weight: Tensor) -> Tensor:
+    """A weight [O, C, k_h, k_w] in the order of csrc/cpu/gemm.h."""
+    out, channels, rows, columns = weight.shape
+    dtype = code(weight.dtype)
+    size = _native.module().packed_dense_bytes(dtype, out, rows, columns * channels)
+    return _packed("pack_dense", weight, size)
+
+
+def pack_depthwise(weight: Tensor) -> Tensor:
+    """A weight [C, 1, k, k] in the order of csrc/cpu/depthwise.h."""
+    channels, _, rows, columns = weight.shape
+    size = _native.module().packed_depthwise_bytes(code(weight.dtype), channels, rows * columns)
+    return _packed("pack_depthwise", weight, size)
+
+
+def _packed(function: str, weight: Tensor, size: int) -> Tensor:
+    packed = torch.empty(size, dtype=torch.uint8)
+    fields = {
+        "dtype": code(weight.dtype),
+        "out": weight.shape[0],
+        "in": weight.shape[1],
+        "rows": weight.shape[2],
+        "columns": weight.shape[3],
+        "out_stride": weight.stride(0),
+        "in_stride": weight.stride(1),
+        "row_stride": weight.stride(2),
+        "column_stride": weight.stride(3),
+        "weight": weight.data_ptr(),
+        "packed": packed.data_ptr(),
+    }
+    _native.check(getattr(_native.module(), function)(fields), function)
+    return packed
+
+
+def pack_vector(vector: Tensor | None, fill: float, count: int, dtype: torch.dtype) -> Tensor:
+    """``vector`` [count], or ``count`` times ``fill``, padded to whole vectors, for maps of ``dtype``."""
+    accumulator = accumulation_dtype(dtype)
+    packed = torch.empty(-(-count // 16) * 16, dtype=accumulator)
+    fields = {
+        "dtype": code(dtype),
+        "count": count,
+        "stride": 1 if vector is None else vector.stride(0),
+        "fill": fill,
+        "vector": None if vector is None else vector.to(accumulator).data_ptr(),
+        "packed": packed.data_ptr(),
+    }
+    _native.check(_native.module().pack_vector(fields), "pack_vector")
+    return packed
+
+
+def affine(
+    scale: Tensor | None, shift: Tensor | None, count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Packed scale and shift [count] of maps of ``dtype``; None: 1 and 0."""
+    return pack_vector(scale, 1.0, count, dtype), pack_vector(shift, 0.0, count, dtype)
