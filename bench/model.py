@@ -30,10 +30,12 @@ from effdet_kernels.spec import iter_specs
 
 NETWORK_OPS = (
     "batch_norm_act",
+    "dense_conv",
     "depthwise_conv",
     "expand_depthwise",
     "pointwise_conv",
     "separable_conv",
+    "squeeze_excite",
     "weighted_fusion",
 )
 _FUSION = "c2"  # the fusion model whose floor a row is compared with

@@ -25,6 +25,7 @@ from .layers import (
     SeparableConv2d,
     SequentialList,
 )
+from .plan import Plans
 
 __all__ = [
     "BiFpn",
@@ -74,6 +75,7 @@ class EfficientDet(nn.Module):
         self.fpn = BiFpn(self.config, get_feature_info(self.backbone))
         self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes)
         self.box_net = HeadNet(self.config, num_outputs=4)
+        self._plans = Plans()
         for name in ("fpn", "class_net", "box_net"):
             self._init_child(name, alternate_init)
 
@@ -131,8 +133,21 @@ class EfficientDet(nn.Module):
         """
         if x.ndim != 4:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, 3, H, W]")
+        planned = self._plans.run(self, self._network, x)
+        return self._network(x) if planned is None else planned
+
+    def _network(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         features = self.fpn(self.backbone(x))
         return self.class_net(features), self.box_net(features)
+
+    def refresh(self) -> None:
+        """Drop what was derived from the weights, after a change of them that torch does not count.
+
+        In eval mode on a CPU without gradients the network runs on packed copies of its weights. Optimizer steps,
+        `load_state_dict`, `to`, in-place operations and replaced modules are seen; writing through `.data`, numpy or
+        another alias is not.
+        """
+        self._plans.clear()
 
 
 def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:

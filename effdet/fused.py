@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from effdet_kernels import (
     batch_norm_act,
+    dense_conv,
     depthwise_conv,
     expand_depthwise,
     pointwise_conv,
@@ -73,6 +74,11 @@ def op_activation(act: nn.Module | None) -> tuple[str, nn.Module | None]:
     if name is None or (isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01):
         return "none", act
     return name, None
+
+
+def op_gate(gate: nn.Module) -> str | None:
+    """The name that the op `squeeze_excite` has for `gate`, or None."""
+    return {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}.get(type(gate))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -168,7 +174,13 @@ def dense(
     act: nn.Module | None,
     padding: Padding | None = None,
 ) -> Tensor:
-    """An ordinary convolution by torch; `padding` (left, right, top, bottom) goes before it."""
+    """`act(norm(conv(x)))`; `padding` (left, right, top, bottom) takes the place of the convolution's own.
+
+    Convolutions with groups, dilation or other rarities go to torch.
+    """
+    if _is_dense(conv):
+        pads = padding or (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
+        return _dense(x, conv, norm, act, cast("Padding", pads))
     if padding is not None:
         x = F.pad(x, padding)
     own = conv.padding if padding is None else 0
@@ -181,6 +193,25 @@ def dense(
     if not is_folded(norm):
         return norm_act(y, norm, act)
     return y if act is None else act(y)
+
+
+def _is_dense(conv: nn.Conv2d) -> bool:
+    """Whether the op `dense_conv` computes what `conv` does."""
+    square = conv.kernel_size[0] == conv.kernel_size[1] and conv.stride[0] == conv.stride[1]
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return square and plain and not isinstance(conv.padding, str)
+
+
+def _dense(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, act: nn.Module | None, padding: Padding
+) -> Tensor:
+    how: dict[str, Any] = {"stride": conv.stride[0], "padding": padding}
+    if not is_folded(norm):
+        shift = None if conv.bias is None else _stable(conv.bias)
+        return norm_act(dense_conv(x, conv.weight, shift=shift, **how), norm, act)
+    name, after = op_activation(act)
+    y = dense_conv(x, conv.weight, *fold(norm, conv.bias), act=name, **how)
+    return y if after is None else after(y)
 
 
 def pointwise(

@@ -3,6 +3,7 @@
 from effdet_kernels._dispatch import BackendError, use_backend
 from effdet_kernels.ops.batch_norm_act import batch_norm_act
 from effdet_kernels.ops.decode_topk import decode_topk
+from effdet_kernels.ops.dense_conv import dense_conv
 from effdet_kernels.ops.depthwise_conv import depthwise_conv
 from effdet_kernels.ops.detection_loss import detection_loss
 from effdet_kernels.ops.expand_depthwise import expand_depthwise
@@ -10,12 +11,14 @@ from effdet_kernels.ops.label_anchors import label_anchors
 from effdet_kernels.ops.pointwise_conv import pointwise_conv
 from effdet_kernels.ops.separable_conv import separable_conv
 from effdet_kernels.ops.soft_nms import soft_nms
+from effdet_kernels.ops.squeeze_excite import squeeze_excite
 from effdet_kernels.ops.weighted_fusion import weighted_fusion
 
 __all__ = [
     "BackendError",
     "batch_norm_act",
     "decode_topk",
+    "dense_conv",
     "depthwise_conv",
     "detection_loss",
     "expand_depthwise",
@@ -23,6 +26,7 @@ __all__ = [
     "pointwise_conv",
     "separable_conv",
     "soft_nms",
+    "squeeze_excite",
     "use_backend",
     "weighted_fusion",
 ]

@@ -57,6 +57,16 @@ def module():
     return _C
 
 
+class NotRecordableError(RuntimeError):
+    """A launcher copied a tensor, which a recording would not repeat."""
+
+
+def copied(what: str) -> None:
+    """Launchers call it when they copy an input; raises inside ``recorded``."""
+    if _recorder.get() is not None:
+        raise NotRecordableError(what)
+
+
 def launch(name: str, **fields: Any) -> None:
     """Runs kernel ``name`` of ``_C`` on torch's number of threads; ``fields`` are its parameters by name.
 

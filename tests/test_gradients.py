@@ -107,10 +107,12 @@ def test_ops_with_gradients_are_the_expected_ones():
     assert {spec.name for spec in SPECS} == {
         "batch_norm_act",
         "decode_topk",
+        "dense_conv",
         "depthwise_conv",
         "detection_loss",
         "expand_depthwise",
         "pointwise_conv",
         "separable_conv",
+        "squeeze_excite",
         "weighted_fusion",
     }

@@ -13,6 +13,7 @@ from effdet_kernels.spec import iter_specs
 OPS = {
     "batch_norm_act",
     "decode_topk",
+    "dense_conv",
     "depthwise_conv",
     "detection_loss",
     "expand_depthwise",
@@ -20,6 +21,7 @@ OPS = {
     "pointwise_conv",
     "separable_conv",
     "soft_nms",
+    "squeeze_excite",
     "weighted_fusion",
 }
 

@@ -25,6 +25,7 @@ SPECS = list(iter_specs())
 MODELS = ("d0", "d4", "d7")
 MIXED = {"batch_norm_act", "detection_loss"}  # one result of all images of a batch
 PRODUCTS = {
+    "dense_conv",
     "depthwise_conv",
     "expand_depthwise",
     "pointwise_conv",

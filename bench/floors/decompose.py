@@ -77,6 +77,20 @@ def _matrix_product(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> 
     tape.name(outputs[0], tape.step("fc", [x], outputs[0].numel(), arguments["mat2"].t()))
 
 
+def _dense_conv(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> None:
+    weight = arguments["weight"]
+    kind = "pointwise" if weight[0, 0].numel() == 1 else "dense"
+    y = tape.step(kind, [tape.operand(arguments["x"])], outputs[0].numel(), weight)
+    tape.name(outputs[0], _norm_act(tape, y, arguments["scale"] is not None, arguments["act"]))
+
+
+def _squeeze_excite(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> None:
+    reduce, expand = arguments["reduce_weight"], arguments["expand_weight"]
+    batch, channels = arguments["sums"].shape
+    hidden = tape.step("fc", [tape.operand(arguments["sums"])], batch * len(reduce), reduce)
+    tape.name(outputs[0], tape.step("fc", [hidden], batch * channels, expand))
+
+
 def _depthwise_conv(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> None:
     _depthwise(tape, tape.operand(arguments["x"]), arguments["weight"], arguments, outputs)
 
@@ -157,9 +171,11 @@ _OPS: dict[str, Rule] = {
     "aten::convolution": _convolution,
     "aten::addmm": _matrix_product,
     "aten::mm": _matrix_product,
+    "effdet_kernels::dense_conv": _dense_conv,
     "effdet_kernels::depthwise_conv": _depthwise_conv,
     "effdet_kernels::expand_depthwise": _expand_depthwise,
     "effdet_kernels::pointwise_conv": _pointwise_conv,
     "effdet_kernels::separable_conv": _separable_conv,
+    "effdet_kernels::squeeze_excite": _squeeze_excite,
     "effdet_kernels::weighted_fusion": _weighted_fusion,
 }

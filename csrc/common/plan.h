@@ -54,8 +54,12 @@ class Plan {
     return kOk;
   }
 
+  // One step, for measurements.
+  Status run_step(std::size_t step, const std::vector<std::uintptr_t>& bases, int threads) const {
+    return step < steps_.size() ? steps_[step](Bases(bases), threads) : kBadParameter;
+  }
+
   std::size_t size() const { return steps_.size(); }
-  const Step& step(std::size_t index) const { return steps_[index]; }
 
  private:
   std::vector<Step> steps_;

@@ -39,6 +39,11 @@ void bind_cpu(pybind11::module_& module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<>())
       .def("__len__", &Plan::size)
+      .def("run_step",
+           [](const Plan& plan, std::size_t step, const std::vector<std::uintptr_t>& bases, int threads) {
+             const py::gil_scoped_release released;
+             return static_cast<int>(plan.run_step(step, bases, threads));
+           })
       .def("run", [](const Plan& plan, const std::vector<std::uintptr_t>& bases, int threads) {
         const py::gil_scoped_release released;
         return static_cast<int>(plan.run(bases, threads));

@@ -32,7 +32,7 @@ ExpandDepthwiseParams read(const Fields& f) {
   p.shift = p.scale ? f.accumulators("shift") : nullptr;
   p.y = f.elements("y");
   p.row_sums = f.optional_accumulators("row_sums");
-  p.sums = p.row_sums ? f.accumulators("sums") : nullptr;
+  p.y_sums = p.row_sums ? f.accumulators("y_sums") : nullptr;
   return p;
 }
 

@@ -89,7 +89,7 @@ void strip(const Slice<T>& slice, int64_t first_row, int64_t end_row, int64_t co
 template <typename A>
 void add_rows(const ExpandDepthwiseParams& p, int64_t image) {
   const A* rows = static_cast<const A*>(p.row_sums) + image * p.out_height * p.channels;
-  A* sums = static_cast<A*>(p.sums) + image * p.channels;
+  A* sums = static_cast<A*>(p.y_sums) + image * p.channels;
   std::memset(sums, 0, sizeof(A) * p.channels);
   for (int64_t row = 0; row < p.out_height; ++row)
     for (int64_t c = 0; c < p.channels; ++c) sums[c] += rows[row * p.channels + c];

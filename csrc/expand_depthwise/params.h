@@ -18,7 +18,7 @@ struct ExpandDepthwiseParams {
   const void* shift;
   void* y;         // [batch, out_height, out_width, channels], dense
   void* row_sums;  // workspace [batch, out_height, channels] of the accumulator's type; null: no sums
-  void* sums;      // [batch, channels] of the accumulator's type
+  void* y_sums;    // [batch, channels] of the accumulator's type
   std::int64_t batch, in_channels, channels, out_height, out_width;
   std::int64_t kernel, stride, left, top;
   int dtype, expand_act, act;
@@ -26,7 +26,7 @@ struct ExpandDepthwiseParams {
   template <typename F>
   void pointers(F&& f) {
     f(x.data), f(expand_weights), f(expand_scale), f(expand_shift), f(weights), f(scale), f(shift);
-    f(y), f(row_sums), f(sums);
+    f(y), f(row_sums), f(y_sums);
   }
 };
 

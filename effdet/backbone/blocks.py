@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effdet_kernels import squeeze_excite
+
 from .. import fused
 from ..padding import conv_padding, spatial_size
 
@@ -145,10 +147,16 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(reduced, channels, 1)
         self.gate = nn.Hardsigmoid() if gate == "hard_sigmoid" else nn.Sigmoid()
 
-    def forward(self, mean: Tensor) -> Tensor:
-        """Means over H and W [B, C] -> gates [B, C]."""
+    def forward(self, sums: Tensor, count: int) -> Tensor:
+        """Sums over the `count` pixels of each map [B, C] -> gates [B, C]."""
         reduce, expand = self.conv_reduce, self.conv_expand
-        hidden = F.linear(mean.to(reduce.weight.dtype), reduce.weight.flatten(1), reduce.bias)
+        act, after = fused.op_activation(self.act1)
+        gate = fused.op_gate(self.gate)
+        if after is None and gate is not None and None not in (reduce.bias, expand.bias):
+            parameters = reduce.weight, reduce.bias, expand.weight, expand.bias
+            return squeeze_excite(sums, *parameters, count=count, act=act, gate=gate)
+        mean = (sums / count).to(reduce.weight.dtype)
+        hidden = F.linear(mean, reduce.weight.flatten(1), reduce.bias)
         return self.gate(F.linear(self.act1(hidden), expand.weight.flatten(1), expand.bias))
 
 
@@ -191,7 +199,7 @@ class Block(nn.Module):
     def _gate(self, y: Tensor, sums: Tensor | None) -> Tensor | None:
         if sums is None:
             return None
-        return self.se(sums / math.prod(spatial_size(y)))
+        return self.se(sums, math.prod(spatial_size(y)))
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x -> the wide map [B, mid, H', W'] and its channel gate [B, mid] or None."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from .. import fused
@@ -89,7 +88,6 @@ class EfficientNetFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps [B, C_i, H_i, W_i], H_i = ceil(H / reduction_i)."""
-        x = x.contiguous(memory_format=torch.channels_last)
         padding = conv_padding(x, self.conv_stem, self.pad_type)
         x = fused.dense(x, self.conv_stem, self.bn1, self.act1, padding)
         features = {}
@@ -101,7 +99,7 @@ class EfficientNetFeatures(nn.Module):
             for block in first:
                 x = block(x)
             wide, gate = last.expand(x)
-            features[i] = wide if gate is None else wide * gate[:, :, None, None]
+            features[i] = wide if gate is None else wide * gate.to(wide.dtype)[:, :, None, None]
             x = last.project(wide, gate, x)
         return [features[i] for i in self._taken]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _native
+from effdet_kernels import _library, _native
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops._activations import accumulation_dtype
 
@@ -17,6 +17,8 @@ MapFields = tuple[Tensor, int, int, int, int, int]
 
 def widened(values: Sequence[Any]) -> list[Any]:
     """``values`` with float16 tensors in float32, the only way in which kernels take them."""
+    if any(t.dtype == torch.float16 for t in _library._tensors(values)):
+        _native.copied("float16 maps")
     return [
         [v.float() if v.dtype == torch.float16 else v for v in value]
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
@@ -51,6 +53,11 @@ def channels_inner(x: Tensor) -> Tensor:
     """The map itself if its channels are next to each other, else a channels_last copy."""
     if x.shape[1] == 1 or x.stride(1) == 1:
         return x
+    return _channels_last(x)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    _native.copied(f"a map of strides {x.stride()}")
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -63,12 +70,20 @@ def pixels_inner(x: Tensor) -> Tensor:
     """The map itself if its pixels can be walked with one stride, else a channels_last copy."""
     x = channels_inner(x)
     rows_follow = x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
-    return x if rows_follow else x.contiguous(memory_format=torch.channels_last)
+    return x if rows_follow else _channels_last(x)
 
 
 def pixel_stride(x: Tensor) -> int:
     """Elements from one pixel to the next, in row-major order."""
     return x.stride(3) if x.shape[3] > 1 or x.shape[2] == 1 else x.stride(2)
+
+
+def vectors(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` dense and in the accumulation dtype of maps of ``dtype``: itself where it is so already."""
+    dense = x.to(accumulation_dtype(dtype)).contiguous()
+    if dense is not x:
+        _native.copied("channel vectors of another dtype or layout")
+    return dense
 
 
 def pack_dense(weight: Tensor) -> Tensor:

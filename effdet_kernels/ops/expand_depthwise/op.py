@@ -154,7 +154,7 @@ def launch(
         fields["scale"], fields["shift"] = _cpu.affine(scale, shift, channels, x.dtype)
     if sums:
         rows = torch.empty(batch, out_height, channels, dtype=sums[0].dtype)
-        fields.update(row_sums=rows, sums=sums[0])
+        fields.update(row_sums=rows, y_sums=sums[0])
     x = _cpu.channels_inner(x)
     left, _, top, _ = padding
     fields.update(expansion)

@@ -7,7 +7,6 @@ from torch import Tensor
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu
-from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.pointwise_conv import reference
 
 
@@ -76,7 +75,7 @@ def _run_cpu(*args) -> Tensor:
         return y
     x = _cpu.pixels_inner(x)
     residual = None if residual is None else _cpu.pixels_inner(residual)
-    gate = None if gate is None else gate.to(accumulation_dtype(x.dtype)).contiguous()
+    gate = None if gate is None else _cpu.vectors(gate, x.dtype)
     scale, shift = _cpu.affine(scale, shift, out_channels, x.dtype)
     _native.launch(
         "pointwise_conv",

@@ -1,0 +1,176 @@
+"""OpSpec of ``dense_conv``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_kernels.bound import envelope
+from effdet_kernels.ops._activations import ACTIVATIONS
+from effdet_kernels.ops._cases import (
+    ACTS,
+    BENCH,
+    BLOCKS,
+    FAR,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    per_channel,
+    uniform,
+    weights,
+)
+from effdet_kernels.ops.dense_conv import op, reference
+from effdet_kernels.spec import Case, Inputs, OpSpec
+
+_HALVED = (0, 1, 0, 1)  # "same" of a 3x3 kernel with stride 2 on even sizes
+
+
+def _case(
+    name: str,
+    *shape: int,
+    out: int,
+    k: int = 3,
+    stride: int = 1,
+    padding: tuple[int, ...] = (1, 1, 1, 1),
+    bn: bool = True,
+    act: str = "swish",
+    std: float = 1.0,
+    tags: frozenset[str] = frozenset(),
+    times: int = 1,
+    **options: Any,
+) -> Case:
+    """A case on a map of ``shape`` [B, C, H, W] with ``out`` output channels."""
+
+    def make(g) -> Inputs:
+        return {
+            "x": normal(g, *shape, std=std),
+            "weight": weights(g, out, shape[1], k, k),
+            "scale": uniform(g, out, low=0.5, high=1.5) if bn else None,
+            "shift": normal(g, out) if bn else None,
+            "stride": stride,
+            "padding": padding,
+            "act": act,
+            **options,
+        }
+
+    return Case(name, make, tags, times=times)
+
+
+def _magnitude(x, weight, scale, shift, stride, padding, act) -> list[Tensor]:
+    conv = F.conv2d(F.pad(x.abs(), tuple(padding)), weight.abs(), stride=stride)
+    return [envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)]
+
+
+def _out_elements(x, weight, stride, padding, **_) -> int:
+    left, right, top, bottom = padding
+    k = weight.shape[2]
+    height = (x.shape[2] + top + bottom - k) // stride + 1
+    width = (x.shape[3] + left + right - k) // stride + 1
+    return x.shape[0] * weight.shape[0] * height * width
+
+
+def _inputs(a: Inputs) -> int:
+    return nbytes(a["x"], a["weight"], a["scale"], a["shift"])
+
+
+def _bytes(**a: Any) -> int:
+    return _inputs(a) + _out_elements(**a) * a["x"].element_size()
+
+
+def _backward_bytes(**a: Any) -> int:
+    """Reads the inputs and the output's gradient, writes a gradient for each input."""
+    return 2 * _inputs(a) + _out_elements(**a) * a["x"].element_size()
+
+
+def _flops(**a: Any) -> int:
+    return 2 * _out_elements(**a) * a["weight"][0].numel()
+
+
+def _backward_flops(**a: Any) -> int:
+    """The products for x and the weights; act' needs the forward's once more."""
+    return (2 if a["act"] == "none" else 3) * _flops(**a)
+
+
+def _act_before_bn(**a: Any) -> Tensor:
+    y = reference.dense_conv(**{**a, "scale": None, "shift": None})
+    return y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+
+
+def _rounded_result(**a: Any) -> Tensor:
+    y = reference.dense_conv(**{**a, "scale": None, "shift": None, "act": "none"})
+    y = y.bfloat16().double() * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+    return ACTIVATIONS[a["act"]](y)
+
+
+_reference = reference.dense_conv
+
+SPEC = OpSpec(
+    name="dense_conv",
+    op=op.dense_conv,
+    reference=_reference,
+    cases=(
+        _case("stem", 2, 3, 8, 10, out=7, stride=2, padding=_HALVED),
+        _case("stem_odd", 1, 3, 9, 7, out=5, stride=2, act="hard_swish"),
+        _case("3x3", 2, 5, 4, 6, out=4, act="relu6"),
+        _case("5x5_stride2", 1, 3, 9, 8, out=4, k=5, stride=2, padding=(1, 2, 2, 2), act="mish"),
+        _case("stride3", 2, 3, 11, 10, out=3, stride=3),
+        _case("1x1", 2, 5, 3, 4, out=6, k=1, padding=(0, 0, 0, 0), act="relu"),
+        _case("1x1_stride2", 1, 4, 5, 6, out=3, k=1, stride=2, padding=(0, 0, 0, 0)),
+        _case("one_channel", 2, 1, 5, 4, out=1, act="leaky_relu"),
+        _case("raw", 1, 4, 5, 5, out=3, bn=False, act="none"),
+        _case("scale_only", 1, 3, 4, 5, out=4, shift=None),
+        _case("shift_only", 1, 3, 4, 5, out=4, scale=None),
+        _case("uneven_padding", 3, 3, 5, 4, out=4, padding=(2, 0, 1, 3)),
+        _case("no_padding", 1, 2, 6, 3, out=3, padding=(0, 0, 0, 0)),
+        _case("one_pixel", 2, 3, 1, 1, out=4),
+        _case("9x9", 1, 2, 4, 6, out=2, k=9, padding=(4, 4, 4, 4)),
+        *[_case(f"far_{act}", 1, 3, 4, 5, out=3, act=act, std=FAR) for act in ACTS],
+        _case("no_images", 0, 3, 4, 4, out=5),
+        _case("blocks", 2, 21, 11, 37, out=67, tags=BLOCKS),
+        _case("blocks_stem", 2, 3, 38, 70, out=40, stride=2, padding=_HALVED, tags=BLOCKS),
+        _case("blocks_wide", 1, 16, 8, 16, out=147, tags=BLOCKS),
+        _case("d0_stem", 1, 3, 512, 512, out=32, stride=2, padding=_HALVED, tags=BENCH),
+        _case("d0_stem_batch8", 8, 3, 512, 512, out=32, stride=2, padding=_HALVED, tags=BENCH),
+        _case("d4_stem", 1, 3, 1024, 1024, out=48, stride=2, padding=_HALVED, tags=BENCH),
+        _case("d7_stem", 1, 3, 1536, 1536, out=64, stride=2, padding=_HALVED, tags=GPU),
+        _case("es_expand", 1, 24, 128, 128, out=192, stride=2, padding=_HALVED, tags=BENCH),
+        _case(
+            "d0_stem_batch128",
+            2,
+            3,
+            512,
+            512,
+            out=32,
+            stride=2,
+            padding=_HALVED,
+            tags=GPU,
+            times=64,
+        ),
+    ),
+    mutants={
+        "kernel flipped": mutant(_reference, lambda a: {"weight": a["weight"].flip(2, 3)}),
+        "left and right, top and bottom padding swapped": mutant(
+            _reference, lambda a: {"padding": [a["padding"][i] for i in (1, 0, 3, 2)]}
+        ),
+        "channels in another order": mutant(
+            _reference, lambda a: {"weight": a["weight"].roll(1, 1)}
+        ),
+        "shift forgotten": mutant(_reference, lambda a: {"shift": None}),
+        "activation before BN": _act_before_bn,
+        "result rounded to bfloat16 before BN": _rounded_result,
+    },
+    diff_args=("x", "weight", "scale", "shift"),
+    keep_wide=("scale", "shift"),
+    batched=("x",),
+    nonfinite=("x", "shift"),
+    magnitude=_magnitude,
+    reduction=lambda weight, **_: weight[0].numel(),
+    gradient_roundings=1,  # the gradient before the convolution
+    bytes=_bytes,
+    flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=_backward_flops,
+)

@@ -1,0 +1,114 @@
+"""Squeeze-excite between the sums of a map and the gates of its channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _checks, _library, _native
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops.squeeze_excite import reference
+
+GATES = tuple(reference.GATES)
+
+
+def squeeze_excite(
+    sums: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    *,
+    count: int,
+    act: str = "swish",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """gates = gate(expand_weight act(reduce_weight sums / count + reduce_bias) + expand_bias).
+
+    Source: squeeze-and-excitation, arXiv:1709.01507, section 3. ``depthwise_conv`` and
+    ``expand_depthwise`` give the sums, ``pointwise_conv`` takes the gates.
+
+    Args:
+        sums: [B, C] float32 or float64: of each channel over the pixels of its map.
+        reduce_weight: [R, C, 1, 1], any floating dtype, the same for the four parameters.
+        reduce_bias: [R].
+        expand_weight: [C, R, 1, 1].
+        expand_bias: [C].
+        count: pixels of a map, at least 1.
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        gate: "sigmoid" or "hard_sigmoid".
+
+    Returns:
+        gates [B, C], dtype of ``sums``, in which everything is computed.
+
+    Under autocast all arguments are cast to float32. Differentiable in every tensor.
+    Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
+    """
+    op = "squeeze_excite"
+    dtypes = (torch.float32, torch.float64)
+    _checks.tensor(op, "sums", sums, ("B", "C"), dtypes=dtypes)
+    channels = sums.shape[1]
+    _checks.tensor(op, "reduce_weight", reduce_weight, ("R", channels, 1, 1), device=sums.device)
+    reduced = reduce_weight.shape[0]
+    if min(channels, reduced) < 1:
+        got = _checks.describe(reduce_weight)
+        raise ValueError(f"{op}: reduce_weight: got {got}, takes at least one channel on each side")
+    others = {
+        "reduce_bias": (reduce_bias, (reduced,)),
+        "expand_weight": (expand_weight, (channels, reduced, 1, 1)),
+        "expand_bias": (expand_bias, (channels,)),
+    }
+    for name, (value, shape) in others.items():
+        _checks.tensor(op, name, value, shape, device=sums.device)
+        if value.dtype != reduce_weight.dtype:
+            want = str(reduce_weight.dtype).removeprefix("torch.")
+            got = _checks.describe(value)
+            raise TypeError(f"{op}: {name}: got {got}, takes {want} as reduce_weight has")
+    _arguments.integer(op, "count", count, least=1)
+    _arguments.activation(op, "act", act)
+    _checks.choice(op, "gate", gate, GATES)
+    parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
+    return _squeeze_excite(sums, *parameters, count, act, gate)
+
+
+def _out_spec(sums, *_) -> list[TensorSpec]:
+    return [TensorSpec(tuple(sums.shape), sums.dtype, sums.device)]
+
+
+def _run_cpu(sums, reduce_weight, reduce_bias, expand_weight, expand_bias, count, act, gate):
+    gates = torch.empty(sums.shape, dtype=sums.dtype)
+    if gates.shape[0] == 0:
+        return gates
+    parameters = reduce_weight.flatten(1), reduce_bias, expand_weight.flatten(1).t(), expand_bias
+    reduce, reduce_bias, expand, expand_bias = (p.to(sums.dtype).contiguous() for p in parameters)
+    _native.launch(
+        "squeeze_excite",
+        dtype=_cpu.code(sums.dtype),
+        act=_cpu.act_code(act),
+        hard=int(gate == "hard_sigmoid"),
+        batch=sums.shape[0],
+        channels=sums.shape[1],
+        reduced=len(reduce),
+        count=count,
+        sums=_cpu.vectors(sums, sums.dtype),
+        reduce_weight=reduce,
+        reduce_bias=reduce_bias,
+        expand_weight=expand,
+        expand_bias=expand_bias,
+        gates=gates,
+    )
+    return gates
+
+
+_squeeze_excite = _library.define(
+    "squeeze_excite(Tensor sums, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight,"
+    " Tensor expand_bias, SymInt count, str act, str gate) -> Tensor",
+    out_spec=_out_spec,
+    impls={"cpu": _run_cpu, "reference": reference.squeeze_excite},
+    differentiable=("sums", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias"),
+    autocast="float32",
+)
