@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from effdet_kernels import _dispatch, _native
 
@@ -58,54 +58,75 @@ class Buffer(NamedTuple):
     last: int
 
 
-def place(buffers: list[Buffer]) -> tuple[list[int], int]:
-    """Offsets such that no two buffers that are needed at once overlap, and the bytes that takes.
+def place(buffers: list[Buffer], outputs: list[Buffer]) -> tuple[list[tuple[int, int]], int]:
+    """A (space, offset) for each buffer, such that no two that are needed at once overlap.
 
-    Largest first, each at the lowest offset that is free during its life.
+    Space 0 is the arena, of as many bytes as the second result says; space 1 + i is the memory of output i, which is
+    free until the output is written. Largest first, each in the first output with room, else in the arena.
     """
-    offsets = [0] * len(buffers)
-    placed: list[int] = []
+    places = [(0, 0)] * len(buffers)
+    inside: list[list[int]] = [[] for _ in range(1 + len(outputs))]
     for i in sorted(range(len(buffers)), key=lambda i: -buffers[i].size):
         mine = buffers[i]
-        alive = [
-            j for j in placed if buffers[j].first <= mine.last and mine.first <= buffers[j].last
-        ]
-        offset = 0
-        for j in sorted(alive, key=lambda j: offsets[j]):
-            if offset + mine.size <= offsets[j]:
+        size = -(-mine.size // _ALIGNMENT) * _ALIGNMENT
+        for space in [*range(1, 1 + len(outputs)), 0]:
+            if space and mine.last >= outputs[space - 1].first:
+                continue
+            others = [j for j in inside[space] if _meet(mine, buffers[j])]
+            offset = _lowest(size, sorted((places[j][1], buffers[j].size) for j in others))
+            room = outputs[space - 1].size // _ALIGNMENT * _ALIGNMENT if space else 0
+            if not space or offset + size <= room:
+                places[i] = space, offset
+                inside[space].append(i)
                 break
-            offset = max(offset, offsets[j] + buffers[j].size)
-        offsets[i] = offset
-        placed.append(i)
-    total = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
-    return offsets, total
+    return places, max((places[i][1] + buffers[i].size for i in inside[0]), default=0)
 
 
-class _NoOther(TorchDispatchMode):
-    """Raises when a torch operation other than a view, or an op of ours, reads a map of the network."""
+def _meet(a: Buffer, b: Buffer) -> bool:
+    return a.first <= b.last and b.first <= a.last
+
+
+def _lowest(size: int, taken: list[tuple[int, int]]) -> int:
+    """The lowest aligned offset at which `size` bytes are free; `taken` are (offset, size), in order."""
+    offset = 0
+    for start, length in taken:
+        if offset + size <= start:
+            break
+        offset = max(offset, -(-(start + length) // _ALIGNMENT) * _ALIGNMENT)
+    return offset
+
+
+class _NoOther(TorchFunctionMode):
+    """Raises when a torch function other than a view, or an op of ours, reads a map of the network."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.maps = {_storage(x)}
         self.kept: list[Tensor] = []  # no storage is freed, so no address means two things
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not any(_storage(t) in self.maps for t in _tensors((args, kwargs))):
             return result
         outputs = _tensors(result)
-        if func.namespace == "effdet_kernels":
+        name = getattr(func, "__name__", str(func))
+        if getattr(func, "namespace", "") == "effdet_kernels":
             self.kept += outputs
             self.maps.update(_storage(t) for t in outputs)
-        elif any(_storage(t) not in self.maps for t in outputs):
-            raise NotPlannableError(f"{func} of a map")
+        elif any(_storage(t) not in self.maps for t in outputs) or _writes(name):
+            raise NotPlannableError(f"{name} of a map")
         return result
 
 
+def _writes(name: str) -> bool:
+    """Whether a torch function changes its argument, by torch's rule of names."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return int(tensor.untyped_storage().data_ptr())
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -141,16 +162,22 @@ class Plan:
         self.names = [name for name, _ in launches]
         self._constants: list[Tensor] = []
         slots = {_storage(x): _INPUT} | {_storage(o): _INPUT + 1 + i for i, o in enumerate(outputs)}
-        self._native = self._bind(launches, slots, x)
-        for out in outputs:
-            if _storage(out) not in self._written:
-                raise NotPlannableError("an output that no kernel writes")
-        del self._written
+        lives = _lives(launches)
+        if any(_storage(out) not in lives for out in outputs):
+            raise NotPlannableError("an output that no kernel writes")
+        self._native = self._bind(launches, lives, slots, x)
 
-    def _bind(self, launches: list[_native.Launch], slots: dict[int, int], x: Tensor) -> Any:
-        lives = self._lives(launches, slots)
-        offsets, self.arena_bytes = place(list(lives.values()))
-        offset_of = dict(zip(lives, offsets, strict=True))
+    def _bind(
+        self,
+        launches: list[_native.Launch],
+        lives: dict[int, Buffer],
+        slots: dict[int, int],
+        x: Tensor,
+    ) -> Any:
+        outputs = [lives[storage] for storage, slot in slots.items() if slot > _INPUT]
+        inner = {storage: life for storage, life in lives.items() if storage not in slots}
+        places, self.arena_bytes = place(list(inner.values()), outputs)
+        place_of = dict(zip(inner, places, strict=True))
 
         def address(tensor: Tensor) -> int:
             storage = _storage(tensor)
@@ -158,8 +185,10 @@ class Plan:
             if storage in slots:
                 start = x.storage_offset() * x.element_size() if slots[storage] == _INPUT else 0
                 return ((slots[storage] + 1) << _SLOT_SHIFT) + inside - start
-            if storage in offset_of:
-                return ((_ARENA + 1) << _SLOT_SHIFT) + offset_of[storage] + inside
+            if storage in place_of:
+                space, offset = place_of[storage]
+                slot = _INPUT + space if space else _ARENA
+                return ((slot + 1) << _SLOT_SHIFT) + offset + inside
             self._constants.append(tensor)
             return tensor.data_ptr()
 
@@ -171,22 +200,6 @@ class Plan:
         )
         return plan
 
-    def _lives(self, launches: list[_native.Launch], slots: dict[int, int]) -> dict[int, Buffer]:
-        """What the arena must hold, by storage; also notes which storages kernels write."""
-        lives: dict[int, Buffer] = {}
-        self._written: set[int] = set()
-        for step, (_, fields) in enumerate(launches):
-            for written in _written(fields):
-                storage = _storage(written)
-                self._written.add(storage)
-                if storage not in slots:
-                    size = -(-written.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-                    lives[storage] = Buffer(size, step, step)
-            for tensor in _tensors(fields):
-                if _storage(tensor) in lives:
-                    lives[_storage(tensor)] = lives[_storage(tensor)]._replace(last=step)
-        return lives
-
     def run(self, x: Tensor, arena: Tensor, threads: int) -> Maps:
         """The network's outputs for an image of the plan's shape; `arena` holds `arena_bytes`."""
         outputs = [
@@ -196,6 +209,19 @@ class Plan:
         bases = [arena.data_ptr(), x.data_ptr(), *[out.data_ptr() for out in outputs]]
         _native.check(self._native.run(bases, threads), "plan")
         return outputs[: self._levels], outputs[self._levels :]
+
+
+def _lives(launches: list[_native.Launch]) -> dict[int, Buffer]:
+    """What kernels write, by storage: from the step that writes it to the last that reads it."""
+    lives: dict[int, Buffer] = {}
+    for step, (_, fields) in enumerate(launches):
+        for written in _written(fields):
+            size = written.untyped_storage().nbytes()
+            lives.setdefault(_storage(written), Buffer(size, step, step))
+        for tensor in _tensors(fields):
+            if _storage(tensor) in lives:
+                lives[_storage(tensor)] = lives[_storage(tensor)]._replace(last=step)
+    return lives
 
 
 def _written(fields: dict[str, Any]) -> list[Tensor]:

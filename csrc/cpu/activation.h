@@ -27,14 +27,34 @@ EFFDET_INLINE Vec<double> exponential(Vec<double> x) {
   return y;
 }
 
+// x, but at least (at most) `bound`; a NaN stays.
 template <typename V>
 EFFDET_INLINE V lower(V x, V bound) {
-  return x < bound ? bound : x;  // a NaN stays
+  return x < bound ? bound : x;
 }
 template <typename V>
 EFFDET_INLINE V upper(V x, V bound) {
   return x > bound ? bound : x;
 }
+#if defined(__AVX512F__)  // one instruction, which gives its second operand where one is a NaN
+template <>
+EFFDET_INLINE Vec<float> lower(Vec<float> x, Vec<float> bound) {
+  return _mm512_maskz_max_ps(0xffff, bound, x);
+}
+template <>
+EFFDET_INLINE Vec<float> upper(Vec<float> x, Vec<float> bound) {
+  return _mm512_maskz_min_ps(0xffff, bound, x);
+}
+#elif defined(__AVX2__)
+template <>
+EFFDET_INLINE Vec<float> lower(Vec<float> x, Vec<float> bound) {
+  return _mm256_max_ps(bound, x);
+}
+template <>
+EFFDET_INLINE Vec<float> upper(Vec<float> x, Vec<float> bound) {
+  return _mm256_min_ps(bound, x);
+}
+#endif
 
 template <typename T>
 struct Exponents;  // where e^x neither overflows nor leaves the normal numbers
@@ -90,15 +110,11 @@ EFFDET_INLINE Vec<T> swish(Vec<T> x) {
   return x * sigmoid<T>(x);
 }
 
-// Those besides none and swish, which callers have inline.
+// Those that no caller has inline.
 template <typename T>
 __attribute__((noinline)) Vec<T> other_activation(Vec<T> x, int act) {
   const Vec<T> zero{};
   switch (act) {
-    case kRelu:
-      return lower(x, zero);
-    case kRelu6:
-      return upper(lower(x, zero), splat<T>(6));
     case kHardSwish:
       return x * (upper(lower(x + T(3), zero), splat<T>(6)) / T(6));
     case kLeakyRelu:
@@ -113,6 +129,8 @@ template <typename T>
 EFFDET_INLINE Vec<T> activate(Vec<T> x, int act) {
   if (act == kNone) return x;
   if (act == kSwish) return swish<T>(x);
+  if (act == kRelu) return lower(x, Vec<T>{});
+  if (act == kRelu6) return upper(lower(x, Vec<T>{}), splat<T>(6));
   return other_activation<T>(x, act);
 }
 

@@ -1,5 +1,6 @@
-// What is not an op: packing of weights, the choice of the instruction set, plans.
+// What is not an op: packing of weights, the choice of the instruction set, plans and what they watch.
 #include "common/bind.h"
+#include "common/watch.h"
 #include "cpu/packing.h"
 
 namespace effdet {
@@ -48,6 +49,10 @@ void bind_cpu(pybind11::module_& module) {
         const py::gil_scoped_release released;
         return static_cast<int>(plan.run(bases, threads));
       });
+  py::class_<Watch>(module, "Watch")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::str&,
+                    const py::object&, const py::object&>())
+      .def("unchanged", &Watch::unchanged);
   module.def("isa", [] { return static_cast<int>(current_isa()); });
   module.def("set_isa", &set_isa);
   module.def("packed_dense_bytes", [](int dtype, std::int64_t out, std::int64_t segments, std::int64_t length) {
@@ -56,8 +61,8 @@ void bind_cpu(pybind11::module_& module) {
   module.def("packed_depthwise_bytes", [](int dtype, std::int64_t channels, std::int64_t taps) {
     return EFFDET_FOR_ISA(packed_depthwise_bytes)(dtype, channels, taps);
   });
-  module.def("pack_dense", [](const py::dict& fields) {
-    return static_cast<int>(EFFDET_FOR_ISA(pack_dense)(read_weight(Fields(fields))));
+  module.def("pack_dense", [](const py::dict& fields, int threads) {
+    return static_cast<int>(EFFDET_FOR_ISA(pack_dense)(read_weight(Fields(fields)), threads));
   });
   module.def("pack_depthwise", [](const py::dict& fields) {
     return static_cast<int>(EFFDET_FOR_ISA(pack_depthwise)(read_weight(Fields(fields))));

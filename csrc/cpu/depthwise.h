@@ -49,7 +49,8 @@ EFFDET_INLINE void finish_pixels(const RowEpilogue<Out>& out, int64_t channel, i
 #pragma GCC unroll 8
     for (int t = 0; t < kTile; ++t) sum[t] = swish<A>(sum[t]);
   } else if (out.act != kNone) {
-    for (int t = 0; t < kTile; ++t) sum[t] = other_activation<A>(sum[t], out.act);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTile; ++t) sum[t] = activate<A>(sum[t], out.act);
   }
   Out* y = out.y + pixel * out.ldy + channel;
 #pragma GCC unroll 8

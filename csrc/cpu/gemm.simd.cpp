@@ -75,7 +75,15 @@ EFFDET_INLINE void finish(const Epilogue<Out>& out, Vec<Acc<Out>> (&sum)[kCount]
 #pragma GCC unroll 8
     for (int m = 0; m < kCount; ++m) sum[m][v] = sum[m][v] * scale + shift;
   }
-  if (out.act == kNone && !out.residual) {
+  if (out.act == kRelu || out.act == kRelu6) {
+    const Vec<A> largest = splat<A>(out.act == kRelu6 ? A(6) : static_cast<A>(__builtin_inf()));
+#pragma GCC unroll 8
+    for (int m = 0; m < kCount; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kWidth; ++v) sum[m][v] = upper(lower(sum[m][v], Vec<A>{}), largest);
+  }
+  const bool done = out.act == kNone || out.act == kRelu || out.act == kRelu6;
+  if (done && !out.residual) {
 #pragma GCC unroll 8
     for (int m = 0; m < kCount; ++m)
 #pragma GCC unroll 4
@@ -93,7 +101,7 @@ EFFDET_INLINE void finish(const Epilogue<Out>& out, Vec<Acc<Out>> (&sum)[kCount]
 #pragma GCC unroll 4
     for (int v = 0; v < kWidth; ++v) {
       const int64_t n = v == kWidth - 1 ? last : kL;
-      Vec<A> value = activate<A>(load(buffer[m] + v * kL), out.act);
+      Vec<A> value = activate<A>(load(buffer[m] + v * kL), done ? kNone : out.act);
       if (out.residual) value += load_n(out.residual + m * out.ldr + v * kL, n);
       store_n(y + v * kL, value, n);
     }

@@ -29,7 +29,7 @@ struct VectorParams {
 EFFDET_PER_ISA(std::int64_t, packed_dense_bytes,
                (int dtype, std::int64_t out, std::int64_t segments, std::int64_t length))
 EFFDET_PER_ISA(std::int64_t, packed_depthwise_bytes, (int dtype, std::int64_t channels, std::int64_t taps))
-EFFDET_PER_ISA(Status, pack_dense, (const WeightParams&))
+EFFDET_PER_ISA(Status, pack_dense, (const WeightParams&, int threads))
 EFFDET_PER_ISA(Status, pack_depthwise, (const WeightParams&))
 EFFDET_PER_ISA(Status, pack_vector, (const VectorParams&))
 

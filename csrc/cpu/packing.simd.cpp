@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "common/parallel_for.h"
 #include "cpu/gemm.h"
 
 namespace effdet {
@@ -15,28 +16,37 @@ EFFDET_INLINE T weight_at(const WeightParams& p, int64_t o, int64_t c, int64_t i
 }
 
 template <typename T>
-Status dense(const WeightParams& p) {
+Status dense(const WeightParams& p, int threads) {
   using Element = std::conditional_t<kPairs<T>, T, Acc<T>>;
   const Panels panels(vectors_of<T>(p.out));
-  const int64_t length = p.columns * p.in, group = kPairs<T> ? 2 : 1;
-  auto* to = static_cast<Element*>(p.packed);
-  for (int64_t panel = 0; panel < panels.count; ++panel)
-    for (int64_t i = 0; i < p.rows; ++i)
-      for (int64_t k = 0; k < packed_length<T>(length); k += group)
-        for (int64_t v = panels.start(panel); v < panels.start(panel + 1); ++v)
-          for (int64_t o = v * kLanes<T>; o < (v + 1) * kLanes<T>; ++o)
-            for (int64_t g = k; g < k + group; ++g) {
-              Element value{};
-              if (o < p.out && g < length) {
-                const T weight = weight_at<T>(p, o, g % p.in, i, g / p.in);
-                if constexpr (kPairs<T>) {
-                  value = weight;
-                } else {
-                  value = widen(weight);
-                }
-              }
-              *to++ = value;
+  const int64_t length = p.columns * p.in, padded = packed_length<T>(length);
+  constexpr int kGroup = kPairs<T> ? 2 : 1;
+  const T* weight = static_cast<const T*>(p.weight);
+  // Panels of a small weight are not worth a parallel region.
+  const int shared = p.out * p.rows * length < 16384 ? 1 : threads;
+  parallel_for(panels.count, shared, [&](int64_t panel) {
+    const int64_t begin = panels.start(panel) * kLanes<T>, end = panels.start(panel + 1) * kLanes<T>;
+    Element* to = static_cast<Element*>(p.packed) + begin * p.rows * padded;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      for (int64_t k = 0; k < padded; k += kGroup) {
+        const T* from[kGroup];
+        for (int g = 0; g < kGroup; ++g)
+          from[g] = k + g < length ? weight + i * p.row_stride + (k + g) / p.in * p.column_stride +
+                                         (k + g) % p.in * p.in_stride
+                                   : nullptr;
+        for (int64_t o = begin; o < end; ++o) {
+          for (int g = 0; g < kGroup; ++g) {
+            const bool inside = o < p.out && from[g];
+            if constexpr (kPairs<T>) {
+              *to++ = inside ? from[g][o * p.out_stride] : T{};
+            } else {
+              *to++ = inside ? widen(from[g][o * p.out_stride]) : Element(0);
             }
+          }
+        }
+      }
+    }
+  });
   return kOk;
 }
 
@@ -73,10 +83,10 @@ std::int64_t packed_depthwise_bytes(int dtype, std::int64_t channels, std::int64
   return (dtype == kFloat64 ? vectors_of<double>(channels) : vectors_of<float>(channels)) * taps * kVectorBytes;
 }
 
-Status pack_dense(const WeightParams& p) {
-  if (p.dtype == kFloat32) return dense<float>(p);
-  if (p.dtype == kFloat64) return dense<double>(p);
-  if (p.dtype == kBFloat16) return dense<BFloat16>(p);
+Status pack_dense(const WeightParams& p, int threads) {
+  if (p.dtype == kFloat32) return dense<float>(p, threads);
+  if (p.dtype == kFloat64) return dense<double>(p, threads);
+  if (p.dtype == kBFloat16) return dense<BFloat16>(p, threads);
   return kBadDtype;
 }
 

@@ -152,8 +152,9 @@ class SqueezeExcite(nn.Module):
         reduce, expand = self.conv_reduce, self.conv_expand
         act, after = fused.op_activation(self.act1)
         gate = fused.op_gate(self.gate)
-        if after is None and gate is not None and None not in (reduce.bias, expand.bias):
-            parameters = reduce.weight, reduce.bias, expand.weight, expand.bias
+        bias = reduce.bias, expand.bias
+        if after is None and gate and bias[0] is not None and bias[1] is not None:
+            parameters = reduce.weight, bias[0], expand.weight, bias[1]
             return squeeze_excite(sums, *parameters, count=count, act=act, gate=gate)
         mean = (sums / count).to(reduce.weight.dtype)
         hidden = F.linear(mean, reduce.weight.flatten(1), reduce.bias)

@@ -91,19 +91,24 @@ def pack_dense(weight: Tensor) -> Tensor:
     out, channels, rows, columns = weight.shape
     dtype = code(weight.dtype)
     size = _native.module().packed_dense_bytes(dtype, out, rows, columns * channels)
-    return _packed("pack_dense", weight, size)
+    packed = torch.empty(size, dtype=torch.uint8)
+    fields = _weight_fields(weight, packed)
+    _native.check(_native.module().pack_dense(fields, torch.get_num_threads()), "pack_dense")
+    return packed
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:
     """A weight [C, 1, k, k] in the order of csrc/cpu/depthwise.h."""
     channels, _, rows, columns = weight.shape
     size = _native.module().packed_depthwise_bytes(code(weight.dtype), channels, rows * columns)
-    return _packed("pack_depthwise", weight, size)
-
-
-def _packed(function: str, weight: Tensor, size: int) -> Tensor:
     packed = torch.empty(size, dtype=torch.uint8)
-    fields = {
+    fields = _weight_fields(weight, packed)
+    _native.check(_native.module().pack_depthwise(fields), "pack_depthwise")
+    return packed
+
+
+def _weight_fields(weight: Tensor, packed: Tensor) -> dict[str, int]:
+    return {
         "dtype": code(weight.dtype),
         "out": weight.shape[0],
         "in": weight.shape[1],
@@ -116,8 +121,6 @@ def _packed(function: str, weight: Tensor, size: int) -> Tensor:
         "weight": weight.data_ptr(),
         "packed": packed.data_ptr(),
     }
-    _native.check(getattr(_native.module(), function)(fields), function)
-    return packed
 
 
 def pack_vector(vector: Tensor | None, fill: float, count: int, dtype: torch.dtype) -> Tensor:

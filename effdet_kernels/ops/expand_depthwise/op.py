@@ -123,8 +123,10 @@ def _run_cpu(*args) -> list[Tensor]:
     }
     vectors = _cpu.affine(expand_scale, expand_shift, expand_weight.shape[0], x.dtype)
     expansion["expand_scale"], expansion["expand_shift"] = vectors
-    raw = rest[1] is None and rest[2] is None
-    return launch(specs, x, expansion, *rest[:5], "none" if raw else rest[5])
+    dw_weight, scale, shift, stride, padding, act, _ = rest
+    raw = scale is None and shift is None
+    last_act = "none" if raw else act
+    return launch(specs, x, expansion, dw_weight, scale, shift, stride, padding, last_act)
 
 
 def launch(

@@ -1,0 +1,43 @@
+// Arguments of batch_norm_act and of its backward, checked by bind.cpp; the op is documented in
+// effdet_kernels/ops/batch_norm_act/op.py, the mathematics in the README beside it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace effdet {
+
+// Maps [batch, pixels, channels] of `dtype`; vectors [channels] of the accumulator's type.
+struct BatchNormParams {
+  const void* x;
+  const void* grad;  // backward only: of y
+  const void* weight;
+  const void* bias;
+  void* y;         // dense; backward: the gradient of x, or null
+  void* mean;      // written, by the backward too
+  void* variance;  // likewise, biased
+  void* grad_weight;  // backward only
+  void* grad_bias;
+  void* partial;  // workspace, batch_norm_workspace() bytes
+  std::int64_t batch, pixels, channels;
+  std::int64_t x_batch_stride, x_pixel_stride, grad_batch_stride, grad_pixel_stride;
+  double eps;
+  int dtype, act;
+
+  template <typename F>
+  void pointers(F&& f) {
+    f(x), f(grad), f(weight), f(bias), f(y), f(mean), f(variance), f(grad_weight), f(grad_bias), f(partial);
+  }
+};
+
+constexpr std::int64_t kNormBlock = 256;  // pixels of one image whose statistics are taken together
+
+inline std::int64_t batch_norm_workspace(std::int64_t batch, std::int64_t pixels, std::int64_t channels) {
+  return batch * ((pixels + kNormBlock - 1) / kNormBlock) * 3 * channels * static_cast<std::int64_t>(sizeof(double));
+}
+
+EFFDET_PER_ISA(Status, batch_norm_act, (const BatchNormParams&, int threads))
+EFFDET_PER_ISA(Status, batch_norm_act_backward, (const BatchNormParams&, int threads))
+
+}  // namespace effdet
