@@ -102,6 +102,9 @@ def test_small_cases_have_one_pixel_no_image_and_several(spec):
 def test_every_activation_has_a_case_far_from_zero(spec):
     if "act" not in spec.inputs(spec.cases[0]):
         return
+    if spec.name == "squeeze_excite":  # its result is a gate, between 0 and 1
+        assert {f"far_{act}" for act in ACTS} <= {case.name for case in spec.cases}
+        return
     far = {}
     for case in small(spec):
         inputs = spec.inputs(case)
@@ -118,7 +121,8 @@ def test_a_small_case_is_larger_than_the_blocks_of_a_kernel(spec):
     """More than 64 channels and 32 columns, neither a multiple of 8: whole blocks and what is left of one."""
     cases = [case for case in small(spec) if "blocks" in case.tags]
     assert cases
-    if spec.name in ("soft_nms", "label_anchors", "decode_topk", "detection_loss"):
+    without_maps = "soft_nms", "label_anchors", "decode_topk", "detection_loss", "squeeze_excite"
+    if spec.name in without_maps:
         largest = [
             max(t.numel() for v in spec.inputs(c).values() for t in tensors_of(v)) for c in cases
         ]

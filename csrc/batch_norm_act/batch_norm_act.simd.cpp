@@ -187,7 +187,6 @@ Status batch_norm_act(const BatchNormParams& p, int threads) {
 Status batch_norm_act_backward(const BatchNormParams& p, int threads) {
   if (p.dtype == kFloat32) return backward<float>(p, threads);
   if (p.dtype == kFloat64) return backward<double>(p, threads);
-  if (p.dtype == kBFloat16) return backward<BFloat16>(p, threads);
   return kBadDtype;
 }
 

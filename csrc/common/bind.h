@@ -72,14 +72,6 @@ class Fields {
     return map;
   }
 
-  pybind11::object get(const char* name) const {
-    if (!fields_.contains(name)) throw std::invalid_argument(std::string(name) + ": missing");
-    return fields_[name];
-  }
-
- private:
-  static constexpr std::int64_t kLargest = std::int64_t{1} << 46;
-
   static void* as_pointer(const char* name, const pybind11::handle& value, std::int64_t bytes) {
     if (value.is_none()) return nullptr;
     const auto address = value.cast<std::uintptr_t>();
@@ -87,6 +79,14 @@ class Fields {
       throw std::invalid_argument(std::string(name) + ": the address is not a multiple of " + std::to_string(bytes));
     return reinterpret_cast<void*>(address);
   }
+
+  pybind11::object get(const char* name) const {
+    if (!fields_.contains(name)) throw std::invalid_argument(std::string(name) + ": missing");
+    return fields_[name];
+  }
+
+ private:
+  static constexpr std::int64_t kLargest = std::int64_t{1} << 46;
 
   const pybind11::dict& fields_;
   int dtype_;

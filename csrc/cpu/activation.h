@@ -90,7 +90,7 @@ EFFDET_INLINE Vec<float> sigmoid<float>(Vec<float> x) {
   p = p * r + 1.0000001f;
   const Vec<float> d = _mm512_maskz_scalef_ps(0xffff, p, y - r) + 1.0f;
   const Vec<float> s = _mm512_maskz_rcp14_ps(0xffff, d);
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat<float>(-87.0f), _CMP_GT_OQ);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat<float>(-87.0f), _CMP_NLE_UQ);  // a NaN too
   return _mm512_maskz_fmadd_ps(normal, 1.0f - d * s, s, s);
 }
 #endif

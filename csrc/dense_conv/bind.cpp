@@ -22,8 +22,9 @@ DenseConvParams read(const Fields& f) {
   p.pixel_stride = f.stride("pixel_stride");
   p.kernel = f.integer("kernel", 1, kMaxKernel);
   p.stride = f.size("stride", 1);
-  p.left = f.size("left");
-  p.top = f.size("top");
+  p.left = f.stride("left");
+  p.top = f.stride("top");
+  p.dilation = f.size("dilation", 1);
   p.x = f.elements("x");
   p.weights = f.pointer("weights", 64);
   p.scale = f.accumulators("scale");

@@ -17,16 +17,18 @@ ExpandDepthwiseParams read(const Fields& f) {
   p.out_width = f.size("out_width", 1);
   p.kernel = f.integer("kernel", 1, kMaxKernel);
   p.stride = f.size("stride", 1);
-  p.left = f.size("left");
-  p.top = f.size("top");
+  p.left = f.stride("left");
+  p.top = f.stride("top");
+  p.dilation = f.size("dilation", 1);
   p.x = f.map("x");
   p.expand_weights = f.optional("expand_weights", 64);
   if (p.expand_weights) {
     p.expand_scale = f.accumulators("expand_scale");
     p.expand_shift = f.accumulators("expand_shift");
-  } else if (p.in_channels != p.channels) {
-    throw std::invalid_argument("in_channels: differs from channels, without an expansion");
   }
+  if (p.expand_weights && p.dilation != 1) throw std::invalid_argument("dilation: takes 1 with an expansion");
+  if (!p.expand_weights && p.in_channels != p.channels)
+    throw std::invalid_argument("in_channels: differs from channels, without an expansion");
   p.weights = f.pointer("weights", 64);
   p.scale = f.optional_accumulators("scale");
   p.shift = p.scale ? f.accumulators("shift") : nullptr;

@@ -42,10 +42,12 @@ struct Slice {
       multiply_panel<T, A>({&x, 1, p.in_channels, p.x.pixel_stride, weights}, out, count, panel_width);
       return;
     }
-    x += channel;
-    for (int64_t pixel = 0; pixel < count; ++pixel)
+    // With a dilation d every d-th place holds a pixel; the places between them stay zero.
+    const int64_t d = p.dilation, begin = divide_up(first, d), end = divide_up(first + count, d);
+    x = static_cast<const T*>(p.x.data) + image * p.x.batch_stride + h / d * p.x.row_stride + channel;
+    for (int64_t pixel = begin; pixel < end; ++pixel)
       for (int64_t c = 0; c < width; c += kLanes<T>)
-        store(to + pixel * width + c, load_n(x + pixel * p.x.pixel_stride + c, channels - c));
+        store(to + (pixel * d - first) * width + c, load_n(x + pixel * p.x.pixel_stride + c, channels - c));
   }
 };
 
@@ -54,22 +56,23 @@ void strip(const Slice<T>& slice, int64_t first_row, int64_t end_row, int64_t co
   using A = Acc<T>;
   const ExpandDepthwiseParams& p = slice.p;
   const int64_t width = slice.panel_width * kLanes<T>;
+  const int64_t in_height = (p.x.height - 1) * p.dilation + 1, in_width = (p.x.width - 1) * p.dilation + 1;
   const A* rows[kMaxKernel];
   for (int64_t column = 0; column < p.out_width; column += columns) {
     const int64_t count = least(columns, p.out_width - column);
     // Input places under these outputs, and those of them that are inside the map.
     const int64_t begin = column * p.stride - p.left, places = (count - 1) * p.stride + p.kernel;
-    const int64_t from = most<int64_t>(begin, 0), to = least(begin + places, p.x.width);
+    const int64_t from = most<int64_t>(begin, 0), to = least(begin + places, in_width);
     const Ring<A> ring(memory, p.kernel, places, width);
     ring.clear();
     int64_t made = most<int64_t>(0, first_row * p.stride - p.top);
     for (int64_t row = first_row; row < end_row; ++row) {
       const int64_t h = row * p.stride - p.top;
       made = most(made, h);
-      for (; made < least(h + p.kernel, p.x.height); ++made)
-        if (to > from) slice.make(made, from, to - from, ring.row(made) + (from - begin) * width);
+      for (; made < least(h + p.kernel, in_height); ++made)
+        if (to > from && made % p.dilation == 0) slice.make(made, from, to - from, ring.row(made) + (from - begin) * width);
       for (int64_t i = 0; i < p.kernel; ++i)
-        rows[i] = h + i >= 0 && h + i < p.x.height ? ring.row(h + i) : ring.zeros;
+        rows[i] = h + i >= 0 && h + i < in_height && (h + i) % p.dilation == 0 ? ring.row(h + i) : ring.zeros;
       RowEpilogue<T> out;
       out.scale = p.scale ? static_cast<const A*>(p.scale) + slice.channel : nullptr;
       out.shift = p.scale ? static_cast<const A*>(p.shift) + slice.channel : nullptr;

@@ -20,7 +20,8 @@ struct ExpandDepthwiseParams {
   void* row_sums;  // workspace [batch, out_height, channels] of the accumulator's type; null: no sums
   void* y_sums;    // [batch, channels] of the accumulator's type
   std::int64_t batch, in_channels, channels, out_height, out_width;
-  std::int64_t kernel, stride, left, top;
+  std::int64_t kernel, stride, left, top;  // negative padding leaves out pixels
+  std::int64_t dilation;  // 1, or zeros come between the pixels of x, this many apart: how a gradient spreads
   int dtype, expand_act, act;
 
   template <typename F>

@@ -20,6 +20,24 @@ WeightedFusionParams read(const Fields& f) {
   return p;
 }
 
+FusionGradientParams read_gradient(const Fields& f) {
+  FusionGradientParams p{};
+  p.dtype = f.dtype();
+  p.batch = f.size("batch");
+  p.channels = f.size("channels", 1);
+  p.fusion = read_fusion(f);
+  if (!p.fusion.shares) throw std::invalid_argument("shares: got None");
+  read_maps(f, f.get("x"), p.fusion, p.x);
+  p.grad = f.map("grad");
+  const auto grads = f.get("grad_x").cast<pybind11::list>();
+  if (static_cast<std::int64_t>(grads.size()) != p.fusion.count) throw std::invalid_argument("grad_x: takes one a map");
+  for (std::int64_t i = 0; i < p.fusion.count; ++i)
+    p.grad_x[i] = f.as_pointer("grad_x", grads[i], p.dtype == kFloat64 ? 8 : 4);
+  p.grad_shares = f.accumulators("grad_shares");
+  p.partial = f.pointer("partial", 64);
+  return p;
+}
+
 }  // namespace
 
 Fusion read_fusion(const Fields& f) {
@@ -47,6 +65,8 @@ void read_maps(const Fields& f, const pybind11::handle& value, const Fusion& fus
 
 void bind_weighted_fusion(pybind11::module_& module) {
   bind_kernel<WeightedFusionParams>(module, "weighted_fusion", read, [] { return EFFDET_FOR_ISA(weighted_fusion); });
+  bind_kernel<FusionGradientParams>(module, "weighted_fusion_gradient", read_gradient,
+                                    [] { return EFFDET_FOR_ISA(weighted_fusion_gradient); });
 }
 
 }  // namespace effdet

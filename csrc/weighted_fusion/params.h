@@ -35,6 +35,25 @@ struct WeightedFusionParams {
   }
 };
 
+// Of y = sum of shares[i] * resampled x[i], with the gradient of y: those of each x and of the shares.
+struct FusionGradientParams {
+  Map x[kMaxFused];
+  Map grad;  // of y
+  Fusion fusion;
+  void* grad_x[kMaxFused];  // [batch, H_i, W_i, channels], dense, of the accumulator's type; or null
+  void* grad_shares;        // [count] of the accumulator's type
+  void* partial;            // workspace [batch, vectors of channels, count] of double
+  std::int64_t batch, channels;
+  int dtype;
+
+  template <typename F>
+  void pointers(F&& f) {
+    for (int i = 0; i < kMaxFused; ++i) f(x[i].data), f(grad_x[i]);
+    f(grad.data), f(fusion.shares), f(grad_shares), f(partial);
+  }
+};
+
 EFFDET_PER_ISA(Status, weighted_fusion, (const WeightedFusionParams&, int threads))
+EFFDET_PER_ISA(Status, weighted_fusion_gradient, (const FusionGradientParams&, int threads))
 
 }  // namespace effdet

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.batch_norm_act import reference
 
@@ -54,11 +57,64 @@ def _out_spec(x, *_) -> list[TensorSpec]:
     return [_library.nchw(x.shape, x), statistic, statistic]
 
 
+def _fields(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> dict[str, Any]:
+    """What the C++ kernels of both directions take."""
+    batch, channels, height, width = x.shape
+    workspace = _native.module().batch_norm_workspace(batch, height * width, channels)
+    return {
+        "dtype": _cpu.code(x.dtype),
+        "act": _cpu.act_code(act),
+        "batch": batch,
+        "pixels": height * width,
+        "channels": channels,
+        "eps": eps,
+        "x": x,
+        "x_batch_stride": x.stride(0),
+        "x_pixel_stride": _cpu.pixel_stride(x),
+        "weight": _cpu.vectors(weight, x.dtype),
+        "bias": _cpu.vectors(bias, x.dtype),
+        "partial": torch.empty(workspace, dtype=torch.uint8),
+    }
+
+
+def _run_cpu(*args) -> tuple[Tensor, Tensor, Tensor]:
+    x, *rest = _cpu.widened(args)
+    y, mean, variance = _cpu.allocate(_out_spec(*args), x.dtype)
+    fields = _fields(_cpu.pixels_inner(x), *rest)
+    _native.launch("batch_norm_act", y=y, mean=mean, variance=variance, **fields)
+    return y, mean, variance
+
+
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    *args, needs = rest
+    x, weight, bias, eps, act = _gradients.wide(args)
+    (grad,) = _gradients.wide(grads[:1])
+    grad, x = _cpu.pixels_inner(grad), _cpu.pixels_inner(x)
+    dx = None
+    if needs[0]:
+        dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    mean, variance, of_weight, of_bias = (torch.empty_like(weight.contiguous()) for _ in range(4))
+    _native.launch(
+        "batch_norm_act_backward",
+        grad=grad,
+        grad_batch_stride=grad.stride(0),
+        grad_pixel_stride=_cpu.pixel_stride(grad),
+        y=dx,
+        mean=mean,
+        variance=variance,
+        grad_weight=of_weight,
+        grad_bias=of_bias,
+        **_fields(x, weight, bias, eps, act),
+    )
+    return [g for g, need in zip((dx, of_weight, of_bias), needs, strict=True) if need]
+
+
 _batch_norm_act = _library.define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act)"
     " -> (Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"reference": reference.batch_norm_act},
+    impls={"cpu": _run_cpu, "reference": reference.batch_norm_act},
+    backwards={"cpu": _backward_cpu},
     differentiable=("x", "weight", "bias"),
     nondifferentiable_outputs=(1, 2),
     autocast=("x",),

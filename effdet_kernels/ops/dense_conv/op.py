@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.dense_conv import reference
 
 
@@ -69,10 +71,25 @@ def _out_spec(x, weight, scale, shift, stride, padding, act) -> list[TensorSpec]
 
 
 def _run_cpu(*args) -> Tensor:
-    x, weight, scale, shift, stride, padding, act = _cpu.widened(args)
-    if weight.shape[2] > _native.MAX_KERNEL:
+    x, *rest = _cpu.widened(args)
+    if rest[0].shape[2] > _native.MAX_KERNEL:
         return reference.dense_conv(*args)
     (y,) = _cpu.allocate(_out_spec(*args), x.dtype)
+    return _launch(y, x, *rest)
+
+
+def _launch(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+    dilation: int = 1,
+) -> Tensor:
+    """Writes y, of x with zeros between its pixels, which are ``dilation`` apart."""
     if y.shape[0] == 0:
         return y
     batch, channels, height, width = x.shape
@@ -91,6 +108,7 @@ def _run_cpu(*args) -> Tensor:
         out_width=y.shape[3],
         kernel=weight.shape[2],
         stride=stride,
+        dilation=dilation,
         left=left,
         top=top,
         x=x,
@@ -106,11 +124,53 @@ def _run_cpu(*args) -> Tensor:
     return y
 
 
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    *args, needs = rest
+    x, weight, scale, shift, stride, padding, act = _gradients.wide(args)
+    (grad,) = _gradients.wide(grads)
+    if weight.shape[2] > _native.MAX_KERNEL:
+        return _library.reference_backward(reference.dense_conv, grads, args, range(4), needs)
+    of_x, of_weight, of_scale, of_shift = _gradients.wanted((x, weight, scale, shift), needs)
+    delta, d_scale, d_shift = grad, None, None
+    if scale is not None or act != "none" or of_shift:
+        z = None
+        if act != "none" or of_scale:
+            z = _run_cpu(x, weight, None, None, stride, padding, "none")
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+    d_x = d_weight = None
+    if of_x:
+        before = [weight.shape[2] - 1 - side for side in padding]
+        (d_x,) = _cpu.allocate([_library.nchw(x.shape, x)], x.dtype)
+        spread = weight.flip(2, 3).permute(1, 0, 2, 3)
+        _launch(d_x, delta, spread, None, None, 1, before, "none", dilation=stride)
+    if of_weight:
+        d_weight = _weight_gradient(x, delta, weight, stride, padding)
+    found = (d_x, of_x), (d_weight, of_weight), (d_scale, of_scale), (d_shift, of_shift)
+    return [g for g, need in found if need]
+
+
+def _weight_gradient(
+    x: Tensor, delta: Tensor, weight: Tensor, stride: int, padding: Sequence[int]
+) -> Tensor:
+    """A product per kernel row i: in channels-last memory the k pixels under it are k * C numbers in a row."""
+    out, channels, k, _ = weight.shape
+    x = F.pad(x, tuple(padding)).contiguous(memory_format=torch.channels_last)
+    height, width = delta.shape[2:]
+    step = x.shape[3] * channels
+    grad = _cpu.map_fields(_cpu.channels_inner(delta))
+    rows = []
+    for i in range(k):
+        window = x[:, :, i:], height, width, x.shape[2] * step, stride * step, stride * channels
+        rows.append(_gradients.product(window, k * channels, grad, out).view(k, channels, out))
+    return torch.stack(rows).permute(3, 2, 0, 1)
+
+
 _dense_conv = _library.define(
     "dense_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
     " SymInt[] padding, str act) -> Tensor",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": reference.dense_conv},
+    backwards={"cpu": _backward_cpu},
     differentiable=("x", "weight", "scale", "shift"),
     autocast=("x", "weight"),
 )

@@ -136,7 +136,7 @@ SPEC = OpSpec(
         _case("d0_stem_batch8", 8, 3, 512, 512, out=32, stride=2, padding=_HALVED, tags=BENCH),
         _case("d4_stem", 1, 3, 1024, 1024, out=48, stride=2, padding=_HALVED, tags=BENCH),
         _case("d7_stem", 1, 3, 1536, 1536, out=64, stride=2, padding=_HALVED, tags=GPU),
-        _case("es_expand", 1, 24, 128, 128, out=192, stride=2, padding=_HALVED, tags=BENCH),
+        _case("d0_edgetpu_expand", 1, 24, 128, 128, out=192, stride=2, padding=_HALVED, tags=BENCH),
         _case(
             "d0_stem_batch128",
             2,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from effdet_kernels import _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.depthwise_conv import reference
-from effdet_kernels.ops.expand_depthwise.op import launch
 
 
 def depthwise_conv(
@@ -75,6 +76,64 @@ def _out_spec(x, weight, scale, shift, stride, padding, act, squeeze) -> list[Te
     return [y, sums] if squeeze else [y]
 
 
+def convolve(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
+    """The raw result of the C++ kernel."""
+    return _run_cpu(x, weight, None, None, stride, padding, "none", False)[0]
+
+
+def launch(
+    specs: list[TensorSpec],
+    x: Tensor,
+    expansion: dict[str, Any],
+    dw_weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+) -> list[Tensor]:
+    """Runs the C++ kernel of this op, whose ``expansion`` is empty, and of ``expand_depthwise``."""
+    outputs = _cpu.allocate(specs, x.dtype)
+    if x.shape[0] == 0:
+        return outputs
+    y, *sums = outputs
+    batch, channels, out_height, out_width = y.shape
+    fields: dict[str, Any] = {
+        "dilation": 1,
+        "expand_weights": None,
+        "expand_act": 0,
+        "scale": None,
+        "row_sums": None,
+    }
+    if scale is not None or shift is not None:
+        fields["scale"], fields["shift"] = _cpu.affine(scale, shift, channels, x.dtype)
+    if sums:
+        rows = torch.empty(batch, out_height, channels, dtype=sums[0].dtype)
+        fields.update(row_sums=rows, y_sums=sums[0])
+    x = _cpu.channels_inner(x)
+    left, _, top, _ = padding
+    fields.update(expansion)
+    _native.launch(
+        "expand_depthwise",
+        dtype=_cpu.code(x.dtype),
+        act=_cpu.act_code(act),
+        batch=batch,
+        in_channels=x.shape[1],
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        kernel=dw_weight.shape[2],
+        stride=stride,
+        left=left,
+        top=top,
+        x=_cpu.map_fields(x),
+        weights=_cpu.pack_depthwise(dw_weight),
+        y=y,
+        **fields,
+    )
+    return outputs
+
+
 def _run_cpu(*args) -> list[Tensor]:
     x, weight, scale, shift, stride, padding, act, _ = _cpu.widened(args)
     if weight.shape[2] > _native.MAX_KERNEL:
@@ -82,11 +141,49 @@ def _run_cpu(*args) -> list[Tensor]:
     return launch(_out_spec(*args), x, {}, weight, scale, shift, stride, padding, act)
 
 
+def input_gradient(
+    grad: Tensor, weight: Tensor, x: Tensor, stride: int, padding: Sequence[int]
+) -> Tensor:
+    """The gradient of x, given that of the convolution's raw result: a convolution of it, its pixels spread out."""
+    k = weight.shape[2]
+    before = [k - 1 - side for side in padding]
+    spread = {"dilation": stride}
+    flipped = weight.flip(2, 3)
+    specs = [_library.nchw(x.shape, x)]
+    return launch(specs, grad, spread, flipped, None, None, 1, before, "none")[0]
+
+
+def backward(grads, *rest) -> list[Tensor]:
+    """The C++ kernels' backward; the README has the formulas."""
+    *args, needs = rest
+    x, weight, scale, shift, stride, padding, act, squeeze = _gradients.wide(args)
+    if weight.shape[2] > _native.MAX_KERNEL:
+        return _library.reference_backward(reference.depthwise_conv, grads, args, range(4), needs)
+    grad, *of_sums = _gradients.wide(grads)
+    if squeeze:
+        grad = grad + of_sums[0].to(grad.dtype)[:, :, None, None]
+    of_x, of_weight, of_scale, of_shift = _gradients.wanted((x, weight, scale, shift), needs)
+    delta, d_scale, d_shift = grad, None, None
+    if scale is not None or act != "none" or of_shift:
+        z = None
+        if act != "none" or of_scale:
+            z = convolve(x, weight, stride, padding)
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+    d_x = d_weight = None
+    if of_x:
+        d_x = input_gradient(delta, weight, x, stride, padding)
+    if of_weight:
+        d_weight = _gradients.depthwise_weight(x, delta, weight.shape[2], stride, padding)
+    found = (d_x, of_x), (d_weight, of_weight), (d_scale, of_scale), (d_shift, of_shift)
+    return [g for g, need in found if need]
+
+
 _depthwise_conv = _library.define(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
     " SymInt[] padding, str act, bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": reference.depthwise_conv},
+    backwards={"cpu": backward},
     differentiable=("x", "weight", "scale", "shift"),
     autocast=("x", "weight"),
 )

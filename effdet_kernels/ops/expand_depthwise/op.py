@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from effdet_kernels import _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops.depthwise_conv import op as depthwise
 from effdet_kernels.ops.expand_depthwise import reference
+from effdet_kernels.ops.pointwise_conv import op as pointwise
 
 
 def expand_depthwise(
@@ -126,59 +126,30 @@ def _run_cpu(*args) -> list[Tensor]:
     dw_weight, scale, shift, stride, padding, act, _ = rest
     raw = scale is None and shift is None
     last_act = "none" if raw else act
-    return launch(specs, x, expansion, dw_weight, scale, shift, stride, padding, last_act)
+    return depthwise.launch(specs, x, expansion, dw_weight, scale, shift, stride, padding, last_act)
 
 
-def launch(
-    specs: list[TensorSpec],
-    x: Tensor,
-    expansion: dict[str, Any],
-    dw_weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    act: str,
-) -> list[Tensor]:
-    """Runs the C++ kernel of this op and of ``depthwise_conv``, whose ``expansion`` is empty."""
-    outputs = _cpu.allocate(specs, x.dtype)
-    if x.shape[0] == 0:
-        return outputs
-    y, *sums = outputs
-    batch, channels, out_height, out_width = y.shape
-    fields: dict[str, Any] = {
-        "expand_weights": None,
-        "expand_act": 0,
-        "scale": None,
-        "row_sums": None,
-    }
-    if scale is not None or shift is not None:
-        fields["scale"], fields["shift"] = _cpu.affine(scale, shift, channels, x.dtype)
-    if sums:
-        rows = torch.empty(batch, out_height, channels, dtype=sums[0].dtype)
-        fields.update(row_sums=rows, y_sums=sums[0])
-    x = _cpu.channels_inner(x)
-    left, _, top, _ = padding
-    fields.update(expansion)
-    _native.launch(
-        "expand_depthwise",
-        dtype=_cpu.code(x.dtype),
-        act=_cpu.act_code(act),
-        batch=batch,
-        in_channels=x.shape[1],
-        channels=channels,
-        out_height=out_height,
-        out_width=out_width,
-        kernel=dw_weight.shape[2],
-        stride=stride,
-        left=left,
-        top=top,
-        x=_cpu.map_fields(x),
-        weights=_cpu.pack_depthwise(dw_weight),
-        y=y,
-        **fields,
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    """Makes the expanded map again and goes back through both convolutions."""
+    *args, needs = rest
+    x, *expansion, dw_weight, scale, shift, stride, padding, act, squeeze = _gradients.wide(args)
+    variables = [x, *expansion, dw_weight, scale, shift]
+    flags = _gradients.wanted(variables, needs)
+    raw = scale is None and shift is None
+    expanded = pointwise.run_cpu(x, *expansion, None, None, act)
+    inner = [any(flags[:4])]
+    inner += [f for v, f in zip(variables[4:], flags[4:], strict=True) if v is not None]
+    last_act = "none" if raw else act
+    found = depthwise.backward(
+        grads, expanded, dw_weight, scale, shift, stride, padding, last_act, squeeze, inner
     )
-    return outputs
+    if not inner[0]:
+        return found
+    d_expanded, *others = found
+    return [
+        *pointwise.backward([d_expanded], x, *expansion, None, None, act, flags[:4]),
+        *others,
+    ]
 
 
 _expand_depthwise = _library.define(
@@ -187,6 +158,7 @@ _expand_depthwise = _library.define(
     " bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": reference.expand_depthwise},
+    backwards={"cpu": _backward_cpu},
     differentiable=(
         "x",
         "expand_weight",

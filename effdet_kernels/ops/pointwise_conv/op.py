@@ -6,7 +6,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.pointwise_conv import reference
 
 
@@ -67,7 +67,7 @@ def _out_spec(x, weight, *_) -> list[TensorSpec]:
     return [_library.nchw((batch, weight.shape[0], height, width), x)]
 
 
-def _run_cpu(*args) -> Tensor:
+def run_cpu(*args) -> Tensor:
     x, weight, scale, shift, gate, residual, act = _cpu.widened(args)
     (y,) = _cpu.allocate(_out_spec(*args), x.dtype)
     out_channels, channels = weight.shape[:2]
@@ -100,11 +100,47 @@ def _run_cpu(*args) -> Tensor:
     return y
 
 
+def backward(grads, *rest) -> list[Tensor]:
+    """The C++ kernels' backward; the README has the formulas."""
+    *args, needs = rest
+    x, weight, scale, shift, gate, residual, act = _gradients.wide(args)
+    grad = _gradients.wide(grads)[0]
+    of_x, of_weight, of_scale, of_shift, of_gate, of_residual = _gradients.wanted(
+        (x, weight, scale, shift, gate, residual), needs
+    )
+    delta, d_scale, d_shift = grad, None, None
+    if scale is not None or act != "none" or of_shift:
+        z = None
+        if act != "none" or of_scale:
+            z = run_cpu(x, weight, None, None, gate, None, "none")
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+    delta = _cpu.channels_inner(delta)
+    dx = d_gate = d_weight = None
+    if of_x or of_gate:
+        dx = run_cpu(delta, weight.permute(1, 0, 2, 3), None, None, None, None, "none")
+        if gate is not None:
+            d_gate = _gradients.gate(dx, x, gate)
+    if of_weight:
+        maps = _cpu.map_fields(delta), _cpu.map_fields(_cpu.channels_inner(x))
+        d_weight = _gradients.product(maps[0], len(weight), maps[1], weight.shape[1], gate)
+        d_weight = d_weight[:, :, None, None]
+    found = (
+        (dx, of_x),
+        (d_weight, of_weight),
+        (d_scale, of_scale),
+        (d_shift, of_shift),
+        (d_gate, of_gate),
+        (grad, of_residual),
+    )
+    return [g for g, need in found if need]
+
+
 _pointwise_conv = _library.define(
     "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? residual, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.pointwise_conv},
+    impls={"cpu": run_cpu, "reference": reference.pointwise_conv},
+    backwards={"cpu": backward},
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
     autocast=("x", "weight", "gate", "residual"),
 )

@@ -10,6 +10,7 @@ from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops.separable_conv import reference
+from effdet_kernels.ops.separable_conv.backward import backward
 from effdet_kernels.ops.weighted_fusion.op import check_fusion, fusion_fields
 
 
@@ -217,6 +218,7 @@ _separable_conv = _library.define(
     " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": _reference},
+    backwards={"cpu": backward},
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     autocast=("x", "dw_weight", "pw_weight"),
 )

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.bound import envelope
-from effdet_kernels.ops._cases import ACTS, BENCH, BLOCKS, FAR, mutant, nbytes, normal, weights
+from effdet_kernels.ops._cases import (
+    ACTS,
+    BENCH,
+    BLOCKS,
+    FAR,
+    GPU,
+    mutant,
+    nbytes,
+    normal,
+    weights,
+)
 from effdet_kernels.ops.squeeze_excite import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -22,6 +32,7 @@ def _case(
     side: int = 4,
     std: float = 1.0,
     tags: frozenset[str] = frozenset(),
+    times: int = 1,
     **options: Any,
 ) -> Case:
     """A case on sums over maps of ``side`` by ``side`` pixels."""
@@ -39,7 +50,7 @@ def _case(
             **options,
         }
 
-    return Case(name, make, tags)
+    return Case(name, make, tags, times=times)
 
 
 def _magnitude(
@@ -87,10 +98,11 @@ SPEC = OpSpec(
         _case("linear", 2, 4, 3, act="none"),
         *[_case(f"far_{act}", 1, 5, 3, act=act, std=FAR) for act in ACTS],
         _case("no_images", 0, 5, 2),
-        _case("blocks", 3, 77, 19, tags=BLOCKS),
+        _case("blocks", 3, 147, 19, tags=BLOCKS),
         _case("blocks_whole", 2, 64, 16, tags=BLOCKS),
         _case("d0_first", 1, 32, 8, side=256, tags=BENCH),
         _case("d0_late_batch8", 8, 1152, 48, side=16, tags=BENCH),
+        _case("d0_late_batch128", 2, 1152, 48, side=16, tags=GPU, times=64),
         _case("d4_late", 1, 1632, 68, side=32, tags=BENCH),
         _case("d7_late", 1, 3456, 144, side=48, tags=BENCH),
     ),

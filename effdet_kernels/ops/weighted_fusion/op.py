@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.weighted_fusion import reference
 
@@ -162,7 +162,7 @@ def fusion_fields(
     }
 
 
-def _run_cpu(*args) -> Tensor:
+def run_cpu(*args) -> Tensor:
     x, weight, method, resample, size, pool_padding, act = _cpu.widened(args)
     (y,) = _cpu.allocate(_out_spec(*args), x[0].dtype)
     if y.shape[0] == 0:
@@ -182,12 +182,67 @@ def _run_cpu(*args) -> Tensor:
     return y
 
 
+def gradients(
+    grad: Tensor,
+    x: Sequence[Tensor],
+    weight: Tensor | None,
+    method: str,
+    resample: str,
+    pool_padding: Sequence[int],
+    of_x: Sequence[bool],
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Of the fusion without activation, given that of its result: the gradients of x, where wanted, and of weight."""
+    batch, channels = grad.shape[:2]
+    found = [
+        torch.empty(level.shape, dtype=level.dtype, memory_format=torch.channels_last)
+        if need
+        else None
+        for level, need in zip(x, of_x, strict=True)
+    ]
+    fields = fusion_fields(weight, method, resample, pool_padding, grad.dtype)
+    share, of_shares = fields["shares"], torch.zeros(len(x), dtype=grad.dtype)
+    if batch:
+        _native.launch(
+            "weighted_fusion_gradient",
+            dtype=_cpu.code(grad.dtype),
+            batch=batch,
+            channels=channels,
+            x=[_cpu.map_fields(_cpu.channels_inner(level)) for level in x],
+            grad=_cpu.map_fields(_cpu.channels_inner(grad)),
+            grad_x=found,
+            grad_shares=of_shares,
+            partial=torch.empty(batch * channels * len(x), dtype=torch.float64),
+            **fields,
+        )
+    if weight is None:
+        return found, None
+    of_weight = of_shares - (of_shares * share).sum()
+    if method == "attn":
+        return found, share * of_weight
+    positive = weight.to(share.dtype).relu()
+    return found, (positive > 0) * of_weight / (positive.sum() + reference.FASTATTN_EPS)
+
+
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    *args, needs = rest
+    x, weight, method, resample, size, pool_padding, act = _gradients.wide(args)
+    (grad,) = _gradients.wide(grads)
+    of_x, of_weight = _gradients.wanted((x, weight), needs)
+    if act != "none":
+        before = run_cpu(x, weight, method, resample, size, pool_padding, "none")
+        grad, _, _ = _gradients.affine(grad, before, None, None, act)
+    d_x, d_weight = gradients(grad, x, weight, method, resample, pool_padding, of_x)
+    found = [g for g in d_x if g is not None]
+    return found + ([d_weight] if of_weight and d_weight is not None else [])
+
+
 # `resample` is one string, names joined by commas: torch.jit.trace cannot record a list of strings.
 _weighted_fusion = _library.define(
     "weighted_fusion(Tensor[] x, Tensor? weight, str method, str resample, SymInt[] size,"
     " SymInt[] pool_padding, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": _reference},
+    impls={"cpu": run_cpu, "reference": _reference},
+    backwards={"cpu": _backward_cpu},
     differentiable=("x", "weight"),
     autocast=("x",),
 )
