@@ -37,15 +37,16 @@ class TensorSpec:
             self.shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
         )
 
-    def conform(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """``tensor`` in exactly this dtype and these strides, and never an alias of ``inputs``."""
+    def conform(self, tensor: Tensor, taken: set[int]) -> Tensor:
+        """``tensor`` in exactly this dtype and these strides, in none of the storages ``taken``, which its own joins."""
         if tuple(tensor.shape) != tuple(self.shape):
             raise RuntimeError(
                 f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
             )
         out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
-        if any(_same_storage(out, other) for other in inputs):
+        if _storage(out) in taken:
             out = out.clone(memory_format=self.memory_format)
+        taken.add(_storage(out))
         if min(self.shape, default=2) > 1:
             return out
         # contiguous() may leave any stride in a dimension of size 1 or in an empty tensor.
@@ -62,14 +63,12 @@ def _conform(
     specs: Iterable[TensorSpec], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
     """``outputs`` as ``specs`` want them, no alias of an input or of each other."""
-    done: list[Tensor] = []
-    for spec, out in zip(specs, outputs, strict=True):
-        done.append(spec.conform(out, [*inputs, *done]))
-    return done
+    taken = {_storage(tensor) for tensor in inputs}
+    return [spec.conform(out, taken) for spec, out in zip(specs, outputs, strict=True)]
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -94,6 +94,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 def resolved(value: Any, address_of: Callable[[torch.Tensor], int]) -> Any:
     """``value`` with every tensor in it replaced by its address."""
+    if type(value) is int:  # most are
+        return value
     if isinstance(value, torch.Tensor):
         return address_of(value)
     if isinstance(value, dict):

@@ -10,42 +10,67 @@ namespace {
 
 // Blocks of pixels, none across two images.
 struct Blocks {
-  int64_t per_image, count;
+  int64_t size, per_image, count;
   EFFDET_INLINE explicit Blocks(const BatchNormParams& p)
-      : per_image(divide_up(p.pixels, kNormBlock)), count(p.batch * per_image) {}
+      : size(norm_block(p.channels)), per_image(divide_up(p.pixels, size)), count(p.batch * per_image) {}
+  EFFDET_INLINE int64_t pixels(const BatchNormParams& p, int64_t index) const {
+    return least(size, p.pixels - index % per_image * size);
+  }
 };
 
-// Where block `index` begins in a map of these strides, and its pixels.
+// Where block `index` begins in a map of these strides.
 template <typename T>
-EFFDET_INLINE const T* block_of(const BatchNormParams& p, const Blocks& blocks, int64_t index, const void* map,
-                                int64_t batch_stride, int64_t pixel_stride, int64_t* pixels) {
-  const int64_t first = index % blocks.per_image * kNormBlock;
-  *pixels = least(kNormBlock, p.pixels - first);
-  return static_cast<const T*>(map) + index / blocks.per_image * batch_stride + first * pixel_stride;
+EFFDET_INLINE const T* block_of(const Blocks& blocks, int64_t index, const void* map, int64_t batch_stride,
+                                int64_t pixel_stride) {
+  return static_cast<const T*>(map) + index / blocks.per_image * batch_stride +
+         index % blocks.per_image * blocks.size * pixel_stride;
+}
+
+// Calls use(first channel, vectors) for groups of up to 4 vectors, the number known to the compiler: a group's channels
+// of one pixel are neighbours in memory.
+constexpr int kGroup = 4;
+template <int kVectors>
+struct Count {
+  static constexpr int value = kVectors;
+};
+template <typename T, typename Use>
+EFFDET_INLINE void each_group(int64_t channels, const Use& use) {
+  int64_t c = 0;
+  for (; c + kGroup * kLanes<T> <= channels; c += kGroup * kLanes<T>) use(c, Count<kGroup>());
+  for (; c < channels; c += kLanes<T>) use(c, Count<1>());
 }
 
 template <typename T>
 void block_statistics(const BatchNormParams& p, const Blocks& blocks, int64_t index) {
   using A = Acc<T>;
   using V = Vec<A>;
-  int64_t n;
-  const T* x = block_of<T>(p, blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride, &n);
+  const int64_t n = blocks.pixels(p, index);
+  const T* x = block_of<T>(blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride);
   A* partial = static_cast<A*>(p.partial) + index * 3 * p.channels;
-  for (int64_t c = 0; c < p.channels; c += kLanes<T>) {
-    const int64_t lanes = p.channels - c;
-    V sum{};
-    for (int64_t i = 0; i < n; ++i) sum += load_n(x + i * p.x_pixel_stride + c, lanes);
-    const V mean = sum / static_cast<A>(n);
-    V rest{}, squares{};
-    for (int64_t i = 0; i < n; ++i) {
-      const V d = load_n(x + i * p.x_pixel_stride + c, lanes) - mean;
-      rest += d;
-      squares += d * d;
+  each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
+    constexpr int kN = decltype(count)::value, kL = kLanes<T>;
+    const int64_t lanes = kN == 1 ? p.channels - c : kL;
+    V mean[kN] = {}, rest[kN] = {}, squares[kN] = {};
+    for (int64_t i = 0; i < n; ++i)
+      for (int v = 0; v < kN; ++v) mean[v] += load_n(x + i * p.x_pixel_stride + c + v * kL, lanes);
+    for (int v = 0; v < kN; ++v) mean[v] /= splat<A>(static_cast<A>(n));
+    for (int64_t i = 0; i < n; ++i)
+      for (int v = 0; v < kN; ++v) {
+        const V d = load_n(x + i * p.x_pixel_stride + c + v * kL, lanes) - mean[v];
+        rest[v] += d;
+        squares[v] += d * d;
+      }
+    for (int v = 0; v < kN; ++v) {
+      store_n(partial + c + v * kL, mean[v], lanes);
+      store_n(partial + p.channels + c + v * kL, rest[v], lanes);
+      store_n(partial + 2 * p.channels + c + v * kL, squares[v], lanes);
     }
-    store_n(partial + c, mean, lanes);
-    store_n(partial + p.channels + c, rest, lanes);
-    store_n(partial + 2 * p.channels + c, squares, lanes);
-  }
+  });
+}
+
+template <typename A>
+EFFDET_INLINE A* reciprocal_deviations(const BatchNormParams& p, const Blocks& blocks) {
+  return static_cast<A*>(p.partial) + 3 * blocks.count * p.channels;
 }
 
 // Chan, Golub and LeVeque's merge of (count, mean, sum of squares about it), in double precision.
@@ -54,7 +79,7 @@ void merge_statistics(const BatchNormParams& p, const Blocks& blocks, int64_t c)
   double count = 0, mean = 0, squares = 0;
   for (int64_t index = 0; index < blocks.count; ++index) {
     const A* partial = static_cast<const A*>(p.partial) + index * 3 * p.channels + c;
-    const double n = static_cast<double>(least(kNormBlock, p.pixels - index % blocks.per_image * kNormBlock));
+    const double n = static_cast<double>(blocks.pixels(p, index));
     const double rest = partial[p.channels];  // what rounding the block's mean has left
     const double block_mean = partial[0] + rest / n;
     const double block_squares = partial[2 * p.channels] - rest * rest / n;
@@ -65,6 +90,7 @@ void merge_statistics(const BatchNormParams& p, const Blocks& blocks, int64_t c)
   }
   static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
   static_cast<A*>(p.variance)[c] = static_cast<A>(squares / count);
+  reciprocal_deviations<A>(p, blocks)[c] = static_cast<A>(1 / __builtin_sqrt(squares / count + p.eps));
 }
 
 template <typename T>
@@ -77,53 +103,61 @@ void statistics(const BatchNormParams& p, const Blocks& blocks, int threads) {
   });
 }
 
-template <typename A>
-EFFDET_INLINE Vec<A> inverse_deviation(const BatchNormParams& p, int64_t c, int64_t lanes) {
-  const Vec<A> variance = load_n(static_cast<const A*>(p.variance) + c, lanes);
-  Vec<A> r{};
-  for (int i = 0; i < kLanes<A>; ++i) r[i] = A(1) / __builtin_sqrt(variance[i] + static_cast<A>(p.eps));
-  return r;
-}
-
 template <typename T>
 Status forward(const BatchNormParams& p, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   const Blocks blocks(p);
   statistics<T>(p, blocks, threads);
+  const A* deviations = reciprocal_deviations<A>(p, blocks);
   parallel_for(blocks.count, threads, [&](int64_t index) {
-    int64_t n;
-    const T* x = block_of<T>(p, blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride, &n);
-    T* y = const_cast<T*>(block_of<T>(p, blocks, index, p.y, p.pixels * p.channels, p.channels, &n));
-    for (int64_t c = 0; c < p.channels; c += kLanes<T>) {
-      const int64_t lanes = p.channels - c;
-      const V mean = load_n(static_cast<const A*>(p.mean) + c, lanes);
-      const V scale = inverse_deviation<A>(p, c, lanes) * load_n(static_cast<const A*>(p.weight) + c, lanes);
-      const V bias = load_n(static_cast<const A*>(p.bias) + c, lanes);
-      for (int64_t i = 0; i < n; ++i) {
-        const V v = (load_n(x + i * p.x_pixel_stride + c, lanes) - mean) * scale + bias;
-        store_n(y + i * p.channels + c, activate<A>(v, p.act), lanes);
+    const int64_t n = blocks.pixels(p, index);
+    const T* x = block_of<T>(blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride);
+    T* y = const_cast<T*>(block_of<T>(blocks, index, p.y, p.pixels * p.channels, p.channels));
+    each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
+      constexpr int kN = decltype(count)::value, kL = kLanes<T>;
+      const int64_t lanes = kN == 1 ? p.channels - c : kL;
+      V mean[kN], scale[kN], bias[kN];
+      for (int v = 0; v < kN; ++v) {
+        const int64_t at = c + v * kL;
+        mean[v] = load_n(static_cast<const A*>(p.mean) + at, lanes);
+        scale[v] = load_n(deviations + at, lanes) * load_n(static_cast<const A*>(p.weight) + at, lanes);
+        bias[v] = load_n(static_cast<const A*>(p.bias) + at, lanes);
       }
-    }
+      for (int64_t i = 0; i < n; ++i)
+        for (int v = 0; v < kN; ++v) {
+          const V value = (load_n(x + i * p.x_pixel_stride + c + v * kL, lanes) - mean[v]) * scale[v] + bias[v];
+          store_n(y + i * p.channels + c + v * kL, activate<A>(value, p.act), lanes);
+        }
+    });
   });
   return kOk;
 }
 
-// Calls use(i, delta, normalised) for the pixels of a block and one vector of channels.
-template <typename T, typename Use>
-EFFDET_INLINE void each_delta(const BatchNormParams& p, const T* x, const T* g, int64_t n, int64_t c, const Use& use) {
+// Calls use(pixel, vector, delta, normalised) for a block's pixels and a group of kN vectors from channel c on.
+template <int kN, typename T, typename Use>
+EFFDET_INLINE void each_delta(const BatchNormParams& p, const Blocks& blocks, int64_t index, int64_t c,
+                              const Use& use) {
   using A = Acc<T>;
   using V = Vec<A>;
-  const int64_t lanes = p.channels - c;
-  const V mean = load_n(static_cast<const A*>(p.mean) + c, lanes);
-  const V r = inverse_deviation<A>(p, c, lanes);
-  const V weight = load_n(static_cast<const A*>(p.weight) + c, lanes);
-  const V bias = load_n(static_cast<const A*>(p.bias) + c, lanes);
-  for (int64_t i = 0; i < n; ++i) {
-    const V normalised = (load_n(x + i * p.x_pixel_stride + c, lanes) - mean) * r;
-    const V slope = derivative<A>(normalised * weight + bias, p.act);
-    use(i, load_n(g + i * p.grad_pixel_stride + c, lanes) * slope, normalised, r * weight);
+  constexpr int kL = kLanes<T>;
+  const int64_t lanes = kN == 1 ? p.channels - c : kL, n = blocks.pixels(p, index);
+  const T* x = block_of<T>(blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride) + c;
+  const T* g = block_of<T>(blocks, index, p.grad, p.grad_batch_stride, p.grad_pixel_stride) + c;
+  V mean[kN], deviation[kN], weight[kN], bias[kN];
+  for (int v = 0; v < kN; ++v) {
+    const int64_t at = c + v * kL;
+    mean[v] = load_n(static_cast<const A*>(p.mean) + at, lanes);
+    deviation[v] = load_n(reciprocal_deviations<A>(p, blocks) + at, lanes);
+    weight[v] = load_n(static_cast<const A*>(p.weight) + at, lanes);
+    bias[v] = load_n(static_cast<const A*>(p.bias) + at, lanes);
   }
+  for (int64_t i = 0; i < n; ++i)
+    for (int v = 0; v < kN; ++v) {
+      const V normalised = (load_n(x + i * p.x_pixel_stride + v * kL, lanes) - mean[v]) * deviation[v];
+      const V slope = derivative<A>(normalised * weight[v] + bias[v], p.act);
+      use(i, v, load_n(g + i * p.grad_pixel_stride + v * kL, lanes) * slope, normalised);
+    }
 }
 
 template <typename T>
@@ -134,43 +168,53 @@ Status backward(const BatchNormParams& p, int threads) {
   statistics<T>(p, blocks, threads);
   A* partial = static_cast<A*>(p.partial);
   parallel_for(blocks.count, threads, [&](int64_t index) {
-    int64_t n;
-    const T* x = block_of<T>(p, blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride, &n);
-    const T* g = block_of<T>(p, blocks, index, p.grad, p.grad_batch_stride, p.grad_pixel_stride, &n);
-    for (int64_t c = 0; c < p.channels; c += kLanes<T>) {
-      V bias{}, weight{};
-      each_delta(p, x, g, n, c, [&](int64_t, V delta, V normalised, V) __attribute__((always_inline)) {
-        bias += delta;
-        weight += delta * normalised;
+    each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
+      constexpr int kN = decltype(count)::value, kL = kLanes<T>;
+      const int64_t lanes = kN == 1 ? p.channels - c : kL;
+      V bias[kN] = {}, weight[kN] = {};
+      each_delta<kN, T>(p, blocks, index, c, [&](int64_t, int v, V delta, V normalised) __attribute__((always_inline)) {
+        bias[v] += delta;
+        weight[v] += delta * normalised;
       });
-      store_n(partial + index * 3 * p.channels + c, bias, p.channels - c);
-      store_n(partial + index * 3 * p.channels + p.channels + c, weight, p.channels - c);
+      for (int v = 0; v < kN; ++v) {
+        store_n(partial + index * 3 * p.channels + c + v * kL, bias[v], lanes);
+        store_n(partial + (index * 3 + 1) * p.channels + c + v * kL, weight[v], lanes);
+      }
+    });
+  });
+  constexpr int64_t kShare = 32;
+  parallel_for(divide_up(p.channels, kShare), threads, [&](int64_t part) {
+    for (int64_t c = part * kShare; c < least((part + 1) * kShare, p.channels); ++c) {
+      double bias = 0, weight = 0;
+      for (int64_t index = 0; index < blocks.count; ++index) {
+        bias += partial[index * 3 * p.channels + c];
+        weight += partial[(index * 3 + 1) * p.channels + c];
+      }
+      static_cast<A*>(p.grad_bias)[c] = static_cast<A>(bias);
+      static_cast<A*>(p.grad_weight)[c] = static_cast<A>(weight);
     }
   });
-  for (int64_t c = 0; c < p.channels; ++c) {
-    double bias = 0, weight = 0;
-    for (int64_t index = 0; index < blocks.count; ++index) {
-      bias += partial[index * 3 * p.channels + c];
-      weight += partial[index * 3 * p.channels + p.channels + c];
-    }
-    static_cast<A*>(p.grad_bias)[c] = static_cast<A>(bias);
-    static_cast<A*>(p.grad_weight)[c] = static_cast<A>(weight);
-  }
   if (!p.y) return kOk;
-  const A share = A(1) / static_cast<A>(p.batch * p.pixels);
+  const V share = splat<A>(A(1) / static_cast<A>(p.batch * p.pixels));
   parallel_for(blocks.count, threads, [&](int64_t index) {
-    int64_t n;
-    const T* x = block_of<T>(p, blocks, index, p.x, p.x_batch_stride, p.x_pixel_stride, &n);
-    const T* g = block_of<T>(p, blocks, index, p.grad, p.grad_batch_stride, p.grad_pixel_stride, &n);
-    T* dx = const_cast<T*>(block_of<T>(p, blocks, index, p.y, p.pixels * p.channels, p.channels, &n));
-    for (int64_t c = 0; c < p.channels; c += kLanes<T>) {
-      const int64_t lanes = p.channels - c;
-      const V bias = load_n(static_cast<const A*>(p.grad_bias) + c, lanes) * splat<A>(share);
-      const V weight = load_n(static_cast<const A*>(p.grad_weight) + c, lanes) * splat<A>(share);
-      each_delta(p, x, g, n, c, [&](int64_t i, V delta, V normalised, V scale) __attribute__((always_inline)) {
-        store_n(dx + i * p.channels + c, scale * (delta - bias - normalised * weight), lanes);
-      });
-    }
+    T* dx = const_cast<T*>(block_of<T>(blocks, index, p.y, p.pixels * p.channels, p.channels));
+    each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
+      constexpr int kN = decltype(count)::value, kL = kLanes<T>;
+      const int64_t lanes = kN == 1 ? p.channels - c : kL;
+      V bias[kN], weight[kN], scale[kN];
+      for (int v = 0; v < kN; ++v) {
+        const int64_t at = c + v * kL;
+        bias[v] = load_n(static_cast<const A*>(p.grad_bias) + at, lanes) * share;
+        weight[v] = load_n(static_cast<const A*>(p.grad_weight) + at, lanes) * share;
+        scale[v] = load_n(reciprocal_deviations<A>(p, blocks) + at, lanes) *
+                   load_n(static_cast<const A*>(p.weight) + at, lanes);
+      }
+      each_delta<kN, T>(p, blocks, index, c,
+                        [&](int64_t i, int v, V delta, V normalised) __attribute__((always_inline)) {
+                          const V value = scale[v] * (delta - bias[v] - normalised * weight[v]);
+                          store_n(dx + i * p.channels + c + v * kL, value, lanes);
+                        });
+    });
   });
   return kOk;
 }

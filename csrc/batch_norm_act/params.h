@@ -31,10 +31,17 @@ struct BatchNormParams {
   }
 };
 
-constexpr std::int64_t kNormBlock = 256;  // pixels of one image whose statistics are taken together
+// Pixels of one image whose statistics are taken together: about 64 KiB of float32, so that a second look finds them in
+// the cache.
+inline std::int64_t norm_block(std::int64_t channels) {
+  const std::int64_t pixels = 16384 / channels;
+  return pixels < 16 ? 16 : pixels > 256 ? 256 : pixels;
+}
 
+// Three numbers per block and channel, and the reciprocal deviation per channel.
 inline std::int64_t batch_norm_workspace(std::int64_t batch, std::int64_t pixels, std::int64_t channels) {
-  return batch * ((pixels + kNormBlock - 1) / kNormBlock) * 3 * channels * static_cast<std::int64_t>(sizeof(double));
+  const std::int64_t block = norm_block(channels), blocks = batch * ((pixels + block - 1) / block);
+  return (3 * blocks + 1) * channels * static_cast<std::int64_t>(sizeof(double));
 }
 
 EFFDET_PER_ISA(Status, batch_norm_act, (const BatchNormParams&, int threads))
