@@ -63,25 +63,18 @@ struct TileInput {
   const void* weights;   // the panel
 };
 
-// Tile of `rows` (1 to kRows) times `width` (1 to kPanel) vectors.
+// Tiles of `rows` (1 to kRows) times `width` (1 to kPanel) vectors, `count` of them below each other from `first_row` on.
 template <typename T, typename Out>
-using Tile = void (*)(const TileInput<T>&, const Epilogue<Out>&);
+using Tile = void (*)(const TileInput<T>&, const Epilogue<Out>&, int64_t first_row, int64_t count);
 template <typename T, typename Out>
 Tile<T, Out> tile(int64_t rows, int64_t width);
 
 // All rows of one panel.
 template <typename T, typename Out>
-EFFDET_INLINE void multiply_panel(TileInput<T> in, Epilogue<Out> out, int64_t rows, int64_t width) {
-  const T* moved[16];
-  const T* const* segments = in.segments;
-  in.segments = moved;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t count = least<int64_t>(kRows, rows - row);
-    for (int64_t s = 0; s < in.segment_count; ++s) moved[s] = segments[s] + row * in.lda;
-    tile<T, Out>(count, width)(in, out);
-    out.y += kRows * out.ldy;
-    if (out.residual) out.residual += kRows * out.ldr;
-  }
+EFFDET_INLINE void multiply_panel(const TileInput<T>& in, const Epilogue<Out>& out, int64_t rows, int64_t width) {
+  const int64_t whole = rows / kRows, rest = rows % kRows;
+  if (whole) tile<T, Out>(kRows, width)(in, out, 0, whole);
+  if (rest) tile<T, Out>(rest, width)(in, out, whole * kRows, 1);
 }
 
 // rows x [k] times all of the packed weights [k, channels], into y of `channels` columns.

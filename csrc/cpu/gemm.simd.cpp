@@ -6,13 +6,13 @@ namespace EFFDET_ISA {
 namespace {
 
 template <int kCount, int kWidth, typename T>
-EFFDET_INLINE void accumulate(const TileInput<T>& in, Vec<Acc<T>> (&sum)[kCount][kWidth]) {
+EFFDET_INLINE void accumulate(const TileInput<T>& in, int64_t first_row, Vec<Acc<T>> (&sum)[kCount][kWidth]) {
   using V = Vec<Acc<T>>;
   const Acc<T>* w = static_cast<const Acc<T>*>(in.weights);
   for (int64_t s = 0; s < in.segment_count; ++s) {
     const T* row[kCount];
 #pragma GCC unroll 8
-    for (int m = 0; m < kCount; ++m) row[m] = in.segments[s] + m * in.lda;
+    for (int m = 0; m < kCount; ++m) row[m] = in.segments[s] + (first_row + m) * in.lda;
     for (int64_t k = 0; k < in.segment_length; ++k) {
       V b[kWidth];
 #pragma GCC unroll 4
@@ -30,7 +30,7 @@ EFFDET_INLINE void accumulate(const TileInput<T>& in, Vec<Acc<T>> (&sum)[kCount]
 
 #if defined(__AVX512BF16__)
 template <int kCount, int kWidth>
-EFFDET_INLINE void accumulate(const TileInput<BFloat16>& in, Vec<float> (&sum)[kCount][kWidth]) {
+EFFDET_INLINE void accumulate(const TileInput<BFloat16>& in, int64_t first_row, Vec<float> (&sum)[kCount][kWidth]) {
   const BFloat16* w = static_cast<const BFloat16*>(in.weights);
   auto step = [&](auto pair) __attribute__((always_inline)) {
     __m512bh b[kWidth];
@@ -47,7 +47,7 @@ EFFDET_INLINE void accumulate(const TileInput<BFloat16>& in, Vec<float> (&sum)[k
   for (int64_t s = 0; s < in.segment_count; ++s) {
     const BFloat16* row[kCount];
 #pragma GCC unroll 8
-    for (int m = 0; m < kCount; ++m) row[m] = in.segments[s] + m * in.lda;
+    for (int m = 0; m < kCount; ++m) row[m] = in.segments[s] + (first_row + m) * in.lda;
     int64_t k = 0;
     for (; k + 2 <= in.segment_length; k += 2) {
       step([&](int m) __attribute__((always_inline)) {
@@ -65,7 +65,7 @@ EFFDET_INLINE void accumulate(const TileInput<BFloat16>& in, Vec<float> (&sum)[k
 
 // The sums of a tile to their place, through memory where there is more to do than an affine map.
 template <int kCount, int kWidth, typename Out>
-EFFDET_INLINE void finish(const Epilogue<Out>& out, Vec<Acc<Out>> (&sum)[kCount][kWidth]) {
+EFFDET_INLINE void finish(const Epilogue<Out>& out, int64_t first_row, Vec<Acc<Out>> (&sum)[kCount][kWidth]) {
   using A = Acc<Out>;
   constexpr int kL = kLanes<Out>;
   const int64_t last = out.channels - (kWidth - 1) * kL;  // channels in the last vector
@@ -88,7 +88,7 @@ EFFDET_INLINE void finish(const Epilogue<Out>& out, Vec<Acc<Out>> (&sum)[kCount]
     for (int m = 0; m < kCount; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < kWidth; ++v)
-        store_n(out.y + m * out.ldy + v * kL, sum[m][v], v == kWidth - 1 ? last : kL);
+        store_n(out.y + (first_row + m) * out.ldy + v * kL, sum[m][v], v == kWidth - 1 ? last : kL);
     return;
   }
   alignas(64) A buffer[kCount][kWidth * kL];
@@ -97,22 +97,24 @@ EFFDET_INLINE void finish(const Epilogue<Out>& out, Vec<Acc<Out>> (&sum)[kCount]
 #pragma GCC unroll 4
     for (int v = 0; v < kWidth; ++v) store(buffer[m] + v * kL, sum[m][v]);
   for (int m = 0; m < kCount; ++m) {
-    Out* y = out.y + m * out.ldy;
+    Out* y = out.y + (first_row + m) * out.ldy;
 #pragma GCC unroll 4
     for (int v = 0; v < kWidth; ++v) {
       const int64_t n = v == kWidth - 1 ? last : kL;
       Vec<A> value = activate<A>(load(buffer[m] + v * kL), done ? kNone : out.act);
-      if (out.residual) value += load_n(out.residual + m * out.ldr + v * kL, n);
+      if (out.residual) value += load_n(out.residual + (first_row + m) * out.ldr + v * kL, n);
       store_n(y + v * kL, value, n);
     }
   }
 }
 
 template <int kCount, int kWidth, typename T, typename Out>
-void tile_of(const TileInput<T>& in, const Epilogue<Out>& out) {
-  Vec<Acc<T>> sum[kCount][kWidth] = {};
-  accumulate<kCount, kWidth>(in, sum);
-  finish<kCount, kWidth>(out, sum);
+void tile_of(const TileInput<T>& in, const Epilogue<Out>& out, int64_t first_row, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<Acc<T>> sum[kCount][kWidth] = {};
+    accumulate<kCount, kWidth>(in, first_row + i * kCount, sum);
+    finish<kCount, kWidth>(out, first_row + i * kCount, sum);
+  }
 }
 
 template <int kWidth, typename T, typename Out>

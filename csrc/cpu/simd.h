@@ -131,11 +131,13 @@ EFFDET_INLINE void store_n(T* p, Vec<Acc<T>> v, int64_t n) {
 #if defined(__AVX512F__)
 template <>
 EFFDET_INLINE Vec<float> load_n<float>(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u), p);
+  if (n >= 16) return load(p);
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
 }
 template <>
 EFFDET_INLINE void store_n<float>(float* p, Vec<float> v, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u), v);
+  if (n >= 16) return store(p, v);
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
 }
 #endif
 
