@@ -183,7 +183,9 @@ class Plan:
             storage = _storage(tensor)
             inside = tensor.data_ptr() - storage
             if storage in slots:
-                start = x.storage_offset() * x.element_size() if slots[storage] == _INPUT else 0
+                start = (
+                    int(x.storage_offset()) * x.element_size() if slots[storage] == _INPUT else 0
+                )
                 return ((slots[storage] + 1) << _SLOT_SHIFT) + inside - start
             if storage in place_of:
                 space, offset = place_of[storage]

@@ -38,7 +38,7 @@ class TensorSpec:
         )
 
     def conform(self, tensor: Tensor, taken: set[int]) -> Tensor:
-        """``tensor`` in exactly this dtype and these strides, in none of the storages ``taken``, which its own joins."""
+        """``tensor`` in exactly this dtype and these strides, in no storage of ``taken``, which its own joins."""
         if tuple(tensor.shape) != tuple(self.shape):
             raise RuntimeError(
                 f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"

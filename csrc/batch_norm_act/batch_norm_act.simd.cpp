@@ -1,5 +1,6 @@
 // Training batch norm. Statistics of blocks of pixels are taken about each block's own mean and merged in double
-// precision in the order of the blocks, so that they do not depend on the number of threads; then one pass applies them.
+// precision in the order of the blocks, so that they do not depend on the number of threads; then one pass applies
+// them.
 #include "batch_norm_act/params.h"
 #include "common/parallel_for.h"
 #include "cpu/derivative.h"

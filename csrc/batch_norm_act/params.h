@@ -14,9 +14,9 @@ struct BatchNormParams {
   const void* grad;  // backward only: of y
   const void* weight;
   const void* bias;
-  void* y;         // dense; backward: the gradient of x, or null
-  void* mean;      // written, by the backward too
-  void* variance;  // likewise, biased
+  void* y;            // dense; backward: the gradient of x, or null
+  void* mean;         // written, by the backward too
+  void* variance;     // likewise, biased
   void* grad_weight;  // backward only
   void* grad_bias;
   void* partial;  // workspace, batch_norm_workspace() bytes

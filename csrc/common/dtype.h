@@ -11,6 +11,8 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-inline std::int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+inline std::int64_t size_of(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
 
 }  // namespace effdet

@@ -37,7 +37,9 @@ std::atomic<int>& chosen() {
 
 }  // namespace
 
-Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+Isa current_isa() {
+  return static_cast<Isa>(chosen().load(std::memory_order_relaxed));
+}
 
 bool set_isa(int isa) {
   if (isa < kPortable || isa > kAvx512Bf16 || !has(isa)) return false;

@@ -32,10 +32,10 @@ bool set_isa(int isa);
   result name arguments;                        \
   }
 // The function of that name for the current set.
-#define EFFDET_FOR_ISA(name)                             \
-  (current_isa() == kAvx512Bf16 ? &avx512_bf16::name     \
-   : current_isa() == kAvx512   ? &avx512::name          \
-   : current_isa() == kAvx2     ? &avx2::name            \
+#define EFFDET_FOR_ISA(name)                         \
+  (current_isa() == kAvx512Bf16 ? &avx512_bf16::name \
+   : current_isa() == kAvx512   ? &avx512::name      \
+   : current_isa() == kAvx2     ? &avx2::name        \
                                 : &portable::name)
 #else
 #define EFFDET_PER_ISA(result, name, arguments) \

@@ -77,8 +77,9 @@ EFFDET_INLINE Vec<T> sigmoid(Vec<T> x) {
 }
 
 #if defined(__AVX512F__)
-// 1 / (1 + 2^y), y = -x / ln 2, in 14 instructions: 2^y by a polynomial of degree 5 (relative error 2e-7 at most, chosen
-// for it by iterated least squares) and the reciprocal by one Newton step. Rounding y costs |x| 2^-24, of e^-x alone.
+// 1 / (1 + 2^y), y = -x / ln 2, in 14 instructions: 2^y by a polynomial of degree 5 (relative error 2e-7 at most,
+// chosen for it by iterated least squares) and the reciprocal by one Newton step. Rounding y costs |x| 2^-24, of e^-x
+// alone.
 template <>
 EFFDET_INLINE Vec<float> sigmoid<float>(Vec<float> x) {
   const __m512 y = x * -1.44269504088896341f;

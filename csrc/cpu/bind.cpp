@@ -1,5 +1,6 @@
 // What is not an op: packing of weights, the choice of the instruction set, plans and what they watch.
 #include "common/bind.h"
+
 #include "common/watch.h"
 #include "cpu/packing.h"
 

@@ -29,7 +29,7 @@ struct RowEpilogue {
   const Acc<Out>* scale;  // null: neither scale nor shift
   const Acc<Out>* shift;
   int act;
-  Out* y;           // [count, ...] from pixel to pixel `ldy`
+  Out* y;  // [count, ...] from pixel to pixel `ldy`
   int64_t ldy;
   int64_t channels;  // of this slice
   Acc<Out>* sums;    // [channels] to add the sums over the row to, or null

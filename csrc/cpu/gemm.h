@@ -60,10 +60,11 @@ struct TileInput {
   const T* const* segments;  // per segment the first row
   int64_t segment_count, segment_length;
   int64_t lda;          // from row to row, in elements
-  const void* weights;   // the panel
+  const void* weights;  // the panel
 };
 
-// Tiles of `rows` (1 to kRows) times `width` (1 to kPanel) vectors, `count` of them below each other from `first_row` on.
+// Tiles of `rows` (1 to kRows) times `width` (1 to kPanel) vectors, `count` of them below each other from `first_row`
+// on.
 template <typename T, typename Out>
 using Tile = void (*)(const TileInput<T>&, const Epilogue<Out>&, int64_t first_row, int64_t count);
 template <typename T, typename Out>

@@ -1,7 +1,8 @@
 // Gradients that several ops are made of; their backwards in effdet_kernels/ops compose them.
 //
-// Everything is float or double: a backward of shorter numbers widens them first. Sums over pixels are taken over blocks of a size that depends on nothing but shapes, each block by one thread, and
-// added up in the order of the blocks: results do not depend on the number of threads.
+// Everything is float or double: a backward of shorter numbers widens them first. Sums over pixels are taken over
+// blocks of a size that depends on nothing but shapes, each block by one thread, and added up in the order of the
+// blocks: results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -40,10 +41,10 @@ struct AffineGradientParams {
 
 // out[r, c] = sum over images and pixels of a[., r] * b[., c] * gate[image, c]: a weight gradient.
 struct ProductGradientParams {
-  Map a, b;             // [batch, height, width, rows], [..., columns]
-  const void* gate;     // [batch, columns] of the accumulator's type, or null
-  void* out;            // [rows, columns] of the accumulator's type
-  void* partial;        // workspace [segments, rows, columns]
+  Map a, b;          // [batch, height, width, rows], [..., columns]
+  const void* gate;  // [batch, columns] of the accumulator's type, or null
+  void* out;         // [rows, columns] of the accumulator's type
+  void* partial;     // workspace [segments, rows, columns]
   std::int64_t batch, rows, columns;
   int dtype;
 

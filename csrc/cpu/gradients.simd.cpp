@@ -224,8 +224,7 @@ Status depthwise(const DepthwiseGradientParams& p, int threads) {
       for (; made < least(h + p.kernel, p.x.height); ++made)
         for (int64_t w = from; w < to; ++w)
           store(ring.row(made) + (w + p.left) * kL, load_n(x + made * p.x.row_stride + w * p.x.pixel_stride, n));
-      for (int64_t i = 0; i < p.kernel; ++i)
-        rows[i] = h + i >= 0 && h + i < p.x.height ? ring.row(h + i) : ring.zeros;
+      for (int64_t i = 0; i < p.kernel; ++i) rows[i] = h + i >= 0 && h + i < p.x.height ? ring.row(h + i) : ring.zeros;
       for (int64_t w = 0; w < p.grad.width; ++w)
         store(grad + w * kL, load_n(g + row * p.grad.row_stride + w * p.grad.pixel_stride, n));
       if (p.kernel == 3) {

@@ -11,8 +11,7 @@ namespace {
 
 template <typename T>
 EFFDET_INLINE T weight_at(const WeightParams& p, int64_t o, int64_t c, int64_t i, int64_t j) {
-  return static_cast<const T*>(
-      p.weight)[o * p.out_stride + c * p.in_stride + i * p.row_stride + j * p.column_stride];
+  return static_cast<const T*>(p.weight)[o * p.out_stride + c * p.in_stride + i * p.row_stride + j * p.column_stride];
 }
 
 template <typename T>
@@ -31,9 +30,9 @@ Status dense(const WeightParams& p, int threads) {
       for (int64_t k = 0; k < padded; k += kGroup) {
         const T* from[kGroup];
         for (int g = 0; g < kGroup; ++g)
-          from[g] = k + g < length ? weight + i * p.row_stride + (k + g) / p.in * p.column_stride +
-                                         (k + g) % p.in * p.in_stride
-                                   : nullptr;
+          from[g] = k + g < length
+                        ? weight + i * p.row_stride + (k + g) / p.in * p.column_stride + (k + g) % p.in * p.in_stride
+                        : nullptr;
         for (int64_t o = begin; o < end; ++o) {
           for (int g = 0; g < kGroup; ++g) {
             const bool inside = o < p.out && from[g];
@@ -66,8 +65,7 @@ Status vector(const VectorParams& p) {
   const auto* from = static_cast<const A*>(p.vector);
   auto* to = static_cast<A*>(p.packed);
   const int64_t padded = round_up(p.count, kLanes<A>);
-  for (int64_t i = 0; i < padded; ++i)
-    to[i] = i >= p.count ? A(0) : from ? from[i * p.stride] : static_cast<A>(p.fill);
+  for (int64_t i = 0; i < padded; ++i) to[i] = i >= p.count ? A(0) : from ? from[i * p.stride] : static_cast<A>(p.fill);
   return kOk;
 }
 
@@ -97,7 +95,9 @@ Status pack_depthwise(const WeightParams& p) {
   return kBadDtype;
 }
 
-Status pack_vector(const VectorParams& p) { return p.dtype == kFloat64 ? vector<double>(p) : vector<float>(p); }
+Status pack_vector(const VectorParams& p) {
+  return p.dtype == kFloat64 ? vector<double>(p) : vector<float>(p);
+}
 
 }  // namespace EFFDET_ISA
 }  // namespace effdet

@@ -65,8 +65,12 @@ template <typename T>
 EFFDET_INLINE T most(T a, T b) {
   return a > b ? a : b;
 }
-EFFDET_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-EFFDET_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+EFFDET_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+EFFDET_INLINE int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
 
 template <typename T>
 EFFDET_INLINE Vec<T> splat(T value) {
@@ -97,8 +101,12 @@ EFFDET_INLINE Vec<float> load(const BFloat16* p) {
   std::memcpy(&h, p, sizeof(h));
   return bit_cast<Vec<float>>(__builtin_convertvector(h, VecU) << 16);
 }
-EFFDET_INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
-EFFDET_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+EFFDET_INLINE void store(float* p, Vec<float> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+EFFDET_INLINE void store(double* p, Vec<double> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 EFFDET_INLINE void store(BFloat16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh(v);
@@ -106,8 +114,8 @@ EFFDET_INLINE void store(BFloat16* p, Vec<float> v) {
 #else
   typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   const VecU u = bit_cast<VecU>(v);
-  const VecU even = u + 0x7fffu + ((u >> 16) & 1u);               // round to nearest, ties to even
-  const VecU bits = (v == v ? even : (u | 0x400000u)) >> 16;      // a NaN stays one
+  const VecU even = u + 0x7fffu + ((u >> 16) & 1u);           // round to nearest, ties to even
+  const VecU bits = (v == v ? even : (u | 0x400000u)) >> 16;  // a NaN stays one
   const Half h = __builtin_convertvector(bits, Half);
   std::memcpy(p, &h, sizeof(h));
 #endif
@@ -141,9 +149,15 @@ EFFDET_INLINE void store_n<float>(float* p, Vec<float> v, int64_t n) {
 }
 #endif
 
-EFFDET_INLINE float widen(float x) { return x; }
-EFFDET_INLINE double widen(double x) { return x; }
-EFFDET_INLINE float widen(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+EFFDET_INLINE float widen(float x) {
+  return x;
+}
+EFFDET_INLINE double widen(double x) {
+  return x;
+}
+EFFDET_INLINE float widen(BFloat16 x) {
+  return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
 
 // Maximum in which a NaN on either side stays.
 template <typename V>
@@ -160,7 +174,9 @@ EFFDET_INLINE Vec<float> reciprocal(Vec<float> x) {
   return 1.0f / x;
 #endif
 }
-EFFDET_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+EFFDET_INLINE Vec<double> reciprocal(Vec<double> x) {
+  return 1.0 / x;
+}
 
 }  // namespace EFFDET_ISA
 }  // namespace effdet

@@ -27,7 +27,9 @@ EFFDET_INLINE void copy_row(const DenseConvParams& p, int64_t image, int64_t h, 
   }
 }
 
-EFFDET_INLINE int64_t places_of(const DenseConvParams& p) { return (p.out_width - 1) * p.stride + p.kernel; }
+EFFDET_INLINE int64_t places_of(const DenseConvParams& p) {
+  return (p.out_width - 1) * p.stride + p.kernel;
+}
 
 template <typename T>
 void strip(const DenseConvParams& p, int64_t image, int64_t first_row, int64_t end_row, T* memory) {

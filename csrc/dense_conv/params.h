@@ -15,7 +15,7 @@ struct DenseConvParams {
   void* y;  // [batch, out_height, out_width, out_channels], dense
   std::int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
   std::int64_t batch_stride, channel_stride, row_stride, pixel_stride;  // in elements
-  std::int64_t kernel, stride, left, top;  // negative padding leaves out pixels
+  std::int64_t kernel, stride, left, top;                               // negative padding leaves out pixels
   std::int64_t dilation;  // 1, or zeros come between the pixels of x, this many apart: how a gradient spreads
   int dtype, act;
 

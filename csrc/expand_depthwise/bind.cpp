@@ -1,4 +1,5 @@
 #include "common/bind.h"
+
 #include "cpu/activation_codes.h"
 #include "expand_depthwise/params.h"
 

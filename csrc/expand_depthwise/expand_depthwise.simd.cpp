@@ -24,8 +24,8 @@ struct Slice {
   // Places [first, first + count) of input row h into `to`, from pixel to pixel panel_width vectors.
   EFFDET_INLINE void make(int64_t h, int64_t first, int64_t count, Acc<T>* to) const {
     using A = Acc<T>;
-    const T* x = static_cast<const T*>(p.x.data) + image * p.x.batch_stride + h * p.x.row_stride +
-                 first * p.x.pixel_stride;
+    const T* x =
+        static_cast<const T*>(p.x.data) + image * p.x.batch_stride + h * p.x.row_stride + first * p.x.pixel_stride;
     const int64_t width = panel_width * kLanes<T>;
     if (p.expand_weights) {
       const int64_t k = packed_length<T>(p.in_channels);
@@ -70,7 +70,8 @@ void strip(const Slice<T>& slice, int64_t first_row, int64_t end_row, int64_t co
       const int64_t h = row * p.stride - p.top;
       made = most(made, h);
       for (; made < least(h + p.kernel, in_height); ++made)
-        if (to > from && made % p.dilation == 0) slice.make(made, from, to - from, ring.row(made) + (from - begin) * width);
+        if (to > from && made % p.dilation == 0)
+          slice.make(made, from, to - from, ring.row(made) + (from - begin) * width);
       for (int64_t i = 0; i < p.kernel; ++i)
         rows[i] = h + i >= 0 && h + i < in_height && (h + i) % p.dilation == 0 ? ring.row(h + i) : ring.zeros;
       RowEpilogue<T> out;

@@ -1,4 +1,5 @@
 #include "common/bind.h"
+
 #include "cpu/activation_codes.h"
 #include "separable_conv/params.h"
 #include "weighted_fusion/bind.h"

@@ -18,13 +18,15 @@ struct MapGradient {
 
   EFFDET_INLINE V x_at(int64_t h, int64_t w) const {
     const Map& x = p.x[index];
-    return load_n(static_cast<const T*>(x.data) + image * x.batch_stride + h * x.row_stride + w * x.pixel_stride + channel,
-                  lanes);
+    return load_n(
+        static_cast<const T*>(x.data) + image * x.batch_stride + h * x.row_stride + w * x.pixel_stride + channel,
+        lanes);
   }
   EFFDET_INLINE V grad_at(int64_t h, int64_t w) const {
     const Map& g = p.grad;
-    return load_n(static_cast<const T*>(g.data) + image * g.batch_stride + h * g.row_stride + w * g.pixel_stride + channel,
-                  lanes);
+    return load_n(
+        static_cast<const T*>(g.data) + image * g.batch_stride + h * g.row_stride + w * g.pixel_stride + channel,
+        lanes);
   }
   EFFDET_INLINE void add(int64_t h, int64_t w, V value) const {
     if (!p.grad_x[index]) return;

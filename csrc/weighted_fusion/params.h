@@ -17,7 +17,7 @@ enum Resample : int { kIdentity = 0, kNearest = 1, kBilinear = 2, kMaxPool = 3 }
 struct Fusion {
   std::int64_t count;
   int resample[kMaxFused];
-  const void* shares;           // [count] of the accumulator's type; null: the one map as it is
+  const void* shares;  // [count] of the accumulator's type; null: the one map as it is
   std::int64_t pool_left, pool_top;
 };
 

@@ -43,6 +43,11 @@ def wanted(variables: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
     ]
 
 
+def chosen(found: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients that are wanted."""
+    return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
+
+
 def affine(
     grad: Tensor,
     z: Tensor | None,

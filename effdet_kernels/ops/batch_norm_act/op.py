@@ -106,7 +106,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         grad_bias=of_bias,
         **_fields(x, weight, bias, eps, act),
     )
-    return [g for g, need in zip((dx, of_weight, of_bias), needs, strict=True) if need]
+    return _gradients.chosen((dx, of_weight, of_bias), needs)
 
 
 _batch_norm_act = _library.define(

@@ -145,8 +145,8 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         _launch(d_x, delta, spread, None, None, 1, before, "none", dilation=stride)
     if of_weight:
         d_weight = _weight_gradient(x, delta, weight, stride, padding)
-    found = (d_x, of_x), (d_weight, of_weight), (d_scale, of_scale), (d_shift, of_shift)
-    return [g for g, need in found if need]
+    found = d_x, d_weight, d_scale, d_shift
+    return _gradients.chosen(found, (of_x, of_weight, of_scale, of_shift))
 
 
 def _weight_gradient(

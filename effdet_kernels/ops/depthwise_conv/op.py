@@ -174,8 +174,8 @@ def backward(grads, *rest) -> list[Tensor]:
         d_x = input_gradient(delta, weight, x, stride, padding)
     if of_weight:
         d_weight = _gradients.depthwise_weight(x, delta, weight.shape[2], stride, padding)
-    found = (d_x, of_x), (d_weight, of_weight), (d_scale, of_scale), (d_shift, of_shift)
-    return [g for g, need in found if need]
+    found = d_x, d_weight, d_scale, d_shift
+    return _gradients.chosen(found, (of_x, of_weight, of_scale, of_shift))
 
 
 _depthwise_conv = _library.define(

@@ -124,15 +124,8 @@ def backward(grads, *rest) -> list[Tensor]:
         maps = _cpu.map_fields(delta), _cpu.map_fields(_cpu.channels_inner(x))
         d_weight = _gradients.product(maps[0], len(weight), maps[1], weight.shape[1], gate)
         d_weight = d_weight[:, :, None, None]
-    found = (
-        (dx, of_x),
-        (d_weight, of_weight),
-        (d_scale, of_scale),
-        (d_shift, of_shift),
-        (d_gate, of_gate),
-        (grad, of_residual),
-    )
-    return [g for g, need in found if need]
+    found = dx, d_weight, d_scale, d_shift, d_gate, grad
+    return _gradients.chosen(found, (of_x, of_weight, of_scale, of_shift, of_gate, of_residual))
 
 
 _pointwise_conv = _library.define(

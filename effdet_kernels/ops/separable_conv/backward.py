@@ -25,7 +25,8 @@ def backward(grads, *rest) -> list[Tensor]:
     d_maps: list[Tensor | None] = [None] * len(maps)
     d_dw: list[Tensor | None] = [None] * len(dw_weight)
     d_pw: list[Tensor | None] = [None] * len(pw_weight)
-    d_scale, d_shift = [], []
+    d_scale: list[Tensor | None] = []
+    d_shift: list[Tensor | None] = []
     levels = len(grads) // len(dw_weight)
     for i, grad in enumerate(grads):
         m, n = i % len(maps), i // levels
@@ -66,14 +67,14 @@ def backward(grads, *rest) -> list[Tensor]:
             d_maps, d_weight = fusion_gradients(
                 fused, x, fusion_weight, method, names, pool_padding, of_x
             )
-    found = [
-        *_chosen(d_maps, of_x),
-        *_chosen(d_dw, of_dw),
-        *_chosen(d_pw, of_pw),
-        *d_scale,
-        *d_shift,
+    return [
+        *_gradients.chosen(d_maps, of_x),
+        *_gradients.chosen(d_dw, of_dw),
+        *_gradients.chosen(d_pw, of_pw),
+        *_gradients.chosen(d_scale, [True] * len(d_scale)),
+        *_gradients.chosen(d_shift, [True] * len(d_shift)),
+        *_gradients.chosen([d_weight], [of_fusion]),
     ]
-    return [*found, d_weight] if of_fusion and d_weight is not None else found
 
 
 def _activated(x: Tensor, act: str) -> Tensor:
@@ -84,7 +85,3 @@ def _activated(x: Tensor, act: str) -> Tensor:
 
 def _sum(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
-
-
-def _chosen(found: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    return [g for g, need in zip(found, needs, strict=True) if need and g is not None]

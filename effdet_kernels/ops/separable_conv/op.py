@@ -212,13 +212,19 @@ def _run_cpu(*args) -> list[Tensor]:
     return y
 
 
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    if max(weight.shape[2] for weight in rest[1]) > _native.MAX_KERNEL:
+        return _separable_conv.backwards["reference"](grads, *rest)
+    return backward(grads, *rest)
+
+
 _separable_conv = _library.define(
     "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale,"
     " Tensor[] shift, str pre_act, str act, str method, Tensor? fusion_weight, str resample,"
     " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": _reference},
-    backwards={"cpu": backward},
+    backwards={"cpu": _backward_cpu},
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     autocast=("x", "dw_weight", "pw_weight"),
 )
