@@ -5,26 +5,51 @@ namespace effdet {
 namespace EFFDET_ISA {
 namespace {
 
+// Elements of k that are added up before they join what came before: rounding errors grow with the length of a sum.
+constexpr int64_t kChunk = 64;
+
 template <int kCount, int kWidth, typename T>
 EFFDET_INLINE void accumulate(const TileInput<T>& in, int64_t first_row, Vec<Acc<T>> (&sum)[kCount][kWidth]) {
   using V = Vec<Acc<T>>;
+  constexpr int kL = kLanes<T>;
   const Acc<T>* w = static_cast<const Acc<T>*>(in.weights);
+  alignas(64) Acc<T> before[kCount][kWidth * kL];  // the sums of all chunks but the last
+  bool joins = false;
   for (int64_t s = 0; s < in.segment_count; ++s) {
     const T* row[kCount];
 #pragma GCC unroll 8
     for (int m = 0; m < kCount; ++m) row[m] = in.segments[s] + (first_row + m) * in.lda;
-    for (int64_t k = 0; k < in.segment_length; ++k) {
-      V b[kWidth];
-#pragma GCC unroll 4
-      for (int v = 0; v < kWidth; ++v) b[v] = load(w + v * kLanes<T>);
+    for (int64_t begin = 0; begin < in.segment_length; begin += kChunk) {
+      if (begin) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kCount; ++m) {
-        const V a = splat<Acc<T>>(widen(row[m][k]));
+        for (int m = 0; m < kCount; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < kWidth; ++v) sum[m][v] = a * b[v] + sum[m][v];
+          for (int v = 0; v < kWidth; ++v) {
+            store(before[m] + v * kL, joins ? sum[m][v] + load(before[m] + v * kL) : sum[m][v]);
+            sum[m][v] = V{};
+          }
+        joins = true;
       }
-      w += kWidth * kLanes<T>;
+      const int64_t end = least(begin + kChunk, in.segment_length);
+      for (int64_t k = begin; k < end; ++k) {
+        V b[kWidth];
+#pragma GCC unroll 4
+        for (int v = 0; v < kWidth; ++v) b[v] = load(w + v * kL);
+#pragma GCC unroll 8
+        for (int m = 0; m < kCount; ++m) {
+          const V a = splat<Acc<T>>(widen(row[m][k]));
+#pragma GCC unroll 4
+          for (int v = 0; v < kWidth; ++v) sum[m][v] = a * b[v] + sum[m][v];
+        }
+        w += kWidth * kL;
+      }
     }
+  }
+  if (joins) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kCount; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kWidth; ++v) sum[m][v] += load(before[m] + v * kL);
   }
 }
 

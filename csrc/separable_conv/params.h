@@ -12,7 +12,7 @@ namespace effdet {
 struct SeparableOutput {
   Map x[kMaxFused];        // what is convolved, or what it is fused from
   const void* dw_weights;  // packed: per vector of channels its kernel * kernel vectors
-  const void* pw_weights;  // packed (cpu/gemm.h)
+  const void* pw_weights;  // packed (cpu/gemm.h) in the accumulator's type
   const void* scale;       // [out_channels] of the accumulator's type, padded to whole vectors
   const void* shift;
   void* y;  // [batch, height, width, out_channels], dense

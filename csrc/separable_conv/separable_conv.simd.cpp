@@ -16,18 +16,6 @@ namespace {
 constexpr int64_t kRingBytes = 32 * 1024;
 constexpr int64_t kBlock = 48;  // pixels of a product, at least, where the map has as many
 
-// What the product reads: pairs of bf16 where there is an instruction for them, the accumulator's type otherwise.
-template <typename T>
-struct Middle {
-  using type = Acc<T>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Middle<BFloat16> {
-  using type = BFloat16;
-};
-#endif
-
 struct Tiling {
   int64_t columns;  // of one pass over a strip
   int64_t rows;     // that a block holds, if these are all columns
@@ -55,9 +43,8 @@ template <typename T>
 void strip(const SeparableParams& p, const SeparableOutput& o, const Tiling& t, int64_t image, int64_t first_row,
            int64_t end_row, Acc<T>* memory) {
   using A = Acc<T>;
-  using M = typename Middle<T>::type;
   const int64_t width = round_up(p.channels, kLanes<T>), half = o.kernel / 2;
-  M* block = reinterpret_cast<M*>(memory + ring_size<T>(p, o, t));  // [pixels, width]
+  A* block = memory + ring_size<T>(p, o, t);  // [pixels, width]
   const A* rows[kMaxKernel];
   for (int64_t column = 0; column < o.width; column += t.columns) {
     const int64_t count = least(t.columns, o.width - column);
@@ -77,8 +64,8 @@ void strip(const SeparableParams& p, const SeparableOutput& o, const Tiling& t, 
           const int64_t h = r - half + i;
           rows[i] = h >= 0 && h < o.height ? ring.row(h) : ring.zeros;
         }
-        const RowEpilogue<M> middle{nullptr, nullptr, kNone, block + (r - row) * count * width, width, width, nullptr};
-        convolve_row<M>(rows, o.kernel, 1, width, count, static_cast<const A*>(o.dw_weights), middle);
+        const RowEpilogue<A> middle{nullptr, nullptr, kNone, block + (r - row) * count * width, width, width, nullptr};
+        convolve_row<A>(rows, o.kernel, 1, width, count, static_cast<const A*>(o.dw_weights), middle);
       }
       Epilogue<T> out;
       out.scale = static_cast<const A*>(o.scale);
@@ -89,8 +76,8 @@ void strip(const SeparableParams& p, const SeparableOutput& o, const Tiling& t, 
       out.ldy = o.out_channels;
       out.residual = nullptr;
       out.ldr = 0;
-      const M* a = block;
-      multiply<M, T>({&a, 1, p.channels, width, o.pw_weights}, out, row_count * count);
+      const A* a = block;
+      multiply<A, T>({&a, 1, p.channels, width, o.pw_weights}, out, row_count * count);
     }
   }
 }

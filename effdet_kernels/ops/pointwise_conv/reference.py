@@ -17,7 +17,9 @@ def pointwise_conv(
     act: str,
 ) -> Tensor:
     """``y = act(conv(x * gate) * scale + shift) + residual``."""
-    gated = widen(x) if gate is None else widen(x) * widen(gate)[:, :, None, None]
+    gated = widen(x)
+    if gate is not None:
+        gated = gated * gate.to(gated.dtype)[:, :, None, None]
     y = conv_affine_act(gated, weight, scale, shift, act)
     if residual is not None:
         y = y + residual

@@ -9,6 +9,7 @@ from torch import Tensor
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops._activations import widen
 from effdet_kernels.ops.separable_conv import reference
 from effdet_kernels.ops.separable_conv.backward import backward
 from effdet_kernels.ops.weighted_fusion.op import check_fusion, fusion_fields
@@ -174,7 +175,7 @@ def _run_cpu(*args) -> list[Tensor]:
     packed = [
         {
             "dw_weights": _cpu.pack_depthwise(dw),
-            "pw_weights": _cpu.pack_dense(pw),
+            "pw_weights": _cpu.pack_dense(widen(pw)),
             "kernel": dw.shape[2],
         }
         for dw, pw in zip(dw_weight, pw_weight, strict=True)
