@@ -73,19 +73,11 @@ struct Problem {
     const int64_t padded = (count + 15) / 16 * 16;
     return data(accumulator, padded);
   }
-  void* dense_weight(int64_t out, int64_t in, int64_t kernel) {
-    void* packed = bytes(isa::packed_dense_bytes(dtype, out, kernel, kernel * in));
-    const WeightParams p{data(dtype, out * in * kernel * kernel),
-                         packed,
-                         out,
-                         in,
-                         kernel,
-                         kernel,
-                         in * kernel * kernel,
-                         kernel * kernel,
-                         kernel,
-                         1,
-                         dtype};
+  void* dense_weight(int type, int64_t out, int64_t in, int64_t kernel) {
+    void* packed = bytes(isa::packed_dense_bytes(type, out, kernel, kernel * in));
+    const int64_t taps = kernel * kernel;
+    const WeightParams p{
+        data(type, out * in * taps), packed, out, in, kernel, kernel, in * taps, taps, kernel, 1, type};
     if (isa::pack_dense(p, static_cast<int>(threads)) != kOk) std::abort();
     return packed;
   }
@@ -119,7 +111,7 @@ bool pointwise() {
   if (pick(0, 1)) p.residual = residual.data;
   p.residual_batch_stride = residual.batch_stride, p.residual_pixel_stride = residual.pixel_stride;
   if (pick(0, 1)) p.gate = q.data(q.accumulator, p.batch * p.in_channels);
-  p.weights = q.dense_weight(p.out_channels, p.in_channels, 1);
+  p.weights = q.dense_weight(q.dtype, p.out_channels, p.in_channels, 1);
   p.scale = q.vector(p.out_channels), p.shift = q.vector(p.out_channels);
   p.y = q.data(q.dtype, p.batch * p.pixels * p.out_channels);
   return isa::pointwise_conv(p, static_cast<int>(q.threads)) == kOk;
@@ -138,7 +130,7 @@ bool depthwise() {
   const int64_t height = (p.x.height - 1) * p.dilation + 1, width = (p.x.width - 1) * p.dilation + 1;
   p.out_height = pick(1, height / p.stride + 2), p.out_width = pick(1, width / p.stride + 2);
   if (expands) {
-    p.expand_weights = q.dense_weight(p.channels, p.in_channels, 1);
+    p.expand_weights = q.dense_weight(q.dtype, p.channels, p.in_channels, 1);
     p.expand_scale = q.vector(p.channels), p.expand_shift = q.vector(p.channels);
   }
   p.weights = q.depthwise_weight(p.channels, p.kernel);
@@ -166,7 +158,7 @@ bool dense() {
   p.channel_stride = planes ? p.height * p.width : 1;
   p.pixel_stride = planes ? 1 : p.in_channels;
   p.row_stride = p.width * p.pixel_stride;
-  p.weights = q.dense_weight(p.out_channels, p.in_channels, p.kernel);
+  p.weights = q.dense_weight(q.dtype, p.out_channels, p.in_channels, p.kernel);
   p.scale = q.vector(p.out_channels), p.shift = q.vector(p.out_channels);
   p.y = q.data(q.dtype, p.batch * p.out_height * p.out_width * p.out_channels);
   return isa::dense_conv(p, static_cast<int>(q.threads)) == kOk;
@@ -221,7 +213,7 @@ bool separable() {
         o.x[m] = p.fusion.resample[m] == kIdentity ? q.map(o.height, o.width, p.channels) : p.outputs[0].x[m];
     }
     o.dw_weights = q.depthwise_weight(p.channels, o.kernel);
-    o.pw_weights = q.dense_weight(o.out_channels, p.channels, 1);
+    o.pw_weights = q.dense_weight(q.accumulator, o.out_channels, p.channels, 1);
     o.scale = q.vector(o.out_channels), o.shift = q.vector(o.out_channels);
     o.y = q.data(q.dtype, p.batch * o.height * o.width * o.out_channels);
   }
