@@ -77,9 +77,9 @@ EFFDET_INLINE Vec<T> sigmoid(Vec<T> x) {
 }
 
 #if defined(__AVX512F__)
-// 1 / (1 + e^-x): e^-x = 2^n 2^r with n the integer nearest to -x / ln 2, which is taken in two parts, so that r is exact
-// to rounding; 2^r by a polynomial of degree 6 (relative error 1.6e-8, found by iterated least squares), the reciprocal
-// by one Newton step.
+// 1 / (1 + e^-x): e^-x = 2^n 2^r with n the integer nearest to -x / ln 2, which is taken in two parts, so that r is
+// exact to rounding; 2^r by a polynomial of degree 6 (relative error 1.6e-8, found by iterated least squares), the
+// reciprocal by one Newton step.
 template <>
 EFFDET_INLINE Vec<float> sigmoid<float>(Vec<float> x) {
   constexpr float kHigh = -1.44269502f, kLow = -1.92596299e-8f;  // their sum is -1 / ln 2
