@@ -7,19 +7,17 @@ from torch.nn.modules import module as _global
 
 from effdet_kernels import _native
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients no other is called
 _GLOBAL_HOOKS = (
     _global._global_forward_hooks,
     _global._global_forward_pre_hooks,
-    _global._global_backward_hooks,
-    _global._global_backward_pre_hooks,
 )
 
 
 class Watch:
-    """A snapshot of a model: modules, parameters, buffers, their versions and places, hooks, modes.
+    """A snapshot of a model: modules, parameters, buffers, their versions and places, forward hooks, modes.
 
-    Attributes: `plain`: no hooks, and every module in eval mode.
+    Attributes: `plain`: no forward hooks, and every module in eval mode.
 
     In-place changes that go through `.data` or another alias leave no trace; see
     `EfficientDet.refresh`.

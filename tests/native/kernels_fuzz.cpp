@@ -13,6 +13,7 @@
 #include "cpu/gradients.h"
 #include "cpu/packing.h"
 #include "dense_conv/params.h"
+#include "detection_loss/params.h"
 #include "expand_depthwise/params.h"
 #include "pointwise_conv/params.h"
 #include "separable_conv/params.h"
@@ -251,6 +252,30 @@ bool norm() {
   return isa::batch_norm_act_backward(p, static_cast<int>(q.threads)) == kOk;
 }
 
+bool loss() {
+  Problem q;
+  DetectionLossParams p{};
+  p.dtype = q.dtype, p.batch = q.batch, p.anchors = pick(1, 9), p.classes = pick(1, 40);
+  const Map logits = q.map(pick(1, 8), pick(1, 10), p.anchors * p.classes);
+  const Map codes = q.map(logits.height, logits.width, p.anchors * 4);
+  p.pixels = logits.height * logits.width;
+  p.logits = logits.data, p.logit_batch_stride = logits.batch_stride, p.logit_pixel_stride = logits.pixel_stride;
+  p.codes = codes.data, p.code_batch_stride = codes.batch_stride, p.code_pixel_stride = codes.pixel_stride;
+  const int64_t anchors = p.pixels * p.anchors, blocks = loss_blocks(p.batch, p.pixels);
+  auto* labels = static_cast<int64_t*>(q.bytes(p.batch * anchors * 8));
+  for (int64_t i = 0; i < p.batch * anchors; ++i) labels[i] = pick(-2, p.classes);  // the largest is no class
+  p.labels = labels, p.label_batch_stride = anchors;
+  p.targets = q.data(q.accumulator, p.batch * anchors * 4), p.target_batch_stride = anchors * 4;
+  p.alpha = 0.25, p.gamma = 1.5, p.delta = 0.1, p.smoothing = 0.1;
+  p.sums = static_cast<double*>(q.bytes(16)), p.range = static_cast<int64_t*>(q.bytes(16));
+  p.partial = static_cast<double*>(q.bytes(blocks * 16));
+  if (isa::detection_loss(p, static_cast<int>(q.threads)) != kOk) return false;
+  p.factors = q.data(q.accumulator, 2);
+  p.grad_logits = q.data(q.dtype, p.batch * anchors * p.classes);
+  p.grad_codes = q.data(q.dtype, p.batch * anchors * 4);
+  return isa::detection_loss_backward(p, static_cast<int>(q.threads)) == kOk;
+}
+
 bool gradients() {
   Problem q;
   if (q.dtype == kBFloat16) return true;
@@ -290,7 +315,7 @@ bool gradients() {
 }  // namespace
 
 int main() {
-  bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, gradients};
+  bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, loss, gradients};
   for (int i = 0; i < 150; ++i)
     for (const auto kernel : kernels)
       if (!kernel()) {

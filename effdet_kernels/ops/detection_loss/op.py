@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.detection_loss import reference
 
@@ -117,11 +118,112 @@ def _out_spec(cls_outputs, *_) -> list[TensorSpec]:
     return [loss, loss]
 
 
+def _levels(cls_outputs, box_outputs, cls_targets, box_targets) -> Iterator[dict[str, Any]]:
+    """Per level the fields that the C++ kernels of both directions take."""
+    accumulator = accumulation_dtype(cls_outputs[0].dtype)
+    for logits, codes, labels, targets in zip(
+        cls_outputs, box_outputs, cls_targets, box_targets, strict=True
+    ):
+        logits, codes = _cpu.pixels_inner(logits), _cpu.pixels_inner(codes)
+        labels, targets = _dense_images(labels), _dense_images(targets.to(accumulator))
+        yield {
+            "dtype": _cpu.code(logits.dtype),
+            "batch": labels.shape[0],
+            "pixels": labels.shape[1] * labels.shape[2],
+            "anchors": labels.shape[3],
+            "classes": logits.shape[1] // labels.shape[3],
+            "logits": logits,
+            "logit_batch_stride": logits.stride(0),
+            "logit_pixel_stride": _cpu.pixel_stride(logits),
+            "codes": codes,
+            "code_batch_stride": codes.stride(0),
+            "code_pixel_stride": _cpu.pixel_stride(codes),
+            "labels": labels,
+            "label_batch_stride": labels.stride(0),
+            "targets": targets,
+            "target_batch_stride": targets.stride(0),
+        }
+
+
+def _dense_images(t: Tensor) -> Tensor:
+    """``t`` if each of its images is dense, else a copy."""
+    return t if t[:1].is_contiguous() else t.contiguous()
+
+
+def _settings(alpha, gamma, delta, label_smoothing, legacy_focal) -> dict[str, float]:
+    smoothing = 0.0 if legacy_focal else label_smoothing
+    return {"alpha": alpha, "gamma": gamma, "delta": delta, "smoothing": smoothing}
+
+
+def _run_cpu(*args) -> tuple[Tensor, Tensor]:
+    num_positives, num_classes = args[4:6]
+    tensors = _cpu.widened(args[:4])
+    levels = len(tensors[0])
+    sums = torch.zeros(levels, 2, dtype=torch.float64)
+    ranges = torch.full((levels, 2), -1)
+    for fields, level, labels in zip(_levels(*tensors), sums, ranges, strict=True):
+        if fields["batch"]:
+            blocks = _native.module().loss_blocks(fields["batch"], fields["pixels"])
+            _native.launch(
+                "detection_loss",
+                sums=level,
+                range=labels,
+                partial=torch.empty(blocks, 2, dtype=torch.float64),
+                **fields,
+                **_settings(*args[6:]),
+            )
+    reference.check_range(int(ranges.min()), int(ranges.max()), num_classes)
+    cls_loss, box_loss = sums.sum(0)
+    positives = _positives(num_positives)
+    dtype = accumulation_dtype(args[0][0].dtype)
+    return (cls_loss / positives).to(dtype), (box_loss / (4 * positives)).to(dtype)
+
+
+def _positives(num_positives: Tensor) -> Tensor:
+    """What the losses are divided by."""
+    return num_positives.double().sum() + 1
+
+
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    *args, needs = rest
+    tensors = _cpu.widened(args[:4])
+    positives = _positives(args[4])
+    of_classes, of_boxes = (
+        torch.zeros((), dtype=torch.float64) if g is None else g.double() for g in grads
+    )
+    factors = torch.stack([of_classes / positives, of_boxes / (4 * positives)]).to(
+        accumulation_dtype(args[0][0].dtype)
+    )
+    levels = len(tensors[0])
+    found: list[list[Tensor | None]] = [
+        [
+            torch.empty_like(t, memory_format=torch.channels_last) if need else None
+            for t, need in part
+        ]
+        for part in (
+            zip(tensors[0], needs[:levels], strict=True),
+            zip(tensors[1], needs[levels:], strict=True),
+        )
+    ]
+    for fields, of_logits, of_codes in zip(_levels(*tensors), *found, strict=True):
+        if fields["batch"]:
+            _native.launch(
+                "detection_loss_backward",
+                factors=factors,
+                grad_logits=of_logits,
+                grad_codes=of_codes,
+                **fields,
+                **_settings(*args[6:]),
+            )
+    return [grad for part in found for grad in part if grad is not None]
+
+
 _detection_loss = _library.define(
     "detection_loss(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor[] cls_targets,"
     " Tensor[] box_targets, Tensor num_positives, SymInt num_classes, float alpha, float gamma,"
     " float delta, float label_smoothing, bool legacy_focal) -> (Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"reference": reference.detection_loss},
+    impls={"cpu": _run_cpu, "reference": reference.detection_loss},
+    backwards={"cpu": _backward_cpu},
     differentiable=("cls_outputs", "box_outputs"),
 )

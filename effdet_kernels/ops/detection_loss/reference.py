@@ -11,8 +11,8 @@ from torch import Tensor
 from effdet_kernels.ops._activations import accumulation_dtype, widen
 
 
-def _check_classes(label: Tensor, num_classes: int) -> None:
-    least, most = int(label.min()), int(label.max())
+def check_range(least: int, most: int, num_classes: int) -> None:
+    """Raises ValueError if the least or the largest target is no class, background or "ignored"."""
     if least < -2 or most >= num_classes:
         raise ValueError(
             f"detection_loss: cls_targets: got classes from {least} to {most},"
@@ -66,7 +66,7 @@ def detection_loss(
         cls_outputs, box_outputs, cls_targets, box_targets, strict=True
     ):
         if not x.is_cuda and label.numel():  # on a GPU the check would wait for the device
-            _check_classes(label, num_classes)
+            check_range(int(label.min()), int(label.max()), num_classes)
         rows = widen(x).permute(0, 2, 3, 1).reshape(*label.shape, num_classes)
         cls_loss = cls_loss + _focal(rows, label, alpha, gamma, smoothing)
         codes = widen(code).permute(0, 2, 3, 1)
