@@ -8,6 +8,7 @@ differentiable arguments.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effdet_kernels import _dispatch
+from effdet_kernels import _direct, _dispatch
 
 NAMESPACE = "effdet_kernels"
 OPS: dict[str, Op] = {}
@@ -37,16 +38,15 @@ class TensorSpec:
             self.shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
         )
 
-    def conform(self, tensor: Tensor, taken: set[int]) -> Tensor:
-        """``tensor`` in exactly this dtype and these strides, in no storage of ``taken``, which its own joins."""
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in exactly this dtype and these strides: itself or a copy."""
         if tuple(tensor.shape) != tuple(self.shape):
             raise RuntimeError(
                 f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
             )
-        out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
-        if _storage(out) in taken:
-            out = out.clone(memory_format=self.memory_format)
-        taken.add(_storage(out))
+        out = tensor
+        if out.dtype != self.dtype or not out.is_contiguous(memory_format=self.memory_format):
+            out = out.to(self.dtype).contiguous(memory_format=self.memory_format)
         if min(self.shape, default=2) > 1:
             return out
         # contiguous() may leave any stride in a dimension of size 1 or in an empty tensor.
@@ -64,7 +64,14 @@ def _conform(
 ) -> list[Tensor]:
     """``outputs`` as ``specs`` want them, no alias of an input or of each other."""
     taken = {_storage(tensor) for tensor in inputs}
-    return [spec.conform(out, taken) for spec, out in zip(specs, outputs, strict=True)]
+    found = []
+    for spec, output in zip(specs, outputs, strict=True):
+        out = spec.arranged(output)
+        if _storage(out) in taken:
+            out = spec.arranged(out.clone(memory_format=spec.memory_format))
+        taken.add(_storage(out))
+        found.append(out)
+    return found
 
 
 def _storage(tensor: Tensor) -> int:
@@ -93,6 +100,7 @@ class Op:
         backwards: dict[str, Callable[..., Any]],
         differentiable: Sequence[str],
         nondifferentiable_outputs: Sequence[int],
+        saved_outputs: Sequence[int],
         autocast: Sequence[str] | Literal["float32"],
     ) -> None:
         self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
@@ -102,6 +110,7 @@ class Op:
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
+        self._saved_outputs = tuple(saved_outputs)
         self.backwards = (
             {**backwards, "reference": self._reference_backward} if differentiable else {}
         )
@@ -110,30 +119,40 @@ class Op:
         self._register(schema)
 
     def __call__(self, *args: Any) -> Any:
-        return self._reference(args) if self._is_plain_torch(args) else self._overload(*args)
+        route, device = self._route(args)
+        if route == "dispatcher":
+            return self._overload(*args)
+        if torch.is_autocast_enabled(device):
+            args = tuple(self._cast(args, torch.get_autocast_dtype(device)))
+            with torch.autocast(device, enabled=False):
+                return self._served(route, args)
+        return self._served(route, args)
 
-    def _is_plain_torch(self, args: Sequence[Any]) -> bool:
-        """Whether this is an eager call with gradients that the reference serves.
+    def _route(self, args: Sequence[Any]) -> tuple[str, str]:
+        """How a call is served, and its device: by the "dispatcher", or past it by a backend.
 
-        Autograd then goes through the reference's own graph: no backward op, so nothing is computed twice.
+        Only eager calls with gradients spare the dispatcher. Those that the reference serves go through its own graph,
+        so that nothing is computed twice.
         """
         if not self._differentiable or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
+            return "dispatcher", ""
         tensors = _tensors(args)
         if not any(t.requires_grad for t in tensors):
-            return False
+            return "dispatcher", ""
         device = tensors[0].device.type
         serving = _dispatch.choose(self.name, self.impls, device)
-        if _dispatch.requested() is None and self.backward_backend(device) == "reference":
-            serving = "reference"  # a kernel forward would make its backward compute the reference's again
-        return serving == "reference"
+        if serving != "reference" and self.backward_backend(device) == "reference":
+            if _dispatch.requested() is None:
+                serving = "reference"  # a kernel's backward would compute the reference's forward again
+        if serving == "reference" or _direct.possible(tensors):
+            return serving, device
+        return "dispatcher", ""
 
-    def _reference(self, args: Sequence[Any]) -> Any:
-        device = _tensors(args)[0].device.type
-        if torch.is_autocast_enabled(device):
-            args = self._cast(args, torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+    def _served(self, backend: str, args: Sequence[Any]) -> Any:
+        if backend == "reference":
             return self._conformed(self.impls["reference"], args)
+        output = _direct.Call.apply(self, backend, args, *_tensors(args))
+        return list(output) if self._returns_list else output
 
     # Registration --------------------------------------------------------------------------------
 
@@ -151,7 +170,8 @@ class Op:
     def _register_backward(self, schema: str) -> None:
         arguments = schema.partition("(")[2].rpartition(") ->")[0]
         name = f"{self.name}_backward"
-        _LIBRARY.define(f"{name}(Tensor?[] grads, {arguments}, bool[] needs) -> Tensor[]")
+        saved = "Tensor[] outputs, " if self._saved_outputs else ""
+        _LIBRARY.define(f"{name}(Tensor?[] grads, {arguments}, {saved}bool[] needs) -> Tensor[]")
         _LIBRARY.impl(name, self._backward, "CPU")
         _LIBRARY.impl(name, self._backward, "CUDA")
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake_backward, lib=_LIBRARY)
@@ -159,7 +179,7 @@ class Op:
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}",
             self._autograd_backward,
-            setup_context=self._setup_context,
+            setup_context=self.setup_context,
             lib=_LIBRARY,
         )
 
@@ -174,6 +194,13 @@ class Op:
         outputs = implementation(*args)
         flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         return self._pack(_conform(self._out_spec(*args), flat, _tensors(args)))
+
+    def direct(self, backend: str, args: Sequence[Any]) -> Any:
+        """The same of a kernel, whose outputs are never an input's memory."""
+        outputs = self.impls[backend](*args)
+        flat = (outputs,) if isinstance(outputs, Tensor) else outputs
+        specs = self._out_spec(*args)
+        return self._pack([s.arranged(out) for s, out in zip(specs, flat, strict=True)])
 
     def _fake(self, *args: Any) -> Any:
         return self._pack([spec.empty() for spec in self._out_spec(*args)])
@@ -204,7 +231,7 @@ class Op:
 
     # Autograd ------------------------------------------------------------------------------------
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         layout: list[Any] = []  # per argument: a marker for what was saved, or the value itself
         saved: list[Tensor] = []
         for value in inputs:
@@ -216,58 +243,83 @@ class Op:
                 saved.extend(value)
             else:
                 layout.append(value)
+        flat = [output] if isinstance(output, Tensor) else list(output)
+        if self._saved_outputs:
+            layout.append(_SavedList(len(self._saved_outputs)))
+            saved.extend(flat[i] for i in self._saved_outputs)
         ctx.save_for_backward(*saved)
         ctx.layout = layout
         ctx.backend = _dispatch.requested()
-        flat = [output] if isinstance(output, Tensor) else list(output)
         ctx.output_is_list = self._returns_list
         if self._nondifferentiable_outputs:
             ctx.mark_non_differentiable(*[flat[i] for i in self._nondifferentiable_outputs])
 
     def _autograd_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        flat_grads = list(grads[0]) if ctx.output_is_list else list(grads)
-        saved = iter(ctx.saved_tensors)
-        args = [
-            next(saved)
-            if isinstance(item, _SavedTensor)
-            else [next(saved) for _ in range(item.count)]
-            if isinstance(item, _SavedList)
-            else item
-            for item in ctx.layout
-        ]
-        needs = [t.requires_grad for i in self._differentiable for t in _tensors([args[i]])]
-        with _dispatch.use_backend(ctx.backend):
-            computed = iter(self._backward_overload(flat_grads, *args, needs))
-        wanted = iter(needs)
+        flat = iter(self.gradients(ctx, grads[0] if ctx.output_is_list else grads, registered=True))
         # A list of tensors takes a list of gradients, differentiable or not; an empty list may be one.
-        result: list[Any] = [
-            [None] * item.count if isinstance(item, _SavedList) else [] if item == [] else None
-            for item in ctx.layout
-        ]
-        for i in self._differentiable:
-            if isinstance(args[i], Tensor):
-                result[i] = next(computed) if next(wanted) else None
-            elif isinstance(args[i], list):
-                result[i] = [next(computed) if next(wanted) else None for _ in args[i]]
-        return tuple(result)
+        return tuple(
+            next(flat)
+            if isinstance(item, _SavedTensor)
+            else [next(flat) for _ in range(item.count)]
+            if isinstance(item, _SavedList)
+            else []
+            if item == []
+            else None
+            for item in ctx.layout[: len(self._arguments)]
+        )
+
+    def gradients(self, ctx: Any, grads: Sequence[Any], *, registered: bool) -> list[Tensor | None]:
+        """A gradient or None for each tensor among the arguments, in order; by the backward op if ``registered``."""
+        saved = list(ctx.saved_tensors)
+        found: list[Tensor | None] = [None] * len(saved)
+        args: list[Any] = []
+        variables: list[int] = []  # positions in ``saved``
+        position = 0
+        for index, item in enumerate(ctx.layout):
+            first = position
+            if isinstance(item, _SavedTensor):
+                position += 1
+                item = saved[first]
+            elif isinstance(item, _SavedList):
+                position += item.count
+                item = saved[first:position]
+            args.append(item)
+            if index in self._differentiable:
+                variables += range(first, position)
+        needs = [saved[i].requires_grad for i in variables]
+        backward = self._backward_overload if registered else self._gradients
+        if ctx.backend is None and _dispatch.requested() is None:
+            computed = iter(backward(list(grads), *args, needs))
+        else:
+            with _dispatch.use_backend(ctx.backend):
+                computed = iter(backward(list(grads), *args, needs))
+        for i, need in zip(variables, needs, strict=True):
+            found[i] = next(computed) if need else None
+        return found[: len(saved) - len(self._saved_outputs)]
 
     def _backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
         *args, needs = rest
         variables = _tensors([args[i] for i in self._differentiable])
         needed = [t for t, need in zip(variables, needs, strict=True) if need]
-        device = variables[0].device.type
+        gradients = self._gradients(grads, *rest)
+        return _conform(map(_like_spec, needed), gradients, _tensors([grads, *args]))
+
+    def _gradients(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        """What the backward returns: in any layout, perhaps an output's gradient itself."""
+        device = _tensors(rest)[0].device.type
         backward = self.backwards[self.backward_backend(device)]
         # A backward may be called inside an autocast region; the forward's casts are in the graph already.
-        with torch.autocast(device, enabled=False):
-            gradients = backward(grads, *args, needs)
-        return _conform(map(_like_spec, needed), gradients, _tensors([grads, *args]))
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return backward(grads, *rest)
+        return backward(grads, *rest)
 
     def backward_backend(self, device: str) -> str:
         """What a backward on ``device`` runs on: the backend asked for if it has one, else by the device's order."""
         return _dispatch.choose(f"{self.name}_backward", self.backwards, device, or_next=True)
 
     def _reference_backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
-        *args, needs = rest
+        args, needs = rest[: len(self._arguments)], rest[-1]
         reference = self.impls["reference"]
         return reference_backward(reference, grads, args, self._differentiable, needs)
 
@@ -354,6 +406,7 @@ def define(
     backwards: dict[str, Callable[..., Any]] | None = None,
     differentiable: Sequence[str] = (),
     nondifferentiable_outputs: Sequence[int] = (),
+    saved_outputs: Sequence[int] = (),
     autocast: Sequence[str] | Literal["float32"] = "float32",
 ) -> Op:
     """Registers an op and returns it.
@@ -368,6 +421,7 @@ def define(
             recomputed under autograd.
         differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
         nondifferentiable_outputs: positions of outputs without gradient.
+        saved_outputs: positions of outputs that the backwards take, as a list before ``needs``.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
     """
     op = Op(
@@ -377,6 +431,7 @@ def define(
         backwards or {},
         differentiable,
         nondifferentiable_outputs,
+        saved_outputs,
         autocast,
     )
     OPS[op.name] = op

@@ -78,7 +78,7 @@ def launch(name: str, **fields: Any) -> None:
         launches.append((name, fields))
         return
     kernel = getattr(_C, f"{name}_cpu")
-    check(kernel(resolved(fields, torch.Tensor.data_ptr), torch.get_num_threads()), name)
+    check(kernel(fields, torch.get_num_threads()), name)
 
 
 @contextlib.contextmanager

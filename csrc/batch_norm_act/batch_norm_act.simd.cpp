@@ -166,7 +166,9 @@ Status backward(const BatchNormParams& p, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   const Blocks blocks(p);
-  statistics<T>(p, blocks, threads);
+  A* deviations = reciprocal_deviations<A>(p, blocks);
+  for (int64_t c = 0; c < p.channels; ++c)
+    deviations[c] = static_cast<A>(1 / __builtin_sqrt(static_cast<const A*>(p.variance)[c] + p.eps));
   A* partial = static_cast<A*>(p.partial);
   parallel_for(blocks.count, threads, [&](int64_t index) {
     each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {

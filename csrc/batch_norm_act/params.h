@@ -15,7 +15,7 @@ struct BatchNormParams {
   const void* weight;
   const void* bias;
   void* y;            // dense; backward: the gradient of x, or null
-  void* mean;         // written, by the backward too
+  void* mean;         // written; read by the backward
   void* variance;     // likewise, biased
   void* grad_weight;  // backward only
   void* grad_bias;

@@ -74,7 +74,8 @@ class Fields {
 
   static void* as_pointer(const char* name, const pybind11::handle& value, std::int64_t bytes) {
     if (value.is_none()) return nullptr;
-    const auto address = value.cast<std::uintptr_t>();
+    const bool number = PyLong_CheckExact(value.ptr());
+    const auto address = (number ? value : pybind11::handle(value.attr("data_ptr")())).cast<std::uintptr_t>();
     if (address % static_cast<std::uintptr_t>(bytes) != 0)
       throw std::invalid_argument(std::string(name) + ": the address is not a multiple of " + std::to_string(bytes));
     return reinterpret_cast<void*>(address);

@@ -17,8 +17,9 @@ MapFields = tuple[Tensor, int, int, int, int, int]
 
 def widened(values: Sequence[Any]) -> list[Any]:
     """``values`` with float16 tensors in float32, the only way in which kernels take them."""
-    if any(t.dtype == torch.float16 for t in _library._tensors(values)):
-        _native.copied("float16 maps")
+    if not any(t.dtype == torch.float16 for t in _library._tensors(values)):
+        return list(values)
+    _native.copied("float16 maps")
     return [
         [v.float() if v.dtype == torch.float16 else v for v in value]
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)

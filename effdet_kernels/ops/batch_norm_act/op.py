@@ -86,14 +86,14 @@ def _run_cpu(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_cpu(grads, *rest) -> list[Tensor]:
-    *args, needs = rest
+    *args, (mean, variance), needs = rest
     x, weight, bias, eps, act = _gradients.wide(args)
     (grad,) = _gradients.wide(grads[:1])
     grad, x = _cpu.pixels_inner(grad), _cpu.pixels_inner(x)
     dx = None
     if needs[0]:
         dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    mean, variance, of_weight, of_bias = (torch.empty_like(weight.contiguous()) for _ in range(4))
+    of_weight, of_bias = (torch.empty_like(mean) for _ in range(2))
     _native.launch(
         "batch_norm_act_backward",
         grad=grad,
@@ -117,5 +117,6 @@ _batch_norm_act = _library.define(
     backwards={"cpu": _backward_cpu},
     differentiable=("x", "weight", "bias"),
     nondifferentiable_outputs=(1, 2),
+    saved_outputs=(1, 2),
     autocast=("x",),
 )
