@@ -164,7 +164,7 @@ def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tens
     momentum = 1.0 / count.float() if norm.momentum is None else norm.momentum
     tracked = (norm.running_mean, mean), (norm.running_var, unbiased_var)
     for running, batch in cast("tuple[tuple[Tensor, Tensor], ...]", tracked):
-        running.add_((batch.to(running.dtype) - running) * momentum)
+        running.lerp_(batch.to(running.dtype), momentum)
 
 
 def dense(

@@ -67,10 +67,10 @@ Status affine(const AffineGradientParams& p, int threads) {
   return kOk;
 }
 
-// kCount rows of a times kWidth vectors of b, summed over `lines` rows of pixels, then gated and added to `out`.
+// kCount rows of a times kWidth vectors of b, summed over `lines` rows of pixels, gated, then put into `out` or added.
 template <typename T, int kCount, int kWidth>
 void product_tile(const ProductGradientParams& p, const T* a, const T* b, int64_t lines, const Acc<T>* gate,
-                  int64_t columns, Acc<T>* out) {
+                  int64_t columns, bool adds, Acc<T>* out) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int kL = kLanes<T>;
@@ -98,42 +98,50 @@ void product_tile(const ProductGradientParams& p, const T* a, const T* b, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < kWidth; ++v) {
       const int64_t n = v == kWidth - 1 ? last : kL;
+      A* to = out + m * p.columns + v * kL;
       V value = sum[m][v];
       if (gate) value *= load_n(gate + v * kL, n);
-      store_n(out + m * p.columns + v * kL, value, n);
+      if (adds) value += load_n(to, n);
+      store_n(to, value, n);
     }
 }
 
 template <typename T, int kWidth>
 EFFDET_INLINE void product_rows(const ProductGradientParams& p, const T* a, const T* b, int64_t lines,
-                                const Acc<T>* gate, int64_t columns, Acc<T>* out) {
+                                const Acc<T>* gate, int64_t columns, bool adds, Acc<T>* out) {
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows)
-    product_tile<T, kRows, kWidth>(p, a + row, b, lines, gate, columns, out + row * p.columns);
+    product_tile<T, kRows, kWidth>(p, a + row, b, lines, gate, columns, adds, out + row * p.columns);
   for (; row + 2 <= p.rows; row += 2)
-    product_tile<T, 2, kWidth>(p, a + row, b, lines, gate, columns, out + row * p.columns);
-  if (row < p.rows) product_tile<T, 1, kWidth>(p, a + row, b, lines, gate, columns, out + row * p.columns);
+    product_tile<T, 2, kWidth>(p, a + row, b, lines, gate, columns, adds, out + row * p.columns);
+  if (row < p.rows) product_tile<T, 1, kWidth>(p, a + row, b, lines, gate, columns, adds, out + row * p.columns);
 }
 
 template <typename T>
 Status product(const ProductGradientParams& p, int threads) {
   using A = Acc<T>;
+  constexpr int64_t kPixels = 128;  // whose vectors of b stay in the first cache while the rows of a go by
   const int64_t lines = segment_rows(p.a.width), per_image = divide_up(p.a.height, lines);
+  const int64_t step = least(lines, divide_up(kPixels, p.a.width));
   const int64_t segments = p.batch * per_image, vectors = divide_up(p.columns, kLanes<T>);
   const int64_t panels = divide_up(vectors, 3);
   parallel_for(segments * panels, threads, [&](int64_t item) {
     const int64_t panel = item % panels, segment = item / panels;
-    const int64_t image = segment / per_image, line = segment % per_image * lines;
+    const int64_t image = segment / per_image, begin = segment % per_image * lines;
+    const int64_t end = least(begin + lines, p.a.height);
     const int64_t first = vectors * panel / panels, width = vectors * (panel + 1) / panels - first;
     const int64_t column = first * kLanes<T>, columns = least(p.columns - column, width * kLanes<T>);
-    const T* a = static_cast<const T*>(p.a.data) + image * p.a.batch_stride + line * p.a.row_stride;
-    const T* b = static_cast<const T*>(p.b.data) + image * p.b.batch_stride + line * p.b.row_stride + column;
     const A* gate = p.gate ? static_cast<const A*>(p.gate) + image * p.columns + column : nullptr;
     A* out = static_cast<A*>(p.partial) + segment * p.rows * p.columns + column;
-    const int64_t count = least(lines, p.a.height - line);
-    if (width == 1) product_rows<T, 1>(p, a, b, count, gate, columns, out);
-    if (width == 2) product_rows<T, 2>(p, a, b, count, gate, columns, out);
-    if (width == 3) product_rows<T, 3>(p, a, b, count, gate, columns, out);
+    for (int64_t line = begin; line < end; line += step) {
+      const T* a = static_cast<const T*>(p.a.data) + image * p.a.batch_stride + line * p.a.row_stride;
+      const T* b = static_cast<const T*>(p.b.data) + image * p.b.batch_stride + line * p.b.row_stride + column;
+      const int64_t count = least(step, end - line);
+      const bool adds = line > begin;
+      if (width == 1) product_rows<T, 1>(p, a, b, count, gate, columns, adds, out);
+      if (width == 2) product_rows<T, 2>(p, a, b, count, gate, columns, adds, out);
+      if (width == 3) product_rows<T, 3>(p, a, b, count, gate, columns, adds, out);
+    }
   });
   add_parts<A>(p.partial, segments, p.rows * p.columns, p.out, threads);
   return kOk;
@@ -168,24 +176,31 @@ Status gate(const GateGradientParams& p, int threads) {
   return kOk;
 }
 
-// The sums of one vector of channels over one row: sums[i * k + j] += grad[w] * rows[i][w * stride + j].
-template <typename A, int kK>
+// The sums of one vector of channels over one row: sums[i * k + j] += grad[w] * rows[i][w * stride + j], for kLines
+// rows i at a time, whose sums stay in registers.
+template <typename A, int kK, int kLines>
 EFFDET_INLINE void correlate_row(const A* const* rows, const A* grad, int64_t count, int64_t stride, int64_t width,
                                  Vec<A>* sums) {
   using V = Vec<A>;
+  static_assert(kK % kLines == 0, "whole groups of rows");
 #pragma GCC unroll 1
-  for (int i = 0; i < kK; ++i) {
-    V sum[kK];
+  for (int i = 0; i < kK; i += kLines) {
+    V sum[kLines * kK];
+#pragma GCC unroll 32
+    for (int j = 0; j < kLines * kK; ++j) sum[j] = sums[i * kK + j];
+    const A* x[kLines];
 #pragma GCC unroll 8
-    for (int j = 0; j < kK; ++j) sum[j] = sums[i * kK + j];
-    const A* x = rows[i];
+    for (int l = 0; l < kLines; ++l) x[l] = rows[i + l];
     for (int64_t w = 0; w < count; ++w) {
       const V g = load(grad + w * width);
+      const int64_t at = w * stride * width;
 #pragma GCC unroll 8
-      for (int j = 0; j < kK; ++j) sum[j] = g * load(x + (w * stride + j) * width) + sum[j];
+      for (int l = 0; l < kLines; ++l)
+#pragma GCC unroll 8
+        for (int j = 0; j < kK; ++j) sum[l * kK + j] = g * load(x[l] + at + j * width) + sum[l * kK + j];
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kK; ++j) sums[i * kK + j] = sum[j];
+#pragma GCC unroll 32
+    for (int j = 0; j < kLines * kK; ++j) sums[i * kK + j] = sum[j];
   }
 }
 
@@ -228,9 +243,9 @@ Status depthwise(const DepthwiseGradientParams& p, int threads) {
       for (int64_t w = 0; w < p.grad.width; ++w)
         store(grad + w * kL, load_n(g + row * p.grad.row_stride + w * p.grad.pixel_stride, n));
       if (p.kernel == 3) {
-        correlate_row<A, 3>(rows, grad, p.grad.width, p.stride, kL, sums);
+        correlate_row<A, 3, 3>(rows, grad, p.grad.width, p.stride, kL, sums);
       } else if (p.kernel == 5) {
-        correlate_row<A, 5>(rows, grad, p.grad.width, p.stride, kL, sums);
+        correlate_row<A, 5, kVectorBytes == 64 ? 5 : 1>(rows, grad, p.grad.width, p.stride, kL, sums);
       } else {
         for (int64_t i = 0; i < p.kernel; ++i)
           for (int64_t j = 0; j < p.kernel; ++j)

@@ -33,6 +33,12 @@ Status dense(const WeightParams& p, int threads) {
           from[g] = k + g < length
                         ? weight + i * p.row_stride + (k + g) / p.in * p.column_stride + (k + g) % p.in * p.in_stride
                         : nullptr;
+        if constexpr (!kPairs<T>) {
+          if (p.out_stride == 1) {
+            for (int64_t o = begin; o < end; o += kLanes<T>, to += kLanes<T>) store(to, load_n(from[0] + o, p.out - o));
+            continue;
+          }
+        }
         for (int64_t o = begin; o < end; ++o) {
           for (int g = 0; g < kGroup; ++g) {
             const bool inside = o < p.out && from[g];

@@ -97,7 +97,12 @@ def affine(
 def product(
     a: _cpu.MapFields, rows: int, b: _cpu.MapFields, columns: int, gate: Tensor | None = None
 ) -> Tensor:
-    """[rows, columns]: the sums over images and pixels of a[., r] * b[., c] * gate[image, c]."""
+    """[rows, columns]: the sums over images and pixels of a[., r] * b[., c] * gate[image, c].
+
+    The kernel has vectors of b and single numbers of a: the wider map is b, as far as it depends on this function.
+    """
+    if rows > columns and gate is None:
+        return product(b, columns, a, rows).t()
     dtype, batch = a[0].dtype, a[0].shape[0]
     if batch == 0:
         return torch.zeros(rows, columns, dtype=dtype)
