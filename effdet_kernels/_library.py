@@ -8,7 +8,6 @@ differentiable arguments.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -141,9 +140,12 @@ class Op:
             return "dispatcher", ""
         device = tensors[0].device.type
         serving = _dispatch.choose(self.name, self.impls, device)
-        if serving != "reference" and self.backward_backend(device) == "reference":
-            if _dispatch.requested() is None:
-                serving = "reference"  # a kernel's backward would compute the reference's forward again
+        if (
+            serving != "reference"
+            and _dispatch.requested() is None
+            and self.backward_backend(device) == "reference"
+        ):
+            serving = "reference"  # a kernel's backward would compute the reference's forward again
         if serving == "reference" or _direct.possible(tensors):
             return serving, device
         return "dispatcher", ""
@@ -231,7 +233,7 @@ class Op:
 
     # Autograd ------------------------------------------------------------------------------------
 
-    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         layout: list[Any] = []  # per argument: a marker for what was saved, or the value itself
         saved: list[Tensor] = []
         for value in inputs:

@@ -54,11 +54,13 @@ def affine(
     scale: Tensor | None,
     shift: Tensor | None,
     act: str,
-    vectors: bool = True,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of y = act(z * scale + shift): the gradients of z and, with ``vectors``, of scale (if z is given) and shift.
+    """Of y = act(z * scale + shift): the gradients of z, scale (if z is given) and shift.
 
-    grad and z [B, C, H, W]; z may be None where there is no activation.
+    grad and z [B, C, H, W]; z may be None where there is no activation. With ``overwrite`` z, dense, becomes its
+    gradient: a map less to allocate.
     """
     batch, channels, height, width = grad.shape
     if batch == 0:
@@ -67,7 +69,9 @@ def affine(
     grad = _cpu.pixels_inner(grad)
     z = None if z is None else _cpu.pixels_inner(z)
     pixels = height * width
-    delta = torch.empty(grad.shape, dtype=grad.dtype, memory_format=torch.channels_last)
+    delta = z if overwrite else None
+    if delta is None:
+        delta = torch.empty(grad.shape, dtype=grad.dtype, memory_format=torch.channels_last)
     of_scale, of_shift = (torch.empty(channels, dtype=grad.dtype) for _ in range(2))
     blocks = _native.module().gradient_blocks(batch, pixels)
     packed = _cpu.affine(scale, shift, channels, grad.dtype)
@@ -91,7 +95,7 @@ def affine(
         grad_shift=of_shift,
         partial=torch.empty(blocks * 2 * channels, dtype=grad.dtype),
     )
-    return (delta, of_scale, of_shift) if vectors else (delta, None, None)
+    return delta, of_scale, of_shift
 
 
 def product(

@@ -136,7 +136,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         z = None
         if act != "none" or of_scale:
             z = _run_cpu(x, weight, None, None, stride, padding, "none")
-        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act, overwrite=True)
     d_x = d_weight = None
     if of_x:
         before = [weight.shape[2] - 1 - side for side in padding]

@@ -168,7 +168,7 @@ def backward(grads, *rest) -> list[Tensor]:
         z = None
         if act != "none" or of_scale:
             z = convolve(x, weight, stride, padding)
-        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act, overwrite=True)
     d_x = d_weight = None
     if of_x:
         d_x = input_gradient(delta, weight, x, stride, padding)

@@ -113,7 +113,7 @@ def backward(grads, *rest) -> list[Tensor]:
         z = None
         if act != "none" or of_scale:
             z = run_cpu(x, weight, None, None, gate, None, "none")
-        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act)
+        delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act, overwrite=True)
     delta = _cpu.channels_inner(delta)
     dx = d_gate = d_weight = None
     if of_x or of_gate:

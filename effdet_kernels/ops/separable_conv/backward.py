@@ -41,7 +41,7 @@ def backward(grads, *rest) -> list[Tensor]:
             if act != "none" or (scale and of_scale[i]):
                 z = pointwise(middle, pw, None, None, None, None, "none")
             vectors = scale[i] if scale else None, shift[i] if shift else None
-            delta, of_factor, of_term = _gradients.affine(grad, z, *vectors, act)
+            delta, of_factor, of_term = _gradients.affine(grad, z, *vectors, act, overwrite=True)
             d_scale += [of_factor] if scale and of_scale[i] else []
             d_shift += [of_term] if shift and of_shift[i] else []
         delta = _cpu.channels_inner(delta)
