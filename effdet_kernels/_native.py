@@ -22,7 +22,7 @@ else:
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish", "leaky_relu", "mish")  # by code
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # by code
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # by code
 MAX_KERNEL = 15  # side of a convolution's kernel that ``_C`` takes
 Launch = tuple[str, dict[str, Any]]
 _recorder: ContextVar[list[Launch] | None] = ContextVar("effdet_kernels_recorder", default=None)

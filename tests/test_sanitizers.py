@@ -23,6 +23,7 @@ FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 EMULATOR = shutil.which("qemu-x86_64")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler (g++, or CXX)")
@@ -64,6 +65,7 @@ def test_fuzz_kernels(isa, tmp_path):
     """The oldest and the newest instruction set that runs here."""
     sources = [
         *CSRC.glob("*/*.simd.cpp"),
+        CSRC / "common" / "isa.cpp",
         CSRC / "common" / "scratch.cpp",
         NATIVE / "kernels_fuzz.cpp",
     ]

@@ -6,7 +6,7 @@
 
 namespace effdet {
 
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The best set that this CPU and this build have, or the one that set_isa asked for.
 Isa current_isa();
@@ -30,13 +30,17 @@ bool set_isa(int isa);
   }                                             \
   namespace avx512_bf16 {                       \
   result name arguments;                        \
+  }                                             \
+  namespace amx {                               \
+  result name arguments;                        \
   }
 // The function of that name for the current set.
-#define EFFDET_FOR_ISA(name)                         \
-  (current_isa() == kAvx512Bf16 ? &avx512_bf16::name \
-   : current_isa() == kAvx512   ? &avx512::name      \
-   : current_isa() == kAvx2     ? &avx2::name        \
-                                : &portable::name)
+#define EFFDET_FOR_ISA(name)                           \
+  (current_isa() == kAmx          ? &amx::name         \
+   : current_isa() == kAvx512Bf16 ? &avx512_bf16::name \
+   : current_isa() == kAvx512     ? &avx512::name      \
+   : current_isa() == kAvx2       ? &avx2::name        \
+                                  : &portable::name)
 #else
 #define EFFDET_PER_ISA(result, name, arguments) \
   namespace portable {                          \

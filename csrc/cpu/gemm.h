@@ -59,8 +59,9 @@ template <typename T>
 struct TileInput {
   const T* const* segments;  // per segment the first row
   int64_t segment_count, segment_length;
-  int64_t lda;          // from row to row, in elements
-  const void* weights;  // the panel
+  int64_t lda;             // from row to row, in elements
+  const void* weights;     // the panel
+  const T* low = nullptr;  // or the first row of a second term: the values are the sums of both (kTiles)
 };
 
 // Tiles of `rows` (1 to kRows) times `width` (1 to kPanel) vectors, `count` of them below each other from `first_row`
@@ -70,9 +71,36 @@ using Tile = void (*)(const TileInput<T>&, const Epilogue<Out>&, int64_t first_r
 template <typename T, typename Out>
 Tile<T, Out> tile(int64_t rows, int64_t width);
 
+// Whether products of type T run on tile registers (AMX), 16 rows at a time, where there are as many rows; the thread
+// holds a TileRegisters then. With a second term they always do: 16 rows must be readable, of which `rows` are written.
+template <typename T>
+constexpr bool kTiles = kHasTiles && kPairs<T>;
+constexpr int64_t kTileRows = 16;
+
+template <typename Out>
+void multiply_tiles(const TileInput<BFloat16>& in, const Epilogue<Out>& out, int64_t rows, int64_t width);
+
+// Sets this thread's tile registers up for as long as it lives, for segments of `length` of type T.
+template <typename T>
+struct TileRegisters {
+  EFFDET_INLINE explicit TileRegisters(int64_t /*length*/) {}
+};
+#if defined(__AMX_BF16__)
+template <>
+struct TileRegisters<BFloat16> {
+  explicit TileRegisters(int64_t length);
+  ~TileRegisters();
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+#endif
+
 // All rows of one panel.
 template <typename T, typename Out>
 EFFDET_INLINE void multiply_panel(const TileInput<T>& in, const Epilogue<Out>& out, int64_t rows, int64_t width) {
+  if constexpr (kTiles<T>) {
+    if (in.low || rows >= kTileRows) return multiply_tiles(in, out, rows, width);
+  }
   const int64_t whole = rows / kRows, rest = rows % kRows;
   if (whole) tile<T, Out>(kRows, width)(in, out, 0, whole);
   if (rest) tile<T, Out>(rest, width)(in, out, whole * kRows, 1);

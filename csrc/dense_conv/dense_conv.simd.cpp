@@ -77,6 +77,7 @@ Status run(const DenseConvParams& p, int threads) {
       __atomic_store_n(&status, kOutOfMemory, __ATOMIC_RELAXED);
       return;
     }
+    const TileRegisters<T> registers(p.kernel * p.in_channels);
     const int64_t part = item % strips;
     strip<T>(p, item / strips, p.out_height * part / strips, p.out_height * (part + 1) / strips, memory);
   });

@@ -118,6 +118,7 @@ Status run(const ExpandDepthwiseParams& p, int threads) {
       __atomic_store_n(&status, kOutOfMemory, __ATOMIC_RELAXED);
       return;
     }
+    const TileRegisters<T> registers(p.in_channels);
     const int64_t part = item % strips, panel = item / strips % panels.count, image = item / strips / panels.count;
     const int64_t channel = panels.start(panel) * kLanes<T>;
     const int64_t channels = least(p.channels - channel, panels.width(panel) * kLanes<T>);

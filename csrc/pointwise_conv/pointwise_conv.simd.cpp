@@ -58,6 +58,7 @@ Status run(const PointwiseParams& p, int threads) {
       __atomic_store_n(&status, kOutOfMemory, __ATOMIC_RELAXED);
       return;
     }
+    const TileRegisters<T> registers(p.in_channels);
     const int64_t first = block * kBlock, count = least(kBlock, p.pixels - first);
     const T* x = static_cast<const T*>(p.x) + image * p.x_batch_stride + first * p.x_pixel_stride;
     const int64_t row = image * p.pixels + first;

@@ -44,6 +44,7 @@ SeparableParams read(const Fields& f) {
 
 void bind_separable_conv(pybind11::module_& module) {
   bind_kernel<SeparableParams>(module, "separable_conv", read, [] { return EFFDET_FOR_ISA(separable_conv); });
+  module.def("separable_product_dtype", [](int dtype) { return EFFDET_FOR_ISA(separable_product_dtype)(dtype); });
 }
 
 }  // namespace effdet

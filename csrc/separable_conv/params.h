@@ -12,7 +12,7 @@ namespace effdet {
 struct SeparableOutput {
   Map x[kMaxFused];        // what is convolved, or what it is fused from
   const void* dw_weights;  // packed: per vector of channels its kernel * kernel vectors
-  const void* pw_weights;  // packed (cpu/gemm.h) in the accumulator's type
+  const void* pw_weights;  // packed (cpu/gemm.h), of separable_product_dtype
   const void* scale;       // [out_channels] of the accumulator's type, padded to whole vectors
   const void* shift;
   void* y;  // [batch, height, width, out_channels], dense
@@ -38,6 +38,8 @@ struct SeparableParams {
   }
 };
 
+// What pw_weights are packed as for maps of `dtype`: the accumulator's type, but bf16 stays bf16 for tile registers.
+EFFDET_PER_ISA(int, separable_product_dtype, (int dtype))
 EFFDET_PER_ISA(Status, separable_conv, (const SeparableParams&, int threads))
 
 }  // namespace effdet

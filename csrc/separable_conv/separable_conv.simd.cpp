@@ -16,6 +16,15 @@ namespace {
 constexpr int64_t kRingBytes = 32 * 1024;
 constexpr int64_t kBlock = 48;  // pixels of a product, at least, where the map has as many
 
+// On tile registers the depthwise results go in as the sum of two bf16 numbers, which keeps 16 bits of them.
+EFFDET_INLINE void split(const float* from, int64_t count, BFloat16* high, BFloat16* low) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const Vec<float> value = load(from + i);
+    store(high + i, value);
+    store(low + i, value - load(high + i));
+  }
+}
+
 struct Tiling {
   int64_t columns;  // of one pass over a strip
   int64_t rows;     // that a block holds, if these are all columns
@@ -39,12 +48,17 @@ EFFDET_INLINE int64_t ring_size(const SeparableParams& p, const SeparableOutput&
   return Ring<Acc<T>>::size(o.kernel, t.columns + o.kernel - 1, round_up(p.channels, kLanes<T>));
 }
 
+// Rows of a product that memory is there for.
+EFFDET_INLINE int64_t block_rows(const Tiling& t) {
+  return round_up(t.rows * t.columns, kTileRows);
+}
+
 template <typename T>
 void strip(const SeparableParams& p, const SeparableOutput& o, const Tiling& t, int64_t image, int64_t first_row,
            int64_t end_row, Acc<T>* memory) {
   using A = Acc<T>;
   const int64_t width = round_up(p.channels, kLanes<T>), half = o.kernel / 2;
-  A* block = memory + ring_size<T>(p, o, t);  // [pixels, width]
+  A* block = memory + ring_size<T>(p, o, t);  // [pixels, width], then the halves that it is split to, where it is
   const A* rows[kMaxKernel];
   for (int64_t column = 0; column < o.width; column += t.columns) {
     const int64_t count = least(t.columns, o.width - column);
@@ -76,8 +90,16 @@ void strip(const SeparableParams& p, const SeparableOutput& o, const Tiling& t, 
       out.ldy = o.out_channels;
       out.residual = nullptr;
       out.ldr = 0;
-      const A* a = block;
-      multiply<A, T>({&a, 1, p.channels, width, o.pw_weights}, out, row_count * count);
+      if constexpr (kTiles<T>) {
+        const int64_t size = block_rows(t) * width;
+        T *high = reinterpret_cast<T*>(block + size), *low = high + size;
+        split(block, row_count * count * width, high, low);
+        const T* a = high;
+        multiply<T, T>({&a, 1, p.channels, width, o.pw_weights, low}, out, row_count * count);
+      } else {
+        const A* a = block;
+        multiply<A, T>({&a, 1, p.channels, width, o.pw_weights}, out, row_count * count);
+      }
     }
   }
 }
@@ -92,7 +114,7 @@ Status run(const SeparableParams& p, int threads) {
     const SeparableOutput& o = p.outputs[i];
     const Tiling t = tilings[i] = tiling<T>(p, o, threads);
     begin[i + 1] = begin[i] + p.batch * t.strips;
-    const int64_t elements = ring_size<T>(p, o, t) + t.rows * t.columns * width;
+    const int64_t elements = ring_size<T>(p, o, t) + block_rows(t) * width * (kTiles<T> ? 2 : 1);
     bytes = most(bytes, elements * static_cast<int64_t>(sizeof(A)));
   }
   int status = kOk;
@@ -102,6 +124,7 @@ Status run(const SeparableParams& p, int threads) {
       __atomic_store_n(&status, kOutOfMemory, __ATOMIC_RELAXED);
       return;
     }
+    const TileRegisters<T> registers(p.channels);
     int64_t i = 0;
     while (item >= begin[i + 1]) ++i;
     const SeparableOutput& o = p.outputs[i];
@@ -113,6 +136,10 @@ Status run(const SeparableParams& p, int threads) {
 }
 
 }  // namespace
+
+int separable_product_dtype(int dtype) {
+  return dtype == kBFloat16 && !kTiles<BFloat16> ? kFloat32 : dtype;
+}
 
 Status separable_conv(const SeparableParams& p, int threads) {
   if (p.dtype == kFloat32) return run<float>(p, threads);

@@ -214,7 +214,7 @@ bool separable() {
         o.x[m] = p.fusion.resample[m] == kIdentity ? q.map(o.height, o.width, p.channels) : p.outputs[0].x[m];
     }
     o.dw_weights = q.depthwise_weight(p.channels, o.kernel);
-    o.pw_weights = q.dense_weight(q.accumulator, o.out_channels, p.channels, 1);
+    o.pw_weights = q.dense_weight(isa::separable_product_dtype(q.dtype), o.out_channels, p.channels, 1);
     o.scale = q.vector(o.out_channels), o.shift = q.vector(o.out_channels);
     o.y = q.data(q.dtype, p.batch * o.height * o.width * o.out_channels);
   }
@@ -315,6 +315,7 @@ bool gradients() {
 }  // namespace
 
 int main() {
+  effdet::current_isa();  // asks for the registers that a set needs
   bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, loss, gradients};
   for (int i = 0; i < 150; ++i)
     for (const auto kernel : kernels)

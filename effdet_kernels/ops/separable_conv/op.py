@@ -172,10 +172,11 @@ def _run_cpu(*args) -> list[Tensor]:
     if method != "none":
         fusion = fusion_fields(fusion_weight, method, how[0], how[2], dtype)
     levels = len(y) // len(dw_weight)
+    in_place = _native.module().separable_product_dtype(_cpu.code(dtype)) == _cpu.code(dtype)
     packed = [
         {
             "dw_weights": _cpu.pack_depthwise(dw),
-            "pw_weights": _cpu.pack_dense(widen(pw)),
+            "pw_weights": _cpu.pack_dense(pw if in_place else widen(pw)),
             "kernel": dw.shape[2],
         }
         for dw, pw in zip(dw_weight, pw_weight, strict=True)
