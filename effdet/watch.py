@@ -27,7 +27,8 @@ class Watch:
         modules = list(model.modules())
         hooks = [getattr(m, name) for m in modules for name in _HOOKS] + list(_GLOBAL_HOOKS)
         members = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        tensors = [t for d in members for t in d.values() if isinstance(t, Tensor)]
+        named = [item for d in members for item in d.items() if item[0] != "num_batches_tracked"]
+        tensors = [t for _, t in named if isinstance(t, Tensor)]  # no kernel reads the one left out
         tensors = [t for t in tensors if not t.is_inference()]  # those have no version
         # Of each module one tensor: what moves storage (`to`, `load_state_dict`) moves all of them.
         own = [[*m._parameters.values(), *m._buffers.values()] for m in modules]

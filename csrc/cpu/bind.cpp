@@ -28,8 +28,7 @@ VectorParams read_vector(const Fields& f) {
   p.dtype = f.dtype();
   p.count = f.size("count", 1);
   p.stride = f.stride("stride");
-  p.fill = f.get("fill").cast<double>();
-  p.vector = f.optional_accumulators("vector");
+  p.vector = f.accumulators("vector");
   p.packed = f.pointer("packed", 64);
   return p;
 }

@@ -16,12 +16,11 @@ struct WeightParams {
   int dtype;
 };
 
-// A vector [count] in the accumulator's type of `dtype`, or all `fill`; padded with zeros to whole vectors.
+// A vector [count] in the accumulator's type of `dtype`, padded with zeros to whole vectors.
 struct VectorParams {
-  const void* vector;  // or null
+  const void* vector;
   void* packed;
   std::int64_t count, stride;
-  double fill;
   int dtype;
 };
 

@@ -71,7 +71,7 @@ Status vector(const VectorParams& p) {
   const auto* from = static_cast<const A*>(p.vector);
   auto* to = static_cast<A*>(p.packed);
   const int64_t padded = round_up(p.count, kLanes<A>);
-  for (int64_t i = 0; i < padded; ++i) to[i] = i >= p.count ? A(0) : from ? from[i * p.stride] : static_cast<A>(p.fill);
+  for (int64_t i = 0; i < padded; ++i) to[i] = i < p.count ? from[i * p.stride] : A(0);
   return kOk;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,16 +125,24 @@ def _weight_fields(weight: Tensor, packed: Tensor) -> dict[str, int]:
     }
 
 
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((count,), value, dtype=dtype, device="cpu")
+
+
 def pack_vector(vector: Tensor | None, fill: float, count: int, dtype: torch.dtype) -> Tensor:
-    """``vector`` [count], or ``count`` times ``fill``, padded to whole vectors, for maps of ``dtype``."""
+    """``vector`` [count], or ``count`` times ``fill``, padded to whole vectors, for maps of ``dtype``; read only."""
     accumulator = accumulation_dtype(dtype)
-    packed = torch.empty(-(-count // 16) * 16, dtype=accumulator)
+    padded = -(-count // 16) * 16
+    if vector is None:
+        return _constant(fill, padded, accumulator)
+    vector = vector.to(accumulator)
+    packed = torch.empty(padded, dtype=accumulator)
     fields = {
         "dtype": code(dtype),
         "count": count,
-        "stride": 1 if vector is None else vector.stride(0),
-        "fill": fill,
-        "vector": None if vector is None else vector.to(accumulator).data_ptr(),
+        "stride": vector.stride(0),
+        "vector": vector.data_ptr(),
         "packed": packed.data_ptr(),
     }
     _native.check(_native.module().pack_vector(fields), "pack_vector")

@@ -59,8 +59,8 @@ def affine(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of y = act(z * scale + shift): the gradients of z, scale (if z is given) and shift.
 
-    grad and z [B, C, H, W]; z may be None where there is no activation. With ``overwrite`` z, dense, becomes its
-    gradient: a map less to allocate.
+    grad and z [B, C, H, W]; z may be None where there is no activation; its gradient is ``grad`` itself where there
+    is no scale either. With ``overwrite`` z, dense, becomes its gradient: a map less to allocate.
     """
     batch, channels, height, width = grad.shape
     if batch == 0:
@@ -69,8 +69,9 @@ def affine(
     grad = _cpu.pixels_inner(grad)
     z = None if z is None else _cpu.pixels_inner(z)
     pixels = height * width
+    same = z is None and scale is None
     delta = z if overwrite else None
-    if delta is None:
+    if delta is None and not same:
         delta = torch.empty(grad.shape, dtype=grad.dtype, memory_format=torch.channels_last)
     of_scale, of_shift = (torch.empty(channels, dtype=grad.dtype) for _ in range(2))
     blocks = _native.module().gradient_blocks(batch, pixels)
@@ -95,7 +96,7 @@ def affine(
         grad_shift=of_shift,
         partial=torch.empty(blocks * 2 * channels, dtype=grad.dtype),
     )
-    return delta, of_scale, of_shift
+    return grad if same or delta is None else delta, of_scale, of_shift
 
 
 def product(
