@@ -20,14 +20,34 @@ SqueezeExciteParams read(const Fields& f) {
   p.reduce_bias = f.elements("reduce_bias");
   p.expand_weight = f.elements("expand_weight");
   p.expand_bias = f.elements("expand_bias");
+  return p;
+}
+
+SqueezeExciteParams read_forward(const Fields& f) {
+  SqueezeExciteParams p = read(f);
   p.gates = f.elements("gates");
+  return p;
+}
+
+SqueezeExciteParams read_backward(const Fields& f) {
+  SqueezeExciteParams p = read(f);
+  p.grad = f.elements("grad");
+  p.grad_sums = f.elements("grad_sums");
+  p.grad_reduce_weight = f.elements("grad_reduce_weight");
+  p.grad_reduce_bias = f.elements("grad_reduce_bias");
+  p.grad_expand_weight = f.elements("grad_expand_weight");
+  p.grad_expand_bias = f.elements("grad_expand_bias");
+  p.partial = f.elements("partial");
   return p;
 }
 
 }  // namespace
 
 void bind_squeeze_excite(pybind11::module_& module) {
-  bind_kernel<SqueezeExciteParams>(module, "squeeze_excite", read, [] { return EFFDET_FOR_ISA(squeeze_excite); });
+  bind_kernel<SqueezeExciteParams>(module, "squeeze_excite", read_forward,
+                                   [] { return EFFDET_FOR_ISA(squeeze_excite); });
+  bind_kernel<SqueezeExciteParams>(module, "squeeze_excite_backward", read_backward,
+                                   [] { return EFFDET_FOR_ISA(squeeze_excite_backward); });
 }
 
 }  // namespace effdet

@@ -229,7 +229,12 @@ bool excite() {
   p.sums = q.data(p.dtype, p.batch * p.channels), p.gates = q.data(p.dtype, p.batch * p.channels);
   p.reduce_weight = q.data(p.dtype, p.reduced * p.channels), p.reduce_bias = q.data(p.dtype, p.reduced);
   p.expand_weight = q.data(p.dtype, p.reduced * p.channels), p.expand_bias = q.data(p.dtype, p.channels);
-  return isa::squeeze_excite(p, static_cast<int>(q.threads)) == kOk;
+  if (isa::squeeze_excite(p, static_cast<int>(q.threads)) != kOk) return false;
+  p.grad = q.data(p.dtype, p.batch * p.channels), p.grad_sums = q.data(p.dtype, p.batch * p.channels);
+  p.grad_reduce_weight = q.data(p.dtype, p.reduced * p.channels), p.grad_reduce_bias = q.data(p.dtype, p.reduced);
+  p.grad_expand_weight = q.data(p.dtype, p.reduced * p.channels), p.grad_expand_bias = q.data(p.dtype, p.channels);
+  p.partial = q.data(p.dtype, p.batch * (2 * p.reduced + p.channels));
+  return isa::squeeze_excite_backward(p, static_cast<int>(q.threads)) == kOk;
 }
 
 bool norm() {

@@ -79,29 +79,55 @@ def _out_spec(sums, *_) -> list[TensorSpec]:
     return [TensorSpec(tuple(sums.shape), sums.dtype, sums.device)]
 
 
-def _run_cpu(sums, reduce_weight, reduce_bias, expand_weight, expand_bias, count, act, gate):
-    gates = torch.empty(sums.shape, dtype=sums.dtype)
-    if gates.shape[0] == 0:
-        return gates
+def _fields(sums, reduce_weight, reduce_bias, expand_weight, expand_bias, count, act, gate):
     parameters = reduce_weight.flatten(1), reduce_bias, expand_weight.flatten(1).t(), expand_bias
     reduce, reduce_bias, expand, expand_bias = (p.to(sums.dtype).contiguous() for p in parameters)
-    _native.launch(
-        "squeeze_excite",
-        dtype=_cpu.code(sums.dtype),
-        act=_cpu.act_code(act),
-        hard=int(gate == "hard_sigmoid"),
-        batch=sums.shape[0],
-        channels=sums.shape[1],
-        reduced=len(reduce),
-        count=count,
-        sums=_cpu.vectors(sums, sums.dtype),
-        reduce_weight=reduce,
-        reduce_bias=reduce_bias,
-        expand_weight=expand,
-        expand_bias=expand_bias,
-        gates=gates,
-    )
+    return {
+        "dtype": _cpu.code(sums.dtype),
+        "act": _cpu.act_code(act),
+        "hard": int(gate == "hard_sigmoid"),
+        "batch": sums.shape[0],
+        "channels": sums.shape[1],
+        "reduced": len(reduce),
+        "count": count,
+        "sums": _cpu.vectors(sums, sums.dtype),
+        "reduce_weight": reduce,
+        "reduce_bias": reduce_bias,
+        "expand_weight": expand,
+        "expand_bias": expand_bias,
+    }
+
+
+def _run_cpu(sums, *rest):
+    gates = torch.empty(sums.shape, dtype=sums.dtype)
+    if gates.shape[0]:
+        _native.launch("squeeze_excite", **_fields(sums, *rest), gates=gates)
     return gates
+
+
+def _backward_cpu(grads, *rest) -> list[Tensor]:
+    *args, needs = rest
+    sums, parameters = args[0], args[1:5]
+    (batch, channels), reduced = sums.shape, len(parameters[0])
+    shapes = (batch, channels), (reduced, channels), (reduced,), (reduced, channels), (channels,)
+    if batch == 0:
+        found = [sums.new_zeros(shape) for shape in shapes]
+    else:
+        found = [torch.empty(shape, dtype=sums.dtype) for shape in shapes]
+        _native.launch(
+            "squeeze_excite_backward",
+            **_fields(*args),
+            grad=_cpu.vectors(grads[0], sums.dtype),
+            grad_sums=found[0],
+            grad_reduce_weight=found[1],
+            grad_reduce_bias=found[2],
+            grad_expand_weight=found[3],
+            grad_expand_bias=found[4],
+            partial=torch.empty(batch, 2 * reduced + channels, dtype=sums.dtype),
+        )
+    found[1] = found[1][:, :, None, None]
+    found[3] = found[3].t()[:, :, None, None]
+    return [g for g, need in zip(found, needs, strict=True) if need]
 
 
 _squeeze_excite = _library.define(
@@ -109,6 +135,7 @@ _squeeze_excite = _library.define(
     " Tensor expand_bias, SymInt count, str act, str gate) -> Tensor",
     out_spec=_out_spec,
     impls={"cpu": _run_cpu, "reference": reference.squeeze_excite},
+    backwards={"cpu": _backward_cpu},
     differentiable=("sums", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias"),
     autocast="float32",
 )

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from effdet_kernels.ops._activations import ACTIVATIONS
 
-GATES = {"sigmoid": lambda x: x.sigmoid(), "hard_sigmoid": F.hardsigmoid}
+# Not F.hardsigmoid: its gradient has a sixth in float32 also for float64 (torch 2.13).
+GATES = {"sigmoid": lambda x: x.sigmoid(), "hard_sigmoid": lambda x: F.relu6(x + 3) / 6}
 
 
 def squeeze_excite(
