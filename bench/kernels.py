@@ -3,8 +3,9 @@
 Maps and weights are channels_last in memory. Engines: "eager" is the op in plain PyTorch in the dtype of its inputs
 (what a model without kernels runs), "eager nchw" the same on contiguous inputs, "compile" torch.compile of it. The
 backends of ``effdet_kernels`` go by their names ("reference" accumulates in float32, so it differs from "eager" in half
-precision only); others are the spec's own peers. A backend outside its error bound is not timed; neither is a peer
-whose outputs are off by more than rounding.
+precision only); "cpu alone" is the C++ kernels as a plan runs them, on weights packed and memory taken before. Others
+are the spec's own peers. A backend outside its error bound is not timed; neither is a peer whose outputs are off by
+more than rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bench import machine, runner
 from bench.results import ABSENT, TIMED, WRONG, Job, Row
-from effdet_kernels import _dispatch, testing, use_backend
+from effdet_kernels import _dispatch, _native, testing, use_backend
 from effdet_kernels.bound import (
     differentiable,
     exact_inputs,
@@ -195,6 +196,8 @@ def _engines(
             serving = testing.backward_backend(spec, name, args.device)
             reason = None if serving == name else f"its backward is that of {serving}"
         engines[name] = reason or _on_backend(spec, name)
+        if name == "cpu" and direction == "forward":
+            engines["cpu alone"] = reason or _Recorded(spec)
     return engines
 
 
@@ -218,6 +221,24 @@ def _on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
             return spec.op(**inputs)
 
     return call
+
+
+class _Recorded:
+    """An op's C++ kernels as a plan runs them: packed weights and memory are made once, at the first call."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self._call = _on_backend(spec, "cpu")
+        self._launches: list[_native.Launch] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        if not self._launches:
+            with _native.recorded() as launches:
+                self._outputs = self._call(**inputs)
+            self._tensors = launches  # they own the memory
+            self._launches = [(n, _native.resolved(f, Tensor.data_ptr)) for n, f in launches]
+        for name, fields in self._launches:
+            _native.launch(name, **fields)
+        return self._outputs
 
 
 def _prepared(
