@@ -223,6 +223,10 @@ def _on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
     return call
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 class _Recorded:
     """An op's C++ kernels as a plan runs them: packed weights and memory are made once, at the first call."""
 
@@ -235,6 +239,10 @@ class _Recorded:
             with _native.recorded() as launches:
                 self._outputs = self._call(**inputs)
             self._tensors = launches  # they own the memory
+            named: set[int] = set()
+            _native.resolved([f for _, f in launches], lambda t: named.add(_storage(t)) or 0)
+            if not all(_storage(t) in named for t in flatten(self._outputs)):
+                raise _native.NotRecordableError("more than kernels makes the outputs")
             self._launches = [(n, _native.resolved(f, Tensor.data_ptr)) for n, f in launches]
         for name, fields in self._launches:
             _native.launch(name, **fields)
