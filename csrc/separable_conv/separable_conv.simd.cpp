@@ -21,7 +21,8 @@ EFFDET_INLINE void split(const float* from, int64_t count, BFloat16* high, BFloa
   for (int64_t i = 0; i < count; i += kLanes<float>) {
     const Vec<float> value = load(from + i);
     store(high + i, value);
-    store(low + i, value - load(high + i));
+    const Vec<float> rest = value - load(high + i);
+    store(low + i, rest == rest ? rest : Vec<float>{});  // an infinity stays one
   }
 }
 
