@@ -22,6 +22,7 @@ from torch import Tensor
 from bench import machine, runner
 from bench.results import ABSENT, TIMED, WRONG, Job, Row
 from effdet_kernels import _dispatch, _native, testing, use_backend
+from effdet_kernels._library import _storage
 from effdet_kernels.bound import (
     differentiable,
     exact_inputs,
@@ -221,10 +222,6 @@ def _on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
             return spec.op(**inputs)
 
     return call
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class _Recorded:

@@ -36,48 +36,35 @@ struct alignas(64) Configuration {
 };
 static_assert(sizeof(Configuration) == 64, "as the instruction reads it");
 
-template <int kWidth>
-EFFDET_INLINE void step(const void* rows, int64_t stride, const BFloat16* weights) {
-  constexpr int64_t kPairBytes = kWidth * kVectorBytes;
-  check_readable(rows, stride, kTileRows, 64);
-  check_readable(weights, 0, 1, 16 * kPairBytes);
-  _tile_loadd(4, rows, stride);
-  _tile_loadd(3, weights, kPairBytes);
-  _tile_dpbf16ps(0, 4, 3);
-  if constexpr (kWidth > 1) {
-    _tile_loadd(3, weights + 32, kPairBytes);
-    _tile_dpbf16ps(1, 4, 3);
+// Defines `name`, one step of k of `pairs` pairs: the registers of instructions have to be literals.
+#define EFFDET_TILE_STEP(name, row_register, panel_register)                                          \
+  template <int kWidth>                                                                               \
+  EFFDET_INLINE void name(const void* rows, int64_t stride, int64_t pairs, const BFloat16* weights) { \
+    constexpr int64_t kPairBytes = kWidth * kVectorBytes;                                             \
+    check_readable(rows, stride, kTileRows, 4 * pairs);                                               \
+    check_readable(weights, 0, 1, pairs * kPairBytes);                                                \
+    _tile_loadd(row_register, rows, stride);                                                          \
+    _tile_loadd(panel_register, weights, kPairBytes);                                                 \
+    _tile_dpbf16ps(0, row_register, panel_register);                                                  \
+    if constexpr (kWidth > 1) {                                                                       \
+      _tile_loadd(panel_register, weights + 32, kPairBytes);                                          \
+      _tile_dpbf16ps(1, row_register, panel_register);                                                \
+    }                                                                                                 \
+    if constexpr (kWidth > 2) {                                                                       \
+      _tile_loadd(panel_register, weights + 64, kPairBytes);                                          \
+      _tile_dpbf16ps(2, row_register, panel_register);                                                \
+    }                                                                                                 \
   }
-  if constexpr (kWidth > 2) {
-    _tile_loadd(3, weights + 64, kPairBytes);
-    _tile_dpbf16ps(2, 4, 3);
-  }
-}
-
-template <int kWidth>
-EFFDET_INLINE void last_step(const void* rows, int64_t stride, int64_t pairs, const BFloat16* weights) {
-  constexpr int64_t kPairBytes = kWidth * kVectorBytes;
-  check_readable(rows, stride, kTileRows, 4 * pairs);
-  check_readable(weights, 0, 1, pairs * kPairBytes);
-  _tile_loadd(6, rows, stride);
-  _tile_loadd(5, weights, kPairBytes);
-  _tile_dpbf16ps(0, 6, 5);
-  if constexpr (kWidth > 1) {
-    _tile_loadd(5, weights + 32, kPairBytes);
-    _tile_dpbf16ps(1, 6, 5);
-  }
-  if constexpr (kWidth > 2) {
-    _tile_loadd(5, weights + 64, kPairBytes);
-    _tile_dpbf16ps(2, 6, 5);
-  }
-}
+EFFDET_TILE_STEP(step, 4, 3)
+EFFDET_TILE_STEP(last_step, 6, 5)
+#undef EFFDET_TILE_STEP
 
 // What 16 rows from `a` on add to the sums.
 template <int kWidth>
 EFFDET_INLINE void multiply_segment(const BFloat16* a, int64_t lda, int64_t length, const BFloat16* weights) {
   constexpr int64_t kPairElements = kWidth * 2 * kLanes<float>;
   const int64_t whole = length / kStep * kStep, rest = length - whole;
-  for (int64_t k = 0; k < whole; k += kStep) step<kWidth>(a + k, lda * 2, weights + k / 2 * kPairElements);
+  for (int64_t k = 0; k < whole; k += kStep) step<kWidth>(a + k, lda * 2, kStep / 2, weights + k / 2 * kPairElements);
   if (!rest) return;
   if (rest % 2 == 0) return last_step<kWidth>(a + whole, lda * 2, rest / 2, weights + whole / 2 * kPairElements);
   // What follows the last element in memory is not part of a pair: it may be infinite.

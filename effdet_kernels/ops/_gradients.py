@@ -69,9 +69,8 @@ def affine(
     grad = _cpu.pixels_inner(grad)
     z = None if z is None else _cpu.pixels_inner(z)
     pixels = height * width
-    same = z is None and scale is None
     delta = z if overwrite else None
-    if delta is None and not same:
+    if delta is None and not (z is None and scale is None):
         delta = torch.empty(grad.shape, dtype=grad.dtype, memory_format=torch.channels_last)
     of_scale, of_shift = (torch.empty(channels, dtype=grad.dtype) for _ in range(2))
     blocks = _native.module().gradient_blocks(batch, pixels)
@@ -96,7 +95,7 @@ def affine(
         grad_shift=of_shift,
         partial=torch.empty(blocks * 2 * channels, dtype=grad.dtype),
     )
-    return grad if same or delta is None else delta, of_scale, of_shift
+    return grad if delta is None else delta, of_scale, of_shift
 
 
 def product(

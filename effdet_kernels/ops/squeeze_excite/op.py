@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.squeeze_excite import reference
 
 GATES = tuple(reference.GATES)
@@ -127,7 +127,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         )
     found[1] = found[1][:, :, None, None]
     found[3] = found[3].t()[:, :, None, None]
-    return [g for g, need in zip(found, needs, strict=True) if need]
+    return _gradients.chosen(found, needs)
 
 
 _squeeze_excite = _library.define(
