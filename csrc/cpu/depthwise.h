@@ -85,6 +85,21 @@ EFFDET_INLINE void convolve_pixels(const A* const* rows, int64_t offset, int64_t
   }
 }
 
+// The outputs from `pixel` to `count` of one vector of channels: tiles of kTile, what is left in ever smaller ones.
+template <typename Out, int kK, int kStride, int kTile>
+EFFDET_INLINE void convolve_tiles(const Acc<Out>* const* rows, int64_t width, int64_t channel, int64_t pixel,
+                                  int64_t count, const Acc<Out>* weights, const RowEpilogue<Out>& out,
+                                  Vec<Acc<Out>>* total) {
+  using A = Acc<Out>;
+  for (; pixel + kTile <= count; pixel += kTile) {
+    Vec<A> sum[kTile];
+    convolve_pixels<A, kK, kStride, kTile>(rows, pixel * kStride * width + channel, width, weights, sum);
+    finish_pixels<Out, kTile>(out, channel, pixel, sum, total);
+  }
+  if constexpr (kTile > 1)
+    convolve_tiles<Out, kK, kStride, kTile / 2>(rows, width, channel, pixel, count, weights, out, total);
+}
+
 // One row of outputs with kernel kK and stride kStride known to the compiler.
 template <typename Out, int kK, int kStride>
 void convolve_row_of(const Acc<Out>* const* rows, int64_t width, int64_t count, const Acc<Out>* weights,
@@ -92,19 +107,8 @@ void convolve_row_of(const Acc<Out>* const* rows, int64_t width, int64_t count, 
   using A = Acc<Out>;
   constexpr int kL = kLanes<A>, kTile = kStride == 1 ? 8 : 4;
   for (int64_t channel = 0; channel < out.channels; channel += kL) {
-    const A* w = weights + channel * kK * kK;
     Vec<A> total{};
-    int64_t pixel = 0;
-    for (; pixel + kTile <= count; pixel += kTile) {
-      Vec<A> sum[kTile];
-      convolve_pixels<A, kK, kStride, kTile>(rows, pixel * kStride * width + channel, width, w, sum);
-      finish_pixels<Out, kTile>(out, channel, pixel, sum, &total);
-    }
-    for (; pixel < count; ++pixel) {
-      Vec<A> sum[1];
-      convolve_pixels<A, kK, kStride, 1>(rows, pixel * kStride * width + channel, width, w, sum);
-      finish_pixels<Out, 1>(out, channel, pixel, sum, &total);
-    }
+    convolve_tiles<Out, kK, kStride, kTile>(rows, width, channel, 0, count, weights + channel * kK * kK, out, &total);
     if (out.sums) {
       A* sums = out.sums + channel;
       store_n(sums, load_n(sums, out.channels - channel) + total, out.channels - channel);

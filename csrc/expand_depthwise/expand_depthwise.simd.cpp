@@ -108,9 +108,13 @@ Status run(const ExpandDepthwiseParams& p, int threads) {
   const int64_t columns = least(p.out_width, most<int64_t>(fitting / 8 * 8, 16));
   const int64_t places = (columns - 1) * p.stride + p.kernel;
   const int64_t bytes = Ring<A>::size(p.kernel, places, widest) * static_cast<int64_t>(sizeof(A));
-  // Strips of at least 8 rows: an expansion computes kernel - stride rows twice where two strips meet.
+  // Strips of at least 8 rows. Where two strips meet, an expansion computes kernel - stride input rows twice: as many
+  // strips as make that, shared by the threads, and half a strip, for which a thread waits at the end, the least.
   const int64_t items = most<int64_t>(1, p.batch * panels.count);
-  const int64_t strips = most<int64_t>(1, least(divide_up(int64_t{8} * threads, items), p.out_height / 8));
+  int64_t wanted = divide_up(int64_t{8} * threads, items);
+  const int64_t twice = p.expand_weights ? most<int64_t>(0, p.kernel - p.stride) : 0;
+  while (wanted > 1 && 2 * items * twice * wanted * (wanted - 1) > p.out_height * p.stride * threads) --wanted;
+  const int64_t strips = most<int64_t>(1, least(wanted, p.out_height / 8));
   int status = kOk;
   parallel_for(p.batch * panels.count * strips, threads, [&](int64_t item) {
     A* memory = static_cast<A*>(thread_scratch(bytes));
