@@ -1,32 +1,152 @@
-"""The only importer of triton: says whether Triton kernels can run here, and why not.
+"""Says whether Triton kernels can run here, and why not; launches them; knows their configurations.
 
 With TRITON_INTERPRET=1 in the environment before the first import, Triton's own interpreter runs kernels on CPU
-tensors: slow, for tests.
+tensors: slow, for tests. Only this module, ``ops/_tl.py`` and the ``triton_*.py`` files of the ops import triton, the
+latter when their first kernel is called (``deferred``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import importlib
+import json
 import os
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST = (3, 6)  # release of triton that kernels are tested with
+_OPS = Path(__file__).with_name("ops")
+_MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
 
 def _find_reason() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return 'triton is not installed: pip install "effdet-kernels" on Linux x86-64 brings it'
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"triton {triton.__version__} is too old: pip install 'triton>={oldest}'"
     if not INTERPRET and not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
     return None
 
 
 REASON = _find_reason()
+
+
+def deferred(module: str, function: str = "run") -> Callable[..., Any]:
+    """A function of a module that imports triton: imported at its first call."""
+
+    @functools.cache
+    def loaded() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), function)
+
+    def call(*args: Any) -> Any:
+        return loaded()(*args)
+
+    return call
+
+
+# Launches ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A call of a kernel: what a compiler needs to know of it."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constants of the kernel, num_warps, num_stages
+
+
+@dataclasses.dataclass
+class Recording:
+    """Launches that were noted instead of made, for a GPU with ``shared_kb`` of shared memory a block."""
+
+    shared_kb: int
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("effdet_kernels_launches", default=None)
+
+
+@contextlib.contextmanager
+def recorded(shared_kb: int = 227) -> Iterator[list[Launch]]:
+    """Inside, kernels do not run: their launches go to the list. Tensors may be on "meta"."""
+    recording = Recording(shared_kb)
+    token = _recording.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _recording.reset(token)
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Runs ``programs`` programs of ``kernel`` on the device, and the current stream, of the first tensor."""
+    if programs > _MAX_PROGRAMS:
+        name = getattr(kernel, "__name__", kernel)
+        raise ValueError(f"{name}: a call takes {programs} programs, CUDA at most {_MAX_PROGRAMS}")
+    recording = _recording.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, programs, arguments, options))
+        return
+    if programs == 0:
+        return
+    first = next(a for a in arguments if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[(programs,)](*arguments, **options)
+
+
+# Configurations ----------------------------------------------------------------------------------
+
+
+def config(op: str, kernel: str, like: torch.Tensor, size: int = 0) -> dict[str, Any]:
+    """Block sizes, ``num_warps`` and ``num_stages`` of a call of a kernel on tensors of the dtype and device of ``like``.
+
+    The first row of the op's launch.json that fits: of this kernel, of at most the device's shared memory, of the width
+    of the dtype, and for at least ``size`` (channels, or what the kernel's launcher says).
+    """
+    available = _shared_kb(like.device)
+    for row in _rows(op)[kernel]:
+        if (
+            row["shared_kb"] <= available
+            and like.element_size() in row["itemsize"]
+            and size <= row.get("up_to", size)
+        ):
+            return dict(row["config"])
+    raise RuntimeError(f"{op}/launch.json has no row for {kernel}, {like.dtype}, size {size}")
+
+
+@functools.cache
+def _rows(op: str) -> dict[str, list[dict[str, Any]]]:
+    return json.loads((_OPS / op / "launch.json").read_text())
+
+
+def _shared_kb(device: torch.device) -> int:
+    recording = _recording.get()
+    if recording is not None:
+        return recording.shared_kb
+    return _device_shared_kb(device.index or 0) if device.type == "cuda" else 227
+
+
+@functools.cache
+def _device_shared_kb(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin // 1024
+
+
+# The interpreter ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

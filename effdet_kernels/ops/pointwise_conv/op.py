@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.pointwise_conv import reference
@@ -132,8 +132,15 @@ _pointwise_conv = _library.define(
     "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? residual, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": run_cpu, "reference": reference.pointwise_conv},
-    backwards={"cpu": backward},
+    impls={
+        "cpu": run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_fwd"),
+        "reference": reference.pointwise_conv,
+    },
+    backwards={
+        "cpu": backward,
+        "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_bwd"),
+    },
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
     autocast=("x", "weight", "gate", "residual"),
 )

@@ -1,0 +1,102 @@
+"""What Triton kernels share: activations and their derivatives, on values in the accumulation dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from effdet_kernels import _triton
+
+# Reciprocals by the GPU's approximation, 1 ulp off, instead of a division's eight instructions.
+_APPROXIMATE = tl.constexpr(not _triton.INTERPRET)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, x > 0; in float32 at most 1 ulp off."""
+    if _APPROXIMATE and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); where exp overflows the result is 0."""
+    return reciprocal(1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _mish_ratio(x):
+    """tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x); 1 beyond 20."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    n = e * (e + 2.0)
+    return n * reciprocal(n + 2.0)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """The activation named ``ACT``; NaN stays NaN."""
+    if ACT == "swish":
+        return x * sigmoid(x)
+    if ACT == "relu":
+        return tl.where(x < 0, 0.0, x)
+    if ACT == "relu6":
+        return tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    if ACT == "hard_swish":
+        inner = x + 3.0
+        return x * tl.where(inner < 0, 0.0, tl.where(inner > 6, 6.0, inner)) * (1.0 / 6.0)
+    if ACT == "leaky_relu":
+        return tl.where(x < 0, 0.01 * x, x)
+    if ACT == "mish":
+        return x * _mish_ratio(x)
+    return x
+
+
+@triton.jit
+def slope(x, ACT: tl.constexpr):
+    """The derivative of the activation at ``x``; at a kink what torch takes."""
+    if ACT == "swish":
+        s = sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    if ACT == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    if ACT == "relu6":
+        return tl.where((x > 0) & (x < 6), 1.0, 0.0)
+    if ACT == "hard_swish":
+        return tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, (2.0 * x + 3.0) * (1.0 / 6.0)))
+    if ACT == "leaky_relu":
+        return tl.where(x > 0, 1.0, tl.full(x.shape, 0.01, x.dtype))  # a literal would be float32
+    if ACT == "mish":
+        t = _mish_ratio(x)
+        return t + x * (1.0 - t * t) * sigmoid(x)
+    return tl.full(x.shape, 1.0, x.dtype)
+
+
+@triton.jit
+def affine_act(z, scale_ptr, shift_ptr, at, inside, ACT: tl.constexpr):
+    """act(z * scale + shift) of z [ROWS, BLOCK]; vectors at channels ``at`` [BLOCK]; None: 1 and 0."""
+    if scale_ptr is not None:
+        z = z * tl.load(scale_ptr + at, mask=inside, other=0.0)[None, :]
+    if shift_ptr is not None:
+        z = z + tl.load(shift_ptr + at, mask=inside, other=0.0)[None, :]
+    return activate(z, ACT)
+
+
+@triton.jit
+def affine_act_gradient(grad, z, scale_ptr, shift_ptr, at, inside, ACT: tl.constexpr):
+    """Of y = act(z * scale + shift), all [ROWS, BLOCK]: the gradients of z and of z * scale + shift."""
+    v = z
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + at, mask=inside, other=0.0)[None, :]
+        v = v * scale
+    if shift_ptr is not None:
+        v = v + tl.load(shift_ptr + at, mask=inside, other=0.0)[None, :]
+    before = grad
+    if ACT != "none":
+        before = grad * slope(v, ACT)
+    delta = before
+    if scale_ptr is not None:
+        delta = before * scale
+    return delta, before
