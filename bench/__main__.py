@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 import bench
-from bench import compare, detect, floors, gpu, kernels, machine, model, report, train
+from bench import aot, compare, detect, floors, gpu, kernels, machine, model, report, train
 from bench.results import WRONG, Log
 from bench.table import print_rows
 
@@ -23,6 +23,7 @@ SUITES = {
 }
 TOOLS = {
     "floors": (floors, "what a machine with given ceilings could do at best, per model"),
+    "aot": (aot, "Triton kernels compiled without a GPU: what they take, and how fast they can be"),
     "report": (report, "tables, roofline plots and a page from results"),
     "compare": (compare, "two sets of results; flags what became slower"),
     "gpu": (gpu, "everything on a GPU, in parts that can be resumed"),

@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Launch:
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]  # constants of the kernel, num_warps, num_stages
+    trips: Sequence[int]
+    flops: float
 
 
 @dataclasses.dataclass
@@ -92,14 +94,25 @@ def recorded(shared_kb: int = 227) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on the device, and the current stream, of the first tensor."""
+def launch(
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    trips: Sequence[int] = (),
+    flops: float = 0,
+    **options: Any,
+) -> None:
+    """Runs ``programs`` programs of ``kernel`` on the device, and the current stream, of the first tensor.
+
+    ``trips`` and ``flops`` are for predictions (``python -m bench aot``): how often each of the kernel's loops runs in a
+    program, in their order, and what matrix units compute in all.
+    """
     if programs > _MAX_PROGRAMS:
         name = getattr(kernel, "__name__", kernel)
         raise ValueError(f"{name}: a call takes {programs} programs, CUDA at most {_MAX_PROGRAMS}")
     recording = _recording.get()
     if recording is not None:
-        recording.launches.append(Launch(kernel, programs, arguments, options))
+        recording.launches.append(Launch(kernel, programs, arguments, options, trips, flops))
         return
     if programs == 0:
         return
@@ -113,7 +126,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
 
 
 def config(op: str, kernel: str, like: torch.Tensor, size: int = 0) -> dict[str, Any]:
-    """Block sizes, ``num_warps`` and ``num_stages`` of a call of a kernel on tensors of the dtype and device of ``like``.
+    """Block sizes, ``num_warps`` and ``num_stages`` of a call of a kernel on tensors like ``like``.
 
     The first row of the op's launch.json that fits: of this kernel, of at most the device's shared memory, of the width
     of the dtype, and for at least ``size`` (channels, or what the kernel's launcher says).
@@ -143,7 +156,8 @@ def _shared_kb(device: torch.device) -> int:
 
 @functools.cache
 def _device_shared_kb(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin // 1024
+    properties: Any = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin // 1024
 
 
 # The interpreter ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _library, _native
+from effdet_kernels import _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -157,8 +157,15 @@ _expand_depthwise = _library.define(
     " Tensor dw_weight, Tensor? scale, Tensor? shift, SymInt stride, SymInt[] padding, str act,"
     " bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.expand_depthwise},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.expand_depthwise.triton_fwd"),
+        "reference": reference.expand_depthwise,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.expand_depthwise.triton_bwd"),
+    },
     differentiable=(
         "x",
         "expand_weight",

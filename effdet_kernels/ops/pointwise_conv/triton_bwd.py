@@ -148,6 +148,7 @@ def product(a: Tensor, b: Tensor, gate: Tensor | None = None) -> Tensor:
         a.stride(0), _gpu.pixel_stride(a) // row_unit, b.stride(0), _gpu.pixel_stride(b) // column_unit,
         ROW_UNIT=row_unit, COLUMN_UNIT=column_unit, ACC=_gpu.accumulator(a.dtype),
         PRECISION=_gpu.matrix_precision(a.dtype), **options,
+        trips=(segment,), flops=2 * a.numel() * columns,
     )  # fmt: skip
     return _gpu.total(out)
 
@@ -182,6 +183,7 @@ def output_gradient(
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
+        trips=(triton.cdiv(channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return delta, sums[0].sum(0), sums[1].sum(0)
 
@@ -211,6 +213,7 @@ def input_gradient(
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), **options,
+        trips=(triton.cdiv(out_channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return dx, None if sums is None else sums.sum(1)
 
@@ -221,13 +224,22 @@ def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
     of_x, of_weight, of_scale, of_shift, of_gate, of_residual = wanted(
         (x, weight, scale, shift, gate, residual), needs
     )
-    delta, d_scale, d_shift = grad, None, None
-    if scale is not None or act != "none" or of_shift:
+    d_scale = d_shift = dx = d_gate = d_weight = None
+    delta, back = grad, weight
+    if act != "none":
         delta, d_scale, d_shift = output_gradient(grad, x, weight, scale, shift, gate, act)
-    dx = d_gate = d_weight = None
+    elif scale is not None:
+        back = (weight * scale[:, None, None, None]).to(weight.dtype)
     if of_x or of_gate:
-        dx, d_gate = input_gradient(delta, weight, gate, x, of_gate)
-    if of_weight:
+        dx, d_gate = input_gradient(delta, back, gate, x, of_gate)
+    if of_weight or (of_scale and d_scale is None):
         d_weight = product(delta, x, gate)[:, :, None, None]
+    if act == "none":  # z need not be computed again
+        if of_scale:
+            d_scale = (d_weight * weight).sum((1, 2, 3))
+        if of_shift:
+            d_shift = grad.sum((0, 2, 3), dtype=accumulation_dtype(grad.dtype))
+        if of_weight and scale is not None:
+            d_weight = d_weight * scale[:, None, None, None]
     found = dx, d_weight, d_scale, d_shift, d_gate, grad
     return chosen(found, (of_x, of_weight, of_scale, of_shift, of_gate, of_residual))

@@ -85,9 +85,9 @@ def run(
     batch, channels, height, width = x.shape
     out_channels = weight.shape[0]
     (y,) = _gpu.allocate([_library.nchw((batch, out_channels, height, width), x)])
-    strides = () if residual is None else (_gpu.pixel_stride(residual),)
+    residual_stride = 0 if residual is None else _gpu.pixel_stride(residual)
     in_unit = _gpu.alignment(channels, _gpu.pixel_stride(x))
-    out_unit = _gpu.alignment(out_channels, *strides)
+    out_unit = _gpu.alignment(out_channels, residual_stride)
     options, tiles, blocks = tiling("fwd", x, out_channels, channels)
     _triton.launch(
         pointwise_conv_fwd_kernel,
@@ -96,10 +96,11 @@ def run(
         height * width, channels // in_unit, out_channels // out_unit, tiles, blocks,
         x.stride(0), _gpu.pixel_stride(x) // in_unit,
         0 if residual is None else residual.stride(0),
-        0 if residual is None else strides[0] // out_unit,
+        residual_stride // out_unit,
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
+        trips=(triton.cdiv(channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return y
 
