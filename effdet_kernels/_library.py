@@ -58,6 +58,12 @@ def nchw(shape: Sequence[Any], like: Tensor) -> TensorSpec:
     return TensorSpec(tuple(shape), like.dtype, like.device, torch.channels_last)
 
 
+def moments(channels: int, like: Tensor) -> list[TensorSpec]:
+    """Specifications of mean and variance [channels] of a map like ``like``: in its accumulation dtype."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return [TensorSpec((channels,), wide, like.device) for _ in range(2)]
+
+
 def _conform(
     specs: Iterable[TensorSpec], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -98,7 +104,7 @@ class Op:
         impls: dict[str, Callable[..., Any]],
         backwards: dict[str, Callable[..., Any]],
         differentiable: Sequence[str],
-        nondifferentiable_outputs: Sequence[int],
+        nondifferentiable_outputs: Sequence[int] | Callable[..., Sequence[int]],
         saved_outputs: Sequence[int],
         autocast: Sequence[str] | Literal["float32"],
     ) -> None:
@@ -108,7 +114,7 @@ class Op:
         self._out_spec = out_spec
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
-        self._nondifferentiable_outputs = tuple(nondifferentiable_outputs)
+        self._nondifferentiable_outputs = nondifferentiable_outputs
         self._saved_outputs = tuple(saved_outputs)
         self.backwards = (
             {**backwards, "reference": self._reference_backward} if differentiable else {}
@@ -253,8 +259,11 @@ class Op:
         ctx.layout = layout
         ctx.backend = _dispatch.requested()
         ctx.output_is_list = self._returns_list
-        if self._nondifferentiable_outputs:
-            ctx.mark_non_differentiable(*[flat[i] for i in self._nondifferentiable_outputs])
+        constant = self._nondifferentiable_outputs
+        if callable(constant):
+            constant = constant(*inputs)
+        if constant:
+            ctx.mark_non_differentiable(*[flat[i] for i in constant])
 
     def _autograd_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         flat = iter(self.gradients(ctx, grads[0] if ctx.output_is_list else grads, registered=True))
@@ -407,7 +416,7 @@ def define(
     impls: dict[str, Callable[..., Any]],
     backwards: dict[str, Callable[..., Any]] | None = None,
     differentiable: Sequence[str] = (),
-    nondifferentiable_outputs: Sequence[int] = (),
+    nondifferentiable_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
     saved_outputs: Sequence[int] = (),
     autocast: Sequence[str] | Literal["float32"] = "float32",
 ) -> Op:
@@ -422,7 +431,7 @@ def define(
             differentiable ones. They return a gradient per set flag, in order. Where none is given the reference is
             recomputed under autograd.
         differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
-        nondifferentiable_outputs: positions of outputs without gradient.
+        nondifferentiable_outputs: positions of outputs without gradient, or a function of the op's arguments to them.
         saved_outputs: positions of outputs that the backwards take, as a list before ``needs``.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
     """

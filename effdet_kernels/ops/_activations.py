@@ -58,3 +58,12 @@ def conv_affine_act(
         weight = weight * scale.to(weight.dtype).view(-1, 1, 1, 1)
     bias = None if shift is None else shift.to(weight.dtype)
     return ACTIVATIONS[act](F.conv2d(x, weight, bias, stride, padding, 1, groups))
+
+
+def moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of a map [B, C, H, W], in its accumulation dtype."""
+    # torch's own variance of a channels_last map is one long sum, in which equal values (bfloat16 has many) are
+    # rounded alike: off by more than the error bound allows.
+    rows = widen(y.detach()).movedim(1, -1)
+    mean = rows.mean((0, 1, 2))
+    return mean, (rows - mean).square_().mean((0, 1, 2))

@@ -56,6 +56,15 @@ def activation(op: str, name: str, value: Any) -> None:
     _checks.choice(op, name, value, tuple(ACTIVATIONS))
 
 
+def statistics(op: str, value: Any, x: Tensor) -> None:
+    """Checks whether statistics are asked for, which an empty batch has not."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: statistics: got {_checks.describe(value)}, takes a bool")
+    if value and x.shape[0] < 1:
+        got = _checks.describe(x)
+        raise ValueError(f"{op}: x: got {got}, takes a batch of at least 1 with statistics")
+
+
 def integer(op: str, name: str, value: Any, *, least: int) -> None:
     """Checks that ``value`` is a whole number of at least ``least``."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

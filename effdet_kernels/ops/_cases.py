@@ -62,3 +62,10 @@ def per_channel(vector: Tensor | None, default: float) -> Tensor:
     if vector is None:
         return torch.tensor(default, dtype=torch.float64)  # a number goes with every device
     return vector.view(1, -1, 1, 1)
+
+
+def moments_of_errors(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """What errors of up to ``error`` in y [B, C, H, W] make of each channel's mean and biased variance, at most."""
+    rows = (0, 2, 3)
+    variance = y.var(rows, correction=0)
+    return error.mean(rows), variance + 2 * variance.sqrt() * error.square().mean(rows).sqrt()

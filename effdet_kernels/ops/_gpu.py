@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops._activations import accumulation_dtype
 
 _ACCUMULATORS = {torch.float64: tl.float64}
 _MOST_INSIDE = 2**31 - 1  # offset inside an image that kernels compute in 32 bits
@@ -62,6 +64,15 @@ def alignment(*counts: int) -> int:
     return unit
 
 
+def opaque(*numbers: int) -> tuple[int, ...]:
+    """Numbers in a tuple that is an argument of a kernel, which reads them with ``_tl.revealed``.
+
+    Triton compiles a variant for an integer that is 1 and for one that 16 divides; in tuples there is no way to tell it
+    not to. These are odd and at least 3.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
 def dense(vector: Tensor | None) -> Tensor | None:
     """A vector whose elements are next to each other."""
     return None if vector is None else vector.contiguous()
@@ -80,6 +91,18 @@ def block(count: int, most: int) -> int:
     return size
 
 
+def bits(number: float) -> int:
+    """A number as ``_tl.number`` takes it: a kernel's float argument would be rounded to float32."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
 def matrix_precision(dtype: torch.dtype) -> str:
     """How matrix units take operands: float32 as it is, not as tf32."""
     return "ieee" if dtype in (torch.float32, torch.float64) else "tf32"
+
+
+def parts_of_moments(parts: int, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what ``_tl.store_moments`` stores, of tiles of a map like ``like``."""
+    wide = accumulation_dtype(like.dtype)
+    moments = torch.empty(parts, 2, channels, dtype=wide, device=like.device)
+    return moments, torch.empty(parts, dtype=wide, device=like.device)

@@ -90,6 +90,12 @@ def slope(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def revealed(number):
+    """The number that ``_gpu.opaque`` made ``number`` of."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def affine_act(z, scale_ptr, shift_ptr, at, inside, ACT: tl.constexpr):
     """act(z * scale + shift) of z [ROWS, BLOCK]; vectors at channels ``at`` [BLOCK]; None: 1 and 0."""
     if scale_ptr is not None:
@@ -115,3 +121,37 @@ def affine_act_gradient(grad, z, scale_ptr, shift_ptr, at, inside, ACT: tl.const
     if scale_ptr is not None:
         delta = before * scale
     return delta, before
+
+
+@triton.jit
+def store_moments(parts_ptr, counts_ptr, part, z, exists, at, inside, channels, counting):
+    """Of the rows that exist of a tile z [ROWS, BLOCK]: how many, their mean, and the sum of squares about it.
+
+    Laid out for ``batch_norm_act.triton_fwd.merge_statistics``; the program with ``counting`` stores the count.
+    """
+    count = tl.sum(exists.to(z.dtype), 0)
+    mean = tl.sum(tl.where(exists[:, None], z, 0.0), 0) / count
+    centred = tl.where(exists[:, None], z - mean[None, :], 0.0)
+    parts_ptr += part.to(tl.int64) * 2 * channels + at
+    tl.store(parts_ptr, mean, mask=inside)
+    tl.store(parts_ptr + channels, tl.sum(centred * centred, 0), mask=inside)
+    tl.store(counts_ptr + part, count, mask=counting)
+
+
+@triton.jit
+def number(bits, dtype: tl.constexpr):
+    """The number that a launcher passed as ``_gpu.bits``."""
+    return tl.full((), bits, tl.int64).to(tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def ordered(x):
+    """int32, or int64 of float64, in the order of the numbers x, none of which is NaN; -0 is 0."""
+    width: tl.constexpr = x.dtype.primitive_bitwidth
+    if width == 64:
+        bits = x.to(tl.int64, bitcast=True)
+    elif width == 32:
+        bits = x.to(tl.int32, bitcast=True)
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0, -(1 << (width - 1)) - bits, bits)

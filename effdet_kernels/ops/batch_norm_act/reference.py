@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels.ops._activations import ACTIVATIONS, widen
+from effdet_kernels.ops._activations import ACTIVATIONS, moments, widen
 
 
 def batch_norm_act(
@@ -16,8 +16,4 @@ def batch_norm_act(
     # On a CPU, torch's backward takes any vector for a dense one.
     weight, bias = (v.to(wide.dtype).contiguous() for v in (weight, bias))
     y, _, _ = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
-    # Its own variance of a channels_last map is one long sum, in which equal values, of which bfloat16 has many, are
-    # rounded alike: off by more than the error bound allows.
-    rows = wide.detach().movedim(1, -1)
-    mean = rows.mean((0, 1, 2))
-    return ACTIVATIONS[act](y).to(x.dtype), mean, (rows - mean).square_().mean((0, 1, 2))
+    return ACTIVATIONS[act](y).to(x.dtype), *moments(wide)

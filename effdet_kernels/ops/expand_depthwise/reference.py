@@ -25,7 +25,7 @@ def expand_depthwise(
 ) -> list[Tensor]:
     """``act(dw(e) * scale + shift)`` with ``e = act(expand(x) * expand_scale + expand_shift)``."""
     raw = scale is None and shift is None
-    expanded = pointwise_conv(x, expand_weight, expand_scale, expand_shift, None, None, act)
+    (expanded,) = pointwise_conv(x, expand_weight, expand_scale, expand_shift, None, None, act)
     last_act = "none" if raw else act
     # Its padding puts zeros around the map after normalisation and activation.
     return depthwise_conv(expanded, dw_weight, scale, shift, stride, padding, last_act, squeeze)

@@ -64,7 +64,7 @@ def _case(
 def _expanded(a: Inputs) -> Tensor:
     return pointwise_conv(
         a["x"], a["expand_weight"], a["expand_scale"], a["expand_shift"], None, None, a["act"]
-    )
+    )[0]
 
 
 def _last_act(a: Inputs) -> str:
@@ -143,7 +143,7 @@ def _padded_before_expansion(**a: Any) -> list[Tensor]:
 def _one_activation(first: bool):
     def mutated(**a: Any) -> list[Tensor]:
         vectors = a["expand_scale"], a["expand_shift"]
-        expanded = pointwise_conv(
+        (expanded,) = pointwise_conv(
             a["x"], a["expand_weight"], *vectors, None, None, a["act"] if first else "none"
         )
         last = "none" if first else _last_act(a)

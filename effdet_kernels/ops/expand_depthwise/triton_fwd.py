@@ -24,5 +24,5 @@ def run(
     squeeze: bool,
 ) -> list[Tensor]:
     last_act = "none" if scale is None and shift is None else act
-    e = pointwise.run(x, expand_weight, expand_scale, expand_shift, None, None, act)
+    (e,) = pointwise.run(x, expand_weight, expand_scale, expand_shift, None, None, act)
     return depthwise.run(e, dw_weight, scale, shift, stride, padding, last_act, squeeze)

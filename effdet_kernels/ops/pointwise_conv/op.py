@@ -7,6 +7,7 @@ from torch import Tensor
 from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
+from effdet_kernels.ops._activations import moments
 from effdet_kernels.ops.pointwise_conv import reference
 
 
@@ -19,7 +20,8 @@ def pointwise_conv(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     act: str = "none",
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """y[b, o] = act(sum_c weight[o, c] * gate[b, c] * x[b, c] * scale[o] + shift[o]) + residual[b,
     o].
 
@@ -36,12 +38,14 @@ def pointwise_conv(
         gate: [B, C], dtype of ``x`` or float32; None: 1.
         residual: [B, O, H, W], dtype of ``x``, added after the activation; None: 0.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        statistics: also return mean and variance, which ``batch_norm_act`` takes.
 
     Returns:
-        y [B, O, H, W], dtype of ``x``, channels_last.
+        y [B, O, H, W], dtype of ``x``, channels_last. With ``statistics``: (y, mean [O], variance [O],
+        float32, float64 with float64): of y before its rounding, over images and pixels, biased.
 
     Accumulates in float32 (float64 with float64). Under autocast x, weight, gate and residual are
-    cast, scale and shift are not. Differentiable in every tensor. Deterministic.
+    cast, scale and shift are not. Differentiable in every tensor, through y only. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -59,17 +63,27 @@ def pointwise_conv(
         shape = (batch, weight.shape[0], height, width)
         _arguments.dense(op, "residual", residual, shape, x)
     _arguments.activation(op, "act", act)
-    return _pointwise_conv(x, weight, scale, shift, gate, residual, act)
+    _arguments.statistics(op, statistics, x)
+    outputs = _pointwise_conv(x, weight, scale, shift, gate, residual, act, statistics)
+    return (outputs[0], outputs[1], outputs[2]) if statistics else outputs[0]
 
 
-def _out_spec(x, weight, *_) -> list[TensorSpec]:
+def _out_spec(x, weight, *rest) -> list[TensorSpec]:
     batch, _channels, height, width = x.shape
-    return [_library.nchw((batch, weight.shape[0], height, width), x)]
+    y = _library.nchw((batch, weight.shape[0], height, width), x)
+    return [y, *_library.moments(weight.shape[0], x)] if rest[-1] else [y]
+
+
+def _run_cpu(*args) -> list[Tensor]:
+    *rest, statistics = args
+    y = run_cpu(*rest)
+    return [y, *moments(y)] if statistics else [y]
 
 
 def run_cpu(*args) -> Tensor:
+    """The map alone."""
     x, weight, scale, shift, gate, residual, act = _cpu.widened(args)
-    (y,) = _cpu.allocate(_out_spec(*args), x.dtype)
+    (y,) = _cpu.allocate(_out_spec(*args, False), x.dtype)
     out_channels, channels = weight.shape[:2]
     if x.shape[0] == 0:
         return y
@@ -103,8 +117,8 @@ def run_cpu(*args) -> Tensor:
 def backward(grads, *rest) -> list[Tensor]:
     """The C++ kernels' backward; the README has the formulas."""
     *args, needs = rest
-    x, weight, scale, shift, gate, residual, act = _gradients.wide(args)
-    grad = _gradients.wide(grads)[0]
+    x, weight, scale, shift, gate, residual, act, _ = _gradients.wide(args)
+    grad = _gradients.wide(grads[:1])[0]
     of_x, of_weight, of_scale, of_shift, of_gate, of_residual = _gradients.wanted(
         (x, weight, scale, shift, gate, residual), needs
     )
@@ -130,10 +144,10 @@ def backward(grads, *rest) -> list[Tensor]:
 
 _pointwise_conv = _library.define(
     "pointwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate,"
-    " Tensor? residual, str act) -> Tensor",
+    " Tensor? residual, str act, bool statistics) -> Tensor[]",
     out_spec=_out_spec,
     impls={
-        "cpu": run_cpu,
+        "cpu": _run_cpu,
         "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_fwd"),
         "reference": reference.pointwise_conv,
     },
@@ -142,5 +156,6 @@ _pointwise_conv = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_bwd"),
     },
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
+    nondifferentiable_outputs=lambda *args: (1, 2) if args[-1] else (),
     autocast=("x", "weight", "gate", "residual"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet_kernels.ops._activations import conv_affine_act, widen
+from effdet_kernels.ops._activations import conv_affine_act, moments, widen
 
 
 def pointwise_conv(
@@ -15,12 +15,13 @@ def pointwise_conv(
     gate: Tensor | None,
     residual: Tensor | None,
     act: str,
-) -> Tensor:
-    """``y = act(conv(x * gate) * scale + shift) + residual``."""
+    statistics: bool = False,
+) -> list[Tensor]:
+    """``y = act(conv(x * gate) * scale + shift) + residual``; with ``statistics`` also its mean and variance."""
     gated = widen(x)
     if gate is not None:
         gated = gated * gate.to(gated.dtype)[:, :, None, None]
     y = conv_affine_act(gated, weight, scale, shift, act)
     if residual is not None:
         y = y + residual
-    return y.to(x.dtype)
+    return [y.to(x.dtype), *moments(y)] if statistics else [y.to(x.dtype)]

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.bound import accumulator, envelope, roundoff
-from effdet_kernels.ops._activations import ACTIVATIONS
+from effdet_kernels.ops._activations import ACTIVATIONS, moments
 from effdet_kernels.ops._cases import (
     ACTS,
     BENCH,
     BLOCKS,
     FAR,
     GPU,
+    moments_of_errors,
     mutant,
     nbytes,
     normal,
@@ -62,10 +63,14 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else x * gate[:, :, None, None]
 
 
-def _magnitude(x, weight, scale, shift, gate, residual, act) -> list[Tensor]:
+def _magnitude(x, weight, scale, shift, gate, residual, act, statistics=False) -> list[Tensor]:
     conv = F.conv2d(_gated(x, gate).abs(), weight.abs())
     y = envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)
-    return [y if residual is None else y + residual.abs()]
+    y = y if residual is None else y + residual.abs()
+    if not statistics:
+        return [y]
+    exact = reference.pointwise_conv(x, weight, scale, shift, gate, residual, act)
+    return [y, *moments_of_errors(*exact, y)]
 
 
 def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +78,11 @@ def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     if inputs["gate"] is None or dtype == accumulator(dtype):
         return []
     square = F.conv2d(_gated(inputs["x"], inputs["gate"]).square(), inputs["weight"].square())
-    return [4 * roundoff(dtype) * square.sqrt() * per_channel(inputs["scale"], 1).abs()]
+    term = 4 * roundoff(dtype) * square.sqrt() * per_channel(inputs["scale"], 1).abs()
+    if not inputs.get("statistics"):
+        return [term]
+    (y,) = reference.pointwise_conv(**{**inputs, "statistics": False})
+    return [term, *moments_of_errors(y, term)]
 
 
 def _written(x, weight, **_) -> int:
@@ -98,15 +107,21 @@ def _backward_flops(**a: Any) -> int:
     return (2 if a["act"] == "none" else 3) * _flops(**a)
 
 
-def _rounded_result(**a: Any) -> Tensor:
+def _rounded_result(**a: Any) -> list[Tensor]:
     product = F.conv2d(_gated(a["x"], a["gate"]), a["weight"]).bfloat16().double()
     y = ACTIVATIONS[a["act"]](product * per_channel(a["scale"], 1) + per_channel(a["shift"], 0))
-    return y if a["residual"] is None else y + a["residual"]
+    y = y if a["residual"] is None else y + a["residual"]
+    return [y, *moments(y)] if a.get("statistics") else [y]
 
 
-def _residual_before_activation(**a: Any) -> Tensor:
-    y = reference.pointwise_conv(**{**a, "act": "none"})
-    return ACTIVATIONS[a["act"]](y)
+def _residual_before_activation(**a: Any) -> list[Tensor]:
+    y, *moments = reference.pointwise_conv(**{**a, "act": "none"})
+    return [ACTIVATIONS[a["act"]](y), *moments]
+
+
+def _moments_of_last(**a: Any) -> list[Tensor]:
+    y, *found = reference.pointwise_conv(**a)
+    return [y, *moments(y[-1:])] if found else [y]
 
 
 _reference = reference.pointwise_conv
@@ -127,9 +142,12 @@ SPEC = OpSpec(
         *[_case(f"far_{act}", 1, 4, 3, 4, out=3, act=act, std=FAR) for act in ACTS],
         _case("raw_gated", 2, 3, 2, 2, out=4, bn=False, gate=True),
         _case("one_pixel", 2, 17, 1, 1, out=1, act="hard_swish"),
+        _case("statistics", 3, 5, 3, 4, out=7, bn=False, statistics=True),
+        _case("statistics_gated", 2, 4, 5, 3, out=3, gate=True, statistics=True),
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
         _case("blocks", 2, 77, 19, 37, out=83, act="swish", **_SKIPPED, tags=BLOCKS),
         _case("blocks_whole", 1, 64, 16, 32, out=64, act="swish", tags=BLOCKS),
+        _case("blocks_statistics", 2, 21, 19, 37, out=77, bn=False, statistics=True, tags=BLOCKS),
         _case("blocks_deep", 1, 530, 5, 7, out=147, tags=BLOCKS),
         _case("d0_first_project", 1, 32, 256, 256, out=16, gate=True, tags=BENCH),
         _case("d0_expand", 1, 16, 256, 256, out=96, act="swish", tags=BENCH),
@@ -147,6 +165,7 @@ SPEC = OpSpec(
         _case("d7_late", 1, 3456, 48, 48, out=576, **_SKIPPED, tags=BENCH),
     ),
     mutants={
+        "statistics of the last image": _moments_of_last,
         "gate ignored": mutant(_reference, lambda a: {"gate": None}),
         "gate of the next channel": mutant(
             _reference, lambda a: {"gate": None if a["gate"] is None else a["gate"].roll(1, 1)}

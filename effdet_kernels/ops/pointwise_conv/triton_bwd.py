@@ -219,7 +219,7 @@ def input_gradient(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
-    x, weight, scale, shift, gate, residual, act, needs = rest
+    x, weight, scale, shift, gate, residual, act, _, needs = rest
     grad = grads[0]
     of_x, of_weight, of_scale, of_shift, of_gate, of_residual = wanted(
         (x, weight, scale, shift, gate, residual), needs

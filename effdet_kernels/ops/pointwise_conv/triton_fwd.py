@@ -10,7 +10,8 @@ from torch import Tensor
 
 from effdet_kernels import _library, _triton
 from effdet_kernels.ops import _gpu
-from effdet_kernels.ops._tl import affine_act
+from effdet_kernels.ops._tl import affine_act, store_moments
+from effdet_kernels.ops.batch_norm_act.triton_fwd import merge_statistics
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def tile_product(
 
 @triton.jit
 def pointwise_conv_fwd_kernel(
-    x_ptr, weight_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr, y_ptr,
+    x_ptr, weight_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr, y_ptr, parts_ptr, counts_ptr,
     pixels, in_units, out_units, tiles, blocks,
     stride_xb, stride_xp_units, stride_rb, stride_rp_units, stride_out, stride_in,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,6 +70,11 @@ def pointwise_conv_fwd_kernel(
     at = pixel[:, None] * out_channels + out[None, :]
     y_ptr += image * pixels * out_channels
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if parts_ptr is not None:
+        store_moments(
+            parts_ptr, counts_ptr, program // blocks, y, pixel < pixels,
+            out, out < out_channels, out_channels, program % blocks == 0,
+        )  # fmt: skip
 
 
 def run(
@@ -79,7 +85,8 @@ def run(
     gate: Tensor | None,
     residual: Tensor | None,
     act: str,
-) -> Tensor:
+    statistics: bool = False,
+) -> list[Tensor]:
     x = _gpu.pixels_inner(x)
     residual = None if residual is None else _gpu.pixels_inner(residual)
     batch, channels, height, width = x.shape
@@ -89,10 +96,11 @@ def run(
     in_unit = _gpu.alignment(channels, _gpu.pixel_stride(x))
     out_unit = _gpu.alignment(out_channels, residual_stride)
     options, tiles, blocks = tiling("fwd", x, out_channels, channels)
+    parts = _gpu.parts_of_moments(batch * tiles, out_channels, x) if statistics else (None, None)
     _triton.launch(
         pointwise_conv_fwd_kernel,
         batch * tiles * blocks,
-        x, weight, _gpu.dense(scale), _gpu.dense(shift), _gpu.dense(gate), residual, y,
+        x, weight, _gpu.dense(scale), _gpu.dense(shift), _gpu.dense(gate), residual, y, *parts,
         height * width, channels // in_unit, out_channels // out_unit, tiles, blocks,
         x.stride(0), _gpu.pixel_stride(x) // in_unit,
         0 if residual is None else residual.stride(0),
@@ -102,7 +110,7 @@ def run(
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
         trips=(triton.cdiv(channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
-    return y
+    return [y, *merge_statistics(*parts)] if statistics else [y]
 
 
 def tiling(
