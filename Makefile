@@ -1,4 +1,4 @@
-# make demo | test | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
+# make demo | test | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,17 @@ DATA ?=
 PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test parity lint types wheel verify check check-full peers bench clean
+.PHONY: demo test triton parity lint types wheel verify check check-full peers bench clean
 
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
 
 test: $(INSTALLED)  ## the test suite
 	$(PYTEST) -m "not slow" --ignore tests/oracle
+
+triton: $(INSTALLED)  ## Triton kernels: on the interpreter, then compiled for GPUs that need not be here
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/triton
+	$(PYTEST) -m slow tests/test_aot.py
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
 	$(PYTEST) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
@@ -36,7 +40,7 @@ verify: $(INSTALLED)  ## every op on every backend that is here, as a table
 
 check: test lint types parity wheel demo
 
-check-full: check  ## also the tests that take minutes
+check-full: check triton  ## also the tests that take minutes
 	$(PYTEST) -m slow
 
 peers: $(PEERS)/.installed  ## an environment with what the benchmarks compare with

@@ -253,10 +253,11 @@ class AnchorLabeler:
 
         Raises:
             ValueError: shapes do not agree; or, where the ground truth lies on the CPU, a class is
-                above ``num_classes`` or a box is not finite.
+                above ``num_classes`` (not seen in compiled code) or a box is not finite.
         """
         boxes, classes = _batched_ground_truth(gt_boxes, gt_classes)
-        if boxes.device.type == "cpu":  # reading values would wait for any other device
+        # Reading values would wait for any other device; a compiler has none to read.
+        if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_classes(classes)
         # Without the filter rows are labelled by their number, so that no class means padding.
         rows = classes if filter_valid else _row_numbers(gt_classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from effdet_kernels import decode_topk
 
 from .anchors import AnchorLabeler, Anchors, generate_detections
+from .efficientdet import EfficientDet
 from .loss import DetectionLoss
-from .padding import spatial_size
+from .padding import Size, spatial_size
+from .plan import Plans, images_of
 from .postprocess import batch_rows, clip_limits, detection_rows, swap_xy
 
 __all__ = [
@@ -156,14 +158,14 @@ class _DetBench(nn.Module):
         self,
         cls_outputs: Sequence[Tensor],
         box_outputs: Sequence[Tensor],
-        input_size: tuple[int, int],
+        anchor_boxes: Tensor,
         img_scale: Tensor | None,
         img_size: Tensor | None,
     ) -> Tensor:
         boxes, logits, _, classes = decode_topk(
             cls_outputs,
             box_outputs,
-            swap_xy(self.anchors.boxes_for(input_size)),
+            swap_xy(anchor_boxes),
             num_classes=self.num_classes,
             k=self.max_detection_points,
             limits=clip_limits(img_size, img_scale, cls_outputs[0].shape[0]),
@@ -176,9 +178,16 @@ class _DetBench(nn.Module):
 class DetBenchPredict(_DetBench):
     """A model that returns detections.
 
+    On a GPU the whole of it, around an ``EfficientDet``, runs as a CUDA graph in eval mode without
+    gradients, if no op waits for the device (the log of ``effdet.plan`` says so at level INFO).
+
     Args:
         model: returns (class maps, box maps), one each per level, and has a ``config``.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._plans = Plans(graphs_only=True)
 
     def forward(self, x: Tensor, img_info: Mapping[str, Tensor | None] | None = None) -> Tensor:
         """Detect objects in a batch of images of any size.
@@ -199,12 +208,54 @@ class DetBenchPredict(_DetBench):
             KeyError: ``img_info`` lacks one of the two keys.
         """
         self._follow_head()
-        cls_outputs, box_outputs = self.model(x)
         img_scale = img_size = None
         if img_info is not None:
-            img_scale = _require(img_info, "img_info", "img_scale")
-            img_size = _require(img_info, "img_info", "img_size")
-        return self._detect(cls_outputs, box_outputs, spatial_size(x), img_scale, img_size)
+            img_scale = _float(_require(img_info, "img_info", "img_scale"))
+            img_size = _float(_require(img_info, "img_info", "img_size"))
+        inputs = x, self.anchors.boxes_for(spatial_size(x)), img_scale, img_size
+        rows = None
+        if type(self.model) is EfficientDet:  # anything else may do more than compute
+            settings = self.max_detection_points, self.max_det_per_image, self.soft_nms
+            rows = self._plans.run(self, self._predict, *inputs, settings=settings)
+        return self._predict(*inputs) if rows is None else rows
+
+    def _predict(
+        self,
+        x: Tensor,
+        anchor_boxes: Tensor,
+        img_scale: Tensor | None,
+        img_size: Tensor | None,
+    ) -> Tensor:
+        cls_outputs, box_outputs = self.model(x)
+        return self._detect(cls_outputs, box_outputs, anchor_boxes, img_scale, img_size)
+
+    def warmup(
+        self,
+        *sizes: int | Size,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        img_info: bool = True,
+    ) -> None:
+        """``EfficientDet.warmup`` of detection: for calls with ``img_info``, or without.
+
+        Raises:
+            ValueError: the bench is in training mode.
+        """
+        with torch.no_grad():
+            for x in images_of(self, sizes, batch, dtype, memory_format):
+                scale, size = x.new_ones(batch), x.new_ones(batch, 2)
+                self(x, {"img_scale": scale, "img_size": size} if img_info else None)
+
+    def train(self, mode: bool = True) -> DetBenchPredict:
+        if mode:
+            self._plans.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DetBenchPredict:
+        super()._apply(fn, recurse)
+        self._plans.clear_if_changed()
+        return self
 
 
 class DetBenchTrain(_DetBench):
@@ -269,7 +320,7 @@ class DetBenchTrain(_DetBench):
             output["detections"] = self._detect(
                 cls_outputs,
                 box_outputs,
-                input_size,
+                self.anchors.boxes_for(input_size),
                 _require(target, "target", "img_scale"),
                 _require(target, "target", "img_size"),
             )
@@ -297,6 +348,10 @@ def _head_key(config) -> tuple:
     scale = config.anchor_scale
     scales = tuple(scale) if isinstance(scale, Sequence) else scale
     return config.num_classes, config.num_scales, aspects, scales
+
+
+def _float(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
 
 
 def _require(mapping: Mapping, name: str, key: str):

@@ -6,9 +6,10 @@ The parts live in `layers`, `bifpn` and `heads`; their names are importable from
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ from .layers import (
     SeparableConv2d,
     SequentialList,
 )
-from .plan import Plans
+from .padding import Size
+from .plan import Plans, images_of
 
 __all__ = [
     "BiFpn",
@@ -140,14 +142,51 @@ class EfficientDet(nn.Module):
         features = self.fpn(self.backbone(x))
         return self.class_net(features), self.box_net(features)
 
-    def refresh(self) -> None:
-        """Drop what was derived from the weights, after a change of them that torch does not count.
+    def warmup(
+        self,
+        *sizes: int | Size,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        """Compile kernels and make plans for images [batch, 3, H, W] before the first call that needs them.
 
-        In eval mode on a CPU without gradients the network runs on packed copies of its weights. Optimizer steps,
+        A plan serves images of one size, batch, dtype and memory format; eight are kept. Without `dtype`: that of the
+        parameters. On a GPU call it before other threads use the device: work that they enqueue may spoil a capture.
+
+        Args:
+            sizes: (H, W), or one number for both.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        with torch.no_grad():
+            for x in images_of(self, sizes, batch, dtype, memory_format):
+                self(x)
+
+    def plan_reason(self, x: Tensor) -> str | None:
+        """Why a call with images like x, made here and now, runs module by module; None if a plan serves it."""
+        return self._plans.reason(self, self._network, x)
+
+    def refresh(self) -> None:
+        """Drop plans, after a change of the model that cannot be seen.
+
+        In eval mode without gradients the network runs on a CPU on packed copies of its weights. Optimizer steps,
         `load_state_dict`, `to`, in-place operations and replaced modules are seen; writing through `.data`, numpy or
-        another alias is not.
+        another alias is not. On a GPU weights are read in place, so that all changes of values count; settings of
+        `torch.backends` remain those of the first call with a shape.
         """
         self._plans.clear()
+
+    def train(self, mode: bool = True) -> EfficientDet:
+        if mode:
+            self._plans.clear()  # gradients need the memory
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EfficientDet:
+        super()._apply(fn, recurse)
+        self._plans.clear_if_changed()
+        return self
 
 
 def get_feature_info(backbone: nn.Module) -> list[dict[str, int]]:

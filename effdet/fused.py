@@ -228,14 +228,22 @@ def pointwise(
     """
     if not is_folded(norm):
         shift = None if conv.bias is None else _stable(conv.bias)
-        y = norm_act(pointwise_conv(x, conv.weight, shift=shift, gate=gate), norm, act)
+        y = norm_act(_map(pointwise_conv(x, conv.weight, shift=shift, gate=gate)), norm, act)
         return y if residual is None else y + residual
     name, after = op_activation(act)
     scale, shift = fold(norm, conv.bias)
     if after is None:
-        return pointwise_conv(x, conv.weight, scale, shift, gate=gate, residual=residual, act=name)
-    y = after(pointwise_conv(x, conv.weight, scale, shift, gate=gate))
+        vectors = scale, shift
+        return _map(
+            pointwise_conv(x, conv.weight, *vectors, gate=gate, residual=residual, act=name)
+        )
+    y = after(_map(pointwise_conv(x, conv.weight, scale, shift, gate=gate)))
     return y if residual is None else y + residual
+
+
+def _map(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The map of what an op returns that was not asked for more."""
+    return cast(Tensor, result)
 
 
 def depthwise(

@@ -1,39 +1,37 @@
-"""The whole network as one flat list of C++ kernel calls: what runs on a CPU in eval mode without gradients.
+"""Plans: what a model runs by in eval mode without gradients, one for each shape of its inputs.
 
-A plan is made by running the model's own forward once while the kernel calls are noted instead of made
-(`effdet_kernels._native.recorded`). Weights are packed then, and the maps in between get places in one arena, those
-that are never needed at once sharing them. Later calls of the same shape are a single native call. A network with an
-operation on maps that is no kernel of ours gets no plan and runs module by module.
+On a CPU a plan is a list of native kernel calls (`native_plan`), on a GPU a CUDA graph (`graph`). Both are made of the
+model's own forward when a shape is met first, and repeat it without going through its modules. A forward that does what
+a plan cannot repeat runs module by module; `EfficientDet.plan_reason` says why.
 
-Plans belong to a model and to its weights: any change that `Watch` sees drops them.
+Plans belong to a model and to its weights: a change that `Watch` sees drops them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from effdet_kernels import _dispatch, _native
 
+from . import graph
+from .native_plan import NotPlannableError, Plan
+from .padding import Size
 from .watch import Watch
 
-Maps = tuple[list[Tensor], list[Tensor]]
-Forward = Callable[[Tensor], Maps]
+__all__ = ["NotPlannableError", "Plans", "images_of", "use_plan"]
 
-_ALIGNMENT = 64
 _MAX_PLANS = 8
-_ARENA, _INPUT = 0, 1  # slots; outputs follow
-_SLOT_SHIFT = 48
-_WRITTEN = ("y", "y_sums", "row_sums", "gates")  # fields of kernels that are outputs
 _enabled: ContextVar[bool] = ContextVar("effdet_plan", default=True)
+_logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -46,269 +44,152 @@ def use_plan(enabled: bool) -> Iterator[None]:
         _enabled.reset(token)
 
 
-class NotPlannableError(Exception):
-    """The network does something to a map that no kernel of ours does; the message says what."""
-
-
-class Buffer(NamedTuple):
-    """Bytes of memory that are needed from step `first` to step `last`."""
-
-    size: int
-    first: int
-    last: int
-
-
-def place(buffers: list[Buffer], outputs: list[Buffer]) -> tuple[list[tuple[int, int]], int]:
-    """A (space, offset) for each buffer, such that no two that are needed at once overlap.
-
-    Space 0 is the arena, of as many bytes as the second result says; space 1 + i is the memory of output i, which is
-    free until the output is written. Largest first, each in the first output with room, else in the arena.
-    """
-    places = [(0, 0)] * len(buffers)
-    inside: list[list[int]] = [[] for _ in range(1 + len(outputs))]
-    for i in sorted(range(len(buffers)), key=lambda i: -buffers[i].size):
-        mine = buffers[i]
-        size = -(-mine.size // _ALIGNMENT) * _ALIGNMENT
-        for space in [*range(1, 1 + len(outputs)), 0]:
-            if space and mine.last >= outputs[space - 1].first:
-                continue
-            others = [j for j in inside[space] if _meet(mine, buffers[j])]
-            offset = _lowest(size, sorted((places[j][1], buffers[j].size) for j in others))
-            room = outputs[space - 1].size // _ALIGNMENT * _ALIGNMENT if space else 0
-            if not space or offset + size <= room:
-                places[i] = space, offset
-                inside[space].append(i)
-                break
-    return places, max((places[i][1] + buffers[i].size for i in inside[0]), default=0)
-
-
-def _meet(a: Buffer, b: Buffer) -> bool:
-    return a.first <= b.last and b.first <= a.last
-
-
-def _lowest(size: int, taken: list[tuple[int, int]]) -> int:
-    """The lowest aligned offset at which `size` bytes are free; `taken` are (offset, size), in order."""
-    offset = 0
-    for start, length in taken:
-        if offset + size <= start:
-            break
-        offset = max(offset, -(-(start + length) // _ALIGNMENT) * _ALIGNMENT)
-    return offset
-
-
-class _NoOther(TorchFunctionMode):
-    """Raises when a torch function other than a view, or an op of ours, reads a map of the network."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.maps = {_storage(x)}
-        self.kept: list[Tensor] = []  # no storage is freed, so no address means two things
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not any(_storage(t) in self.maps for t in _tensors((args, kwargs))):
-            return result
-        outputs = _tensors(result)
-        name = getattr(func, "__name__", str(func))
-        if getattr(func, "namespace", "") == "effdet_kernels":
-            self.kept += outputs
-            self.maps.update(_storage(t) for t in outputs)
-        elif any(_storage(t) not in self.maps for t in outputs) or _writes(name):
-            raise NotPlannableError(f"{name} of a map")
-        return result
-
-
-def _writes(name: str) -> bool:
-    """Whether a torch function changes its argument, by torch's rule of names."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors(item)]
-    return []
-
-
-class Plan:
-    """The kernel calls of one network for one image shape.
-
-    Attributes: `arena_bytes`, `constant_bytes` (packed weights), `names` (of the kernels, in order).
-
-    Raises:
-        NotPlannableError: of the constructor; the message says what is in the way.
-    """
-
-    def __init__(self, forward: Forward, x: Tensor) -> None:
-        guard = _NoOther(x)
-        try:
-            with guard, _native.recorded() as launches:
-                classes, boxes = forward(x)
-        except _native.NotRecordableError as error:
-            raise NotPlannableError(str(error)) from error
-        self._x = x.shape, x.stride(), x.dtype
-        self._levels = len(classes)
-        outputs = [*classes, *boxes]
-        self._outputs = [(out.shape, out.dtype) for out in outputs]
-        self.names = [name for name, _ in launches]
-        self._constants: list[Tensor] = []
-        slots = {_storage(x): _INPUT} | {_storage(o): _INPUT + 1 + i for i, o in enumerate(outputs)}
-        lives = _lives(launches)
-        if any(_storage(out) not in lives for out in outputs):
-            raise NotPlannableError("an output that no kernel writes")
-        self._native = self._bind(launches, lives, slots, x)
-
-    def _bind(
-        self,
-        launches: list[_native.Launch],
-        lives: dict[int, Buffer],
-        slots: dict[int, int],
-        x: Tensor,
-    ) -> Any:
-        outputs = [lives[storage] for storage, slot in slots.items() if slot > _INPUT]
-        inner = {storage: life for storage, life in lives.items() if storage not in slots}
-        places, self.arena_bytes = place(list(inner.values()), outputs)
-        place_of = dict(zip(inner, places, strict=True))
-
-        def address(tensor: Tensor) -> int:
-            storage = _storage(tensor)
-            inside = tensor.data_ptr() - storage
-            if storage in slots:
-                start = (
-                    int(x.storage_offset()) * x.element_size() if slots[storage] == _INPUT else 0
-                )
-                return ((slots[storage] + 1) << _SLOT_SHIFT) + inside - start
-            if storage in place_of:
-                space, offset = place_of[storage]
-                slot = _INPUT + space if space else _ARENA
-                return ((slot + 1) << _SLOT_SHIFT) + offset + inside
-            self._constants.append(tensor)
-            return tensor.data_ptr()
-
-        plan = _native.module().Plan()
-        for name, fields in launches:
-            getattr(plan, name)(_native.resolved(fields, address))
-        self.constant_bytes = sum(
-            t.nbytes for t in {_storage(t): t for t in self._constants}.values()
-        )
-        return plan
-
-    def run(self, x: Tensor, arena: Tensor, threads: int) -> Maps:
-        """The network's outputs for an image of the plan's shape; `arena` holds `arena_bytes`."""
-        outputs = [
-            torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-            for shape, dtype in self._outputs
-        ]
-        bases = [arena.data_ptr(), x.data_ptr(), *[out.data_ptr() for out in outputs]]
-        _native.check(self._native.run(bases, threads), "plan")
-        return outputs[: self._levels], outputs[self._levels :]
-
-
-def _lives(launches: list[_native.Launch]) -> dict[int, Buffer]:
-    """What kernels write, by storage: from the step that writes it to the last that reads it."""
-    lives: dict[int, Buffer] = {}
-    for step, (_, fields) in enumerate(launches):
-        for written in _written(fields):
-            size = written.untyped_storage().nbytes()
-            lives.setdefault(_storage(written), Buffer(size, step, step))
-        for tensor in _tensors(fields):
-            if _storage(tensor) in lives:
-                lives[_storage(tensor)] = lives[_storage(tensor)]._replace(last=step)
-    return lives
-
-
-def _written(fields: dict[str, Any]) -> list[Tensor]:
-    found = [fields[name] for name in _WRITTEN if isinstance(fields.get(name), Tensor)]
-    return found + [t for output in fields.get("outputs", ()) for t in _written(output)]
-
-
 class Plans:
     """The plans of one model: made on first use, at most eight, dropped when the model changes.
 
-    A copy or an unpickled one is empty.
+    A forward takes tensors, of which all but the first may be None. With `graphs_only` there are none on a CPU. A copy
+    or an unpickled one is empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graphs_only: bool = False) -> None:
         self._lock = threading.Lock()
+        self._graphs_only = graphs_only
         self.clear()
 
     def clear(self) -> None:
         self._watch: Watch | None = None
-        self._plans: OrderedDict[Any, Plan | NotPlannableError] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Plan | graph.Graph | NotPlannableError] = OrderedDict()
         self._arenas: list[Tensor] = []
 
+    def clear_if_changed(self) -> None:
+        """Free the memory of plans that no call will use: the model was moved or cast."""
+        with self._lock:
+            if self._watch is not None and not self._watch.unchanged():
+                self.clear()
+
     def __deepcopy__(self, memo: Any) -> Plans:
-        return Plans()
+        return Plans(self._graphs_only)
 
     def __reduce__(self) -> Any:
-        return Plans, ()
+        return Plans, (self._graphs_only,)
 
-    def run(self, model: nn.Module, forward: Forward, x: Tensor) -> Maps | None:
-        """The outputs of `forward(x)` by a plan, or None where no plan serves this call."""
-        if not _serves(model, x):
+    def run(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        *inputs: Any,
+        settings: Hashable = (),
+    ) -> Any:
+        """What `forward(*inputs)` returns, by a plan, or None where no plan serves this call.
+
+        Of `model` modules, weights, hooks and modes are watched; whatever else `forward` depends on belongs into
+        `settings`.
+        """
+        if self._refusal(model, inputs):
             return None
-        plan = self.find(model, forward, x)
-        if not isinstance(plan, Plan):
-            return None
-        arena = self._take_arena(plan.arena_bytes)
-        try:
-            return plan.run(x, arena, torch.get_num_threads())
-        finally:
-            self._arenas.append(arena)
+        plan = self.find(model, forward, *inputs, settings=settings)
+        return None if isinstance(plan, NotPlannableError) else plan.run(*inputs)
+
+    def reason(self, model: nn.Module, forward: Callable[..., Any], *inputs: Any) -> str | None:
+        """Why no plan serves such a call, or None where one does."""
+        refusal = self._refusal(model, inputs)
+        if refusal:
+            return refusal
+        plan = self.find(model, forward, *inputs)
+        return str(plan) if isinstance(plan, NotPlannableError) else None
 
     def find(
-        self, model: nn.Module, forward: Forward, x: Tensor
-    ) -> Plan | NotPlannableError | None:
-        """The plan for images like x; why there is none; None while the model has hooks or trains."""
-        module = _native.module()
-        key = x.shape, x.stride(), x.dtype, torch.get_num_threads(), module.isa()
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        *inputs: Any,
+        settings: Hashable = (),
+    ) -> Plan | graph.Graph | NotPlannableError:
+        """The plan of a call that is not refused, made if need be; or why there is none."""
+        by_graph = graph.serves(inputs)
+        where = (
+            _dispatch.requested() if by_graph else (torch.get_num_threads(), _native.module().isa())
+        )
+        layouts = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+        key = (settings, where, *layouts)
         with self._lock:
-            if self._watch is None or not self._watch.unchanged():
-                self.clear()
-                self._watch = Watch(model)
-            if not self._watch.plain:
-                return None
+            watch = self._watched(model, values=not by_graph)
+            if not watch.plain:
+                return NotPlannableError("a module has forward hooks or is in training mode")
             plan = self._plans.get(key)
             if plan is None:
-                try:
-                    plan = Plan(forward, x)
-                except NotPlannableError as error:
-                    plan = error.with_traceback(None)
-                self._plans[key] = plan
+                plan = self._plans[key] = self._made(forward, inputs, by_graph)
                 if len(self._plans) > _MAX_PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
             return plan
 
-    def _take_arena(self, size: int) -> Tensor:
-        while True:
-            try:
-                arena = self._arenas.pop()
-            except IndexError:
-                return torch.empty(max(size, 1), dtype=torch.uint8)
-            if arena.numel() >= size:
-                return arena
+    def _watched(self, model: nn.Module, values: bool) -> Watch:
+        if self._watch is None or self._watch.values != values or not self._watch.unchanged():
+            self.clear()
+            self._watch = Watch(model, values)
+        return self._watch
+
+    def _made(
+        self, forward: Callable[..., Any], inputs: Sequence[Any], by_graph: bool
+    ) -> Plan | graph.Graph | NotPlannableError:
+        try:
+            with use_plan(False):
+                if by_graph:
+                    return graph.Graph(forward, inputs)
+                return Plan(forward, inputs[0], self._arenas)
+        except NotPlannableError as error:
+            shapes = [tuple(t.shape) for t in inputs if t is not None]
+            _logger.info("no plan for inputs of %s: %s", shapes, error)
+            return NotPlannableError(str(error))  # without traceback and cause, which hold tensors
+
+    def _refusal(self, model: nn.Module, inputs: Sequence[Tensor | None]) -> str | None:
+        """Why this call is none that a plan may take, whatever the model does, or None."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return "the call is compiled or traced"
+        if not _enabled.get():
+            return "use_plan(False)"
+        if model.training or torch.is_grad_enabled():
+            return "the model is in training mode" if model.training else "gradients are enabled"
+        if "_is_replica" in vars(model):
+            return "the model is one of nn.DataParallel's copies"
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return "a torch mode is active"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a torch.func transform is active"
+        given = [t for t in inputs if t is not None]
+        if any(type(t) is not Tensor or t.is_neg() or t.is_conj() or not t.numel() for t in given):
+            return "an input is empty, a view that negates, or of a subclass of Tensor"
+        by_graph, device = graph.serves(inputs), given[0].device.type
+        if not by_graph and (device != "cpu" or self._graphs_only):
+            return f"inputs are on {device}"
+        if torch.is_autocast_enabled(device):
+            return "autocast is enabled"
+        if _native.REASON is not None:
+            return _native.REASON
+        if by_graph:
+            return graph.refusal(given)
+        if _dispatch.requested() not in (None, "cpu"):
+            return f"backend {_dispatch.requested()!r} was asked for"
+        return None
 
 
-def _serves(model: nn.Module, x: Tensor) -> bool:
-    """Whether this call is one that a plan may take: eval, no gradients, an ordinary tensor on the CPU."""
-    if model.training or torch.is_grad_enabled() or not _enabled.get() or type(x) is not Tensor:
-        return False
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.numel() == 0:
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_neg() or x.is_conj():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return _dispatch.requested() in (None, "cpu") and _native.REASON is None
+def images_of(
+    model: nn.Module,
+    sizes: Sequence[int | Size],
+    batch: int,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+) -> Iterator[Tensor]:
+    """Zeros for images of `sizes`, (H, W) or a side, on the device of `model` and, by default, in its dtype.
+
+    Raises:
+        ValueError: `model` is in training mode.
+    """
+    if model.training:
+        raise ValueError("warmup: got a model in training mode, takes one in eval mode")
+    like = next(model.parameters())
+    for size in sizes:
+        height, width = (size, size) if isinstance(size, int) else size
+        x = torch.zeros(batch, 3, height, width, dtype=dtype or like.dtype, device=like.device)
+        yield x.contiguous(memory_format=memory_format)

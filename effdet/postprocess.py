@@ -23,7 +23,8 @@ SOFT_NMS: dict[str, Any] = {
 
 def swap_xy(boxes: Tensor) -> Tensor:
     """(y, x, y, x) as (x, y, x, y), or back."""
-    return boxes[..., [1, 0, 3, 2]]
+    # Not by a list of indices: it would be copied to the device at each call.
+    return boxes.unflatten(-1, (2, 2)).flip(-1).flatten(-2)
 
 
 def decode_box_outputs(rel_codes: Tensor, anchors: Tensor, output_xyxy: bool = False) -> Tensor:

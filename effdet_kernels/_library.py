@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from effdet_kernels import _direct, _dispatch
 
@@ -152,7 +153,10 @@ class Op:
             and self.backward_backend(device) == "reference"
         ):
             serving = "reference"  # a kernel's backward would compute the reference's forward again
-        if serving == "reference" or _direct.possible(tensors):
+        if _direct.possible(tensors):
+            return serving, device
+        # The reference reads values, which a fake tensor has not.
+        if serving == "reference" and not any(isinstance(t, FakeTensor) for t in tensors):
             return serving, device
         return "dispatcher", ""
 

@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import subprocess
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (3, 6)  # release of triton that kernels are tested with
 _OPS = Path(__file__).with_name("ops")
 _MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
+_COMPILER = (
+    "it takes gcc or clang (or what CC names) and the headers of Python: on Debian and Ubuntu"
+    " apt-get install gcc python3-dev"
+)
 
 
 def _find_reason() -> str | None:
@@ -104,8 +109,11 @@ def launch(
 ) -> None:
     """Runs ``programs`` programs of ``kernel`` on the device, and the current stream, of the first tensor.
 
-    ``trips`` and ``flops`` are for predictions (``python -m bench aot``): how often each of the kernel's loops runs in a
-    program, in their order, and what matrix units compute in all.
+    ``trips`` and ``flops`` are for predictions (``python -m bench aot``): how often each of the kernel's loops runs in
+    a program, in their order, and what matrix units compute in all.
+
+    Raises:
+        RuntimeError: Triton, which compiles a launcher in C at its first call, finds no compiler or no Python headers.
     """
     if programs > _MAX_PROGRAMS:
         name = getattr(kernel, "__name__", kernel)
@@ -118,8 +126,23 @@ def launch(
         return
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-    with guard:
+    with guard, _compiler_explained():
         kernel[(programs,)](*arguments, **options)
+
+
+@contextlib.contextmanager
+def _compiler_explained() -> Iterator[None]:
+    """Says what to install where Triton cannot compile its launcher."""
+    try:
+        yield
+    except subprocess.CalledProcessError as error:  # the compiler's own message is on stderr
+        raise RuntimeError(
+            f"triton: {error.cmd[0]} failed to compile the launcher of kernels; {_COMPILER}"
+        ) from error
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise RuntimeError(f"triton: found no C compiler; {_COMPILER}") from error
 
 
 # Configurations ----------------------------------------------------------------------------------

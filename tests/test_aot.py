@@ -1,6 +1,6 @@
 """Triton kernels compiled for real GPUs without one: what the machine code takes and uses, as recorded.
 
-The table is per release of triton; ``python -m bench aot --record tests/data/aot-<release>.json`` writes it anew.
+The table is per release of triton; ``python -m bench aot --record tests/aot/triton-<release>.json`` writes it anew.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bench import aot  # noqa: E402
 from effdet_kernels import _triton  # noqa: E402
 from effdet_kernels.spec import iter_specs  # noqa: E402
 
+pytestmark = pytest.mark.slow  # some 5 minutes of compiling; `make triton` runs it
 RELEASE = ".".join(triton.__version__.split(".")[:2])
 TABLE = Path(__file__).parent / "aot" / f"triton-{RELEASE}.json"
 CALLS = aot.plan(list(iter_specs()))

@@ -76,9 +76,9 @@ def slope(x, ACT: tl.constexpr):
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
     if ACT == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x > 0, 1.0, 0.0).to(x.dtype)
     if ACT == "relu6":
-        return tl.where((x > 0) & (x < 6), 1.0, 0.0)
+        return tl.where((x > 0) & (x < 6), 1.0, 0.0).to(x.dtype)
     if ACT == "hard_swish":
         return tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, (2.0 * x + 3.0) * (1.0 / 6.0)))
     if ACT == "leaky_relu":

@@ -14,7 +14,8 @@ from torch import nn
 
 import effdet
 from effdet import plan as plan_module
-from effdet.plan import Buffer, Plan, place, use_plan
+from effdet.native_plan import Buffer, Plan, place
+from effdet.plan import use_plan
 from effdet_kernels import _native, use_backend
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -113,8 +113,15 @@ _batch_norm_act = _library.define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act)"
     " -> (Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.batch_norm_act},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.batch_norm_act.triton_fwd"),
+        "reference": reference.batch_norm_act,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.batch_norm_act.triton_bwd"),
+    },
     differentiable=("x", "weight", "bias"),
     nondifferentiable_outputs=(1, 2),
     saved_outputs=(1, 2),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.dense_conv import reference
@@ -169,8 +169,15 @@ _dense_conv = _library.define(
     "dense_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
     " SymInt[] padding, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.dense_conv},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.dense_conv.triton_fwd"),
+        "reference": reference.dense_conv,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.dense_conv.triton_bwd"),
+    },
     differentiable=("x", "weight", "scale", "shift"),
     autocast=("x", "weight"),
 )

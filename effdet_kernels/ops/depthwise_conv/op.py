@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _library, _native
+from effdet_kernels import _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -182,8 +182,15 @@ _depthwise_conv = _library.define(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
     " SymInt[] padding, str act, bool squeeze) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.depthwise_conv},
-    backwards={"cpu": backward},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_fwd"),
+        "reference": reference.depthwise_conv,
+    },
+    backwards={
+        "cpu": backward,
+        "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_bwd"),
+    },
     differentiable=("x", "weight", "scale", "shift"),
     autocast=("x", "weight"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -223,7 +223,14 @@ _detection_loss = _library.define(
     " Tensor[] box_targets, Tensor num_positives, SymInt num_classes, float alpha, float gamma,"
     " float delta, float label_smoothing, bool legacy_focal) -> (Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.detection_loss},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.detection_loss.triton_fwd"),
+        "reference": reference.detection_loss,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.detection_loss.triton_bwd"),
+    },
     differentiable=("cls_outputs", "box_outputs"),
 )

@@ -147,7 +147,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         return found
     d_expanded, *others = found
     return [
-        *pointwise.backward([d_expanded], x, *expansion, None, None, act, flags[:4]),
+        *pointwise.backward([d_expanded], x, *expansion, None, None, act, False, flags[:4]),
         *others,
     ]
 

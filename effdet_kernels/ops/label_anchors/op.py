@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops.label_anchors import reference
 
@@ -65,5 +65,8 @@ _label_anchors = _library.define(
     "label_anchors(Tensor gt_boxes, Tensor gt_classes, Tensor anchors, float match_threshold)"
     " -> (Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"reference": reference.label_anchors},
+    impls={
+        "triton": _triton.deferred("effdet_kernels.ops.label_anchors.triton_fwd"),
+        "reference": reference.label_anchors,
+    },
 )

@@ -47,16 +47,22 @@ def _label(boxes: Tensor, classes: Tensor, anchors: Tensor, threshold: float) ->
     return cls_target, box_target, hit.sum().to(anchors.dtype)
 
 
+def check_finite(boxes: Tensor) -> None:
+    """Raises ValueError if a box has a coordinate that is none."""
+    if not boxes.isfinite().all():
+        raise ValueError(
+            "label_anchors: gt_boxes: got a NaN or infinite coordinate, takes finite boxes"
+        )
+
+
 def label_anchors(
     gt_boxes: Tensor, gt_classes: Tensor, anchors: Tensor, match_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class targets (0-based, -1 background), box codes and number of positives of each image."""
     boxes = gt_boxes.to(anchors.dtype)
     real = gt_classes > -1
-    if not boxes.is_cuda and not boxes[real].isfinite().all():
-        raise ValueError(
-            "label_anchors: gt_boxes: got a NaN or infinite coordinate, takes finite boxes"
-        )
+    if not boxes.is_cuda:  # there a check would wait for the device
+        check_finite(boxes[real])
     rows = [
         _label(b[keep], c[keep], anchors, match_threshold)
         for b, c, keep in zip(boxes, gt_classes, real, strict=True)

@@ -38,7 +38,7 @@ def pointwise_conv(
         gate: [B, C], dtype of ``x`` or float32; None: 1.
         residual: [B, O, H, W], dtype of ``x``, added after the activation; None: 0.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
-        statistics: also return mean and variance, which ``batch_norm_act`` takes.
+        statistics: also return mean and variance, for a batch norm that follows.
 
     Returns:
         y [B, O, H, W], dtype of ``x``, channels_last. With ``statistics``: (y, mean [O], variance [O],

@@ -69,8 +69,8 @@ def _magnitude(x, weight, scale, shift, gate, residual, act, statistics=False) -
     y = y if residual is None else y + residual.abs()
     if not statistics:
         return [y]
-    exact = reference.pointwise_conv(x, weight, scale, shift, gate, residual, act)
-    return [y, *moments_of_errors(*exact, y)]
+    (exact,) = reference.pointwise_conv(x, weight, scale, shift, gate, residual, act)
+    return [y, *moments_of_errors(exact, y)]
 
 
 def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -90,7 +90,10 @@ def _written(x, weight, **_) -> int:
 
 
 def _bytes(**a: Any) -> int:
-    return nbytes(*a.values()) + _written(**a)
+    moments = (
+        2 * len(a["weight"]) * accumulator(a["x"].dtype).itemsize if a.get("statistics") else 0
+    )
+    return nbytes(*a.values()) + _written(**a) + moments
 
 
 def _backward_bytes(**a: Any) -> int:

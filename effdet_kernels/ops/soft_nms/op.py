@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops.soft_nms import reference
 
@@ -122,5 +122,9 @@ _soft_nms = _library.define(
     "soft_nms(Tensor boxes, Tensor scores, Tensor? classes, Tensor? num_valid, SymInt max_det, str method,"
     " float sigma, float iou_threshold, float score_threshold) -> (Tensor, Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"cpu": _cpu, "reference": reference.soft_nms},
+    impls={
+        "cpu": _cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.soft_nms.triton_fwd"),
+        "reference": reference.soft_nms,
+    },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops.squeeze_excite import reference
@@ -134,8 +134,15 @@ _squeeze_excite = _library.define(
     "squeeze_excite(Tensor sums, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight,"
     " Tensor expand_bias, SymInt count, str act, str gate) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": reference.squeeze_excite},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.squeeze_excite.triton_fwd"),
+        "reference": reference.squeeze_excite,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.squeeze_excite.triton_bwd"),
+    },
     differentiable=("sums", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias"),
     autocast="float32",
 )

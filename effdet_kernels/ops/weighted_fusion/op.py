@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -241,8 +241,15 @@ _weighted_fusion = _library.define(
     "weighted_fusion(Tensor[] x, Tensor? weight, str method, str resample, SymInt[] size,"
     " SymInt[] pool_padding, str act) -> Tensor",
     out_spec=_out_spec,
-    impls={"cpu": run_cpu, "reference": _reference},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_fwd"),
+        "reference": _reference,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_bwd"),
+    },
     differentiable=("x", "weight"),
     autocast=("x",),
 )

@@ -210,6 +210,7 @@ SPEC = OpSpec(
     magnitude=_magnitude,
     reduction=lambda **_: 12,  # three maps of four pixels
     gradient_reduction=lambda **a: max(1, _pixels(a)),
+    gradient_roundings=1,  # the gradient before the activation
     bytes=_bytes,
     flops=_flops,
     backward_bytes=_backward_bytes,

@@ -1,0 +1,110 @@
+"""Triton kernel of ``squeeze_excite``: a program per image, which reads each weight once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effdet_kernels import _triton
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _gpu
+from effdet_kernels.ops._tl import activate, number, sigmoid
+
+
+@triton.jit
+def load_weight(weight_ptr, row, rows, column, columns, ACC: tl.constexpr):
+    """[ROWS, COLUMNS] of a dense weight [rows, columns], 0 outside."""
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    return tl.load(weight_ptr + at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_vector(ptr, at, count, ACC: tl.constexpr):
+    return tl.load(ptr + at, mask=at < count, other=0.0).to(ACC)
+
+
+@triton.jit
+def reduced(
+    sums_ptr, weight_ptr, bias_ptr, channels, rows, share,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R]: the reduction of an image's means, before its activation; 0 beyond ``rows``.
+
+    ``share`` is 1 / count as ``_gpu.bits``.
+    """
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        weight = load_weight(weight_ptr, r, rows, c, channels, ACC)
+        total += weight * load_vector(sums_ptr, c, channels, ACC)[None, :]
+    total = tl.sum(total, 1) * number(share, ACC) + load_vector(bias_ptr, r, rows, ACC)
+    return tl.where(r < rows, total, 0.0)  # an infinity times the zeros beyond is NaN
+
+
+@triton.jit
+def gated(u, GATE: tl.constexpr):
+    if GATE == "sigmoid":
+        return sigmoid(u)
+    return activate(u + 3.0, "relu6") * (1.0 / 6.0)
+
+
+@triton.jit(do_not_specialize=["share"])
+def squeeze_excite_fwd_kernel(
+    sums_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr, expand_bias_ptr, gates_ptr,
+    channels, rows, share,
+    ACC: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program: the gates of an image; BLOCK_R holds all rows of the reduction."""
+    image = tl.program_id(0).to(tl.int64)
+    hidden = reduced(
+        sums_ptr + image * channels, reduce_ptr, reduce_bias_ptr, channels, rows, share, ACC, BLOCK_R, BLOCK_C
+    )  # fmt: skip
+    hidden = activate(hidden, ACT)
+    r = tl.arange(0, BLOCK_R)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        weight = load_weight(expand_ptr, c, channels, r, rows, ACC)  # [BLOCK_C, BLOCK_R]
+        u = tl.sum(weight * hidden[None, :], 1) + load_vector(expand_bias_ptr, c, channels, ACC)
+        tl.store(gates_ptr + image * channels + c, gated(u, GATE), mask=c < channels)
+
+
+def tiling(kernel: str, sums: Tensor, reduce_weight: Tensor) -> dict[str, Any]:
+    """Options of a kernel that takes all rows and some channels at once, a power of 2 of weights in all."""
+    rows, channels = reduce_weight.shape[:2]
+    options = _triton.config("squeeze_excite", kernel, sums, rows * channels)
+    options["BLOCK_R"] = triton.next_power_of_2(rows)
+    most = max(1, options.pop("TILE") // options["BLOCK_R"])
+    options["BLOCK_C"] = min(most, triton.next_power_of_2(channels))
+    return options
+
+
+def run(
+    sums: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    count: int,
+    act: str,
+    gate: str,
+) -> Tensor:
+    batch, channels = sums.shape
+    parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
+    (gates,) = _gpu.allocate([TensorSpec((batch, channels), sums.dtype, sums.device)])
+    options = tiling("fwd", sums, reduce_weight)
+    steps = triton.cdiv(channels, options["BLOCK_C"])
+    _triton.launch(
+        squeeze_excite_fwd_kernel,
+        batch,
+        sums.contiguous(), *map(_gpu.dense, parameters), gates,
+        channels, len(reduce_weight), _gpu.bits(1 / count),
+        ACC=_gpu.accumulator(sums.dtype), ACT=act, GATE=gate, **options,
+        trips=(steps, steps),
+    )  # fmt: skip
+    return gates
