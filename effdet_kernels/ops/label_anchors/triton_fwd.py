@@ -74,7 +74,7 @@ def label_anchors_fwd_kernel(
     total, count, blocks, stride_hits, threshold,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program: the targets of BLOCK anchors in an image but for claims, and the best anchor of each box among them."""
+    """A program: the targets of BLOCK anchors of an image but for claims, and each box's best anchor among them."""
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     block = program % blocks
