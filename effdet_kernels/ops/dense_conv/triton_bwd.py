@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,9 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import affine_act_gradient
+from effdet_kernels.ops.dense_conv.triton_dx import input_gradient
 from effdet_kernels.ops.dense_conv.triton_fwd import (
+    constants,
     load_patch,
     load_patch_weight,
     patch_size,
@@ -106,7 +107,7 @@ def dense_conv_bwd_delta_kernel(
         height, width, channels, out, out_channels, KERNEL, KERNEL,
         stride_h_units * IN_UNIT, stride_w_units * IN_UNIT,
         KERNEL * KERNEL * channels, 1, KERNEL * channels, channels,
-        ACC, PRECISION, 1, BLOCK_M, BLOCK_N, BLOCK_K,
+        ACC, PRECISION, 1, KERNEL, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mask = (pixel < pixels)[:, None] & (out < out_channels)[None, :]
     at = pixel[:, None] * (stride_gp_units * OUT_UNIT) + out[None, :]
@@ -118,45 +119,6 @@ def dense_conv_bwd_delta_kernel(
     row = tile.to(tl.int64) * out_channels + out
     tl.store(of_scale_ptr + row, tl.sum(before * z, 0), mask=out < out_channels)
     tl.store(of_shift_ptr + row, tl.sum(before, 0), mask=out < out_channels)
-
-
-@triton.jit
-def dense_conv_bwd_dx_kernel(
-    delta_ptr, weight_ptr, dx_ptr,
-    height, width, out_height, out_width, in_units, out_units, tiles, blocks, left, top,
-    stride_b, stride_h_units, stride_w_units,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A program: BLOCK_M pixels of dx, all of one remainder of their places by the stride: the same taps meet them."""
-    program = tl.program_id(0)
-    tile = program // blocks
-    image = (tile // (tiles * STRIDE * STRIDE)).to(tl.int64)
-    remainder = tile // tiles % (STRIDE * STRIDE)
-    below, right = remainder // STRIDE, remainder % STRIDE
-    channels, out_channels = in_units * IN_UNIT, out_units * OUT_UNIT
-    place = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.cdiv(width, STRIDE)
-    row, column = place // columns, place % columns
-    c = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, w = row * STRIDE + below, column * STRIDE + right
-    inside = (h < height) & (w < width)
-    # Tap i + n STRIDE meets output row (h + top - i) / STRIDE - n.
-    i, j = (below + top) % STRIDE, (right + left) % STRIDE
-    dx = tap_product(
-        delta_ptr + image * stride_b, weight_ptr + (i * KERNEL + j) * channels,
-        row + (below + top) // STRIDE, column + (right + left) // STRIDE, inside,
-        out_height, out_width, out_channels, c, channels,
-        tl.cdiv(KERNEL - i, STRIDE), tl.cdiv(KERNEL - j, STRIDE),
-        stride_h_units * OUT_UNIT, stride_w_units * OUT_UNIT,
-        1, KERNEL * KERNEL * channels, STRIDE * KERNEL * channels, STRIDE * channels,
-        ACC, PRECISION, -1, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    at = (h * width + w)[:, None] * channels + c[None, :]
-    mask = inside[:, None] & (c < channels)[None, :]
-    dx_ptr += image * height * width * channels
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -201,13 +163,6 @@ def dense_conv_bwd_weight_kernel(
     tl.store(of_weight_ptr + at * channels + c[None, :], of_weight, mask=mask)
 
 
-def _constants(x: Tensor, weight: Tensor, stride: int) -> dict[str, Any]:
-    return {
-        "ACC": _gpu.accumulator(x.dtype), "PRECISION": _gpu.matrix_precision(x.dtype),
-        "KERNEL": weight.shape[2], "STRIDE": stride,
-    }  # fmt: skip
-
-
 def _parts(tiles: int, blocks: int) -> tuple[int, int]:
     """Tiles of a part of a sum over pixels, and parts: enough to fill a large GPU."""
     segment = triton.cdiv(tiles, max(1, min(tiles // 2, 528 // blocks)))
@@ -236,7 +191,7 @@ def _patch_gradients(x, weight, scale, shift, grad, stride, padding, act, of_del
         batch, height, width, *grad.shape[2:], out_channels // out_unit, segment, blocks, left, top,
         *x.stride(), *weight.stride(), grad.stride(0), _gpu.pixel_stride(grad) // out_unit,
         OUT_UNIT=out_unit, ACT=act, CHANNELS=channels, BLOCK_K=patch,
-        **_constants(x, weight, stride), **options,
+        **constants(x, weight, stride), **options,
         trips=(segment,), flops=4 * grad.numel() * size,
     )  # fmt: skip
     found = _gpu.total(sums)
@@ -265,39 +220,11 @@ def _output_gradient(x, weight, scale, shift, grad, stride, padding, act):
         height, width, *grad.shape[2:], channels // in_unit, out_channels // out_unit, tiles, blocks, left, top,
         x.stride(0), x.stride(2) // in_unit, x.stride(3) // in_unit,
         grad.stride(0), _gpu.pixel_stride(grad) // out_unit,
-        IN_UNIT=in_unit, OUT_UNIT=out_unit, ACT=act, **_constants(x, weight, stride), **options,
+        IN_UNIT=in_unit, OUT_UNIT=out_unit, ACT=act, **constants(x, weight, stride), **options,
         trips=(weight.shape[2] ** 2 * triton.cdiv(channels, options["BLOCK_K"]),),
         flops=2 * grad.numel() * weight[0].numel(),
     )  # fmt: skip
     return delta, sums[0].sum(0), sums[1].sum(0)
-
-
-def _input_gradient(x, weight, delta, stride, padding):
-    batch, channels, height, width = x.shape
-    out_channels = len(weight)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    (dx,) = _gpu.allocate([_library.nchw(x.shape, x)])
-    options = _triton.config("dense_conv", "bwd_dx", x, channels)
-    options["BLOCK_N"] = wide_block(channels, options["BLOCK_N"])
-    options["BLOCK_K"] = wide_block(out_channels, options["BLOCK_K"])
-    blocks = triton.cdiv(channels, options["BLOCK_N"])
-    places = triton.cdiv(height, stride) * triton.cdiv(width, stride)
-    tiles = triton.cdiv(places, options["BLOCK_M"])
-    in_unit = _gpu.alignment(channels)
-    out_unit = _gpu.alignment(out_channels, delta.stride(2), delta.stride(3))
-    left, _, top, _ = padding
-    taps = triton.cdiv(weight.shape[2], stride) ** 2
-    _triton.launch(
-        dense_conv_bwd_dx_kernel,
-        batch * stride * stride * tiles * blocks,
-        delta, weight, dx,
-        height, width, *delta.shape[2:], channels // in_unit, out_channels // out_unit, tiles, blocks, left, top,
-        delta.stride(0), delta.stride(2) // out_unit, delta.stride(3) // out_unit,
-        IN_UNIT=in_unit, OUT_UNIT=out_unit, **_constants(x, weight, stride), **options,
-        trips=(taps * triton.cdiv(out_channels, options["BLOCK_K"]),),
-        flops=2 * delta.numel() * weight[0].numel(),
-    )  # fmt: skip
-    return dx
 
 
 def _weight_gradient(x, weight, delta, stride, padding):
@@ -324,7 +251,7 @@ def _weight_gradient(x, weight, delta, stride, padding):
         segment, out_blocks, in_blocks, left, top,
         x.stride(0), x.stride(2) // in_unit, x.stride(3) // in_unit,
         delta.stride(0), _gpu.pixel_stride(delta) // out_unit,
-        IN_UNIT=in_unit, OUT_UNIT=out_unit, **_constants(x, weight, stride), **options,
+        IN_UNIT=in_unit, OUT_UNIT=out_unit, **constants(x, weight, stride), **options,
         trips=(segment,), flops=2 * delta.numel() * weight[0].numel(),
     )  # fmt: skip
     return _gpu.total(products).permute(0, 3, 1, 2)
@@ -349,5 +276,5 @@ def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
             delta, d_scale, d_shift = found
         if of_weight:
             d_weight = _weight_gradient(x, weight, delta, stride, padding)
-    dx = _input_gradient(x, weight, delta, stride, padding) if of_x else None
+    dx = input_gradient(x, weight, delta, stride, padding) if of_x else None
     return chosen((dx, d_weight, d_scale, d_shift), (of_x, of_weight, of_scale, of_shift))

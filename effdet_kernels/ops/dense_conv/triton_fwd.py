@@ -7,6 +7,7 @@ product's inner dimension. Of many, each tap and block of channels is a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -48,15 +49,20 @@ def load_patch_weight(
 def tap_product(
     x_ptr, weight_ptr, row, column, inside, height, width, channels, out, out_channels,
     taps_i, taps_j, stride_h, stride_w, stride_wn, stride_wk, stride_wi, stride_wj,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: the sum over taps (i, j) of x at (row + i STEP, column + j STEP) times that tap's weights."""
+    """[BLOCK_M, BLOCK_N]: the sum over taps (i, j) of x at (row + i STEP, column + j STEP) times that tap's weights.
+
+    There are TAPS of a row or one less.
+    """
     z = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     blocks = tl.cdiv(channels, BLOCK_K)
     for step in range(taps_i * taps_j * blocks):
         c = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        i, j = step // blocks // taps_j, step // blocks % taps_j
+        tap = step // blocks
+        i = tl.where(taps_j == TAPS, tap // TAPS, tap // max(TAPS - 1, 1))
+        j = tap - i * taps_j
         h, w = row + i * STEP, column + j * STEP
         within = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         x = tl.load(
@@ -131,7 +137,7 @@ def dense_conv_fwd_kernel(
         height, width, channels, out, out_channels, KERNEL, KERNEL,
         stride_h_units * IN_UNIT, stride_w_units * IN_UNIT,
         KERNEL * KERNEL * channels, 1, KERNEL * channels, channels,
-        ACC, PRECISION, 1, BLOCK_M, BLOCK_N, BLOCK_K,
+        ACC, PRECISION, 1, KERNEL, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     y = affine_act(z, scale_ptr, shift_ptr, out, out < out_channels, ACT)
     at = pixel[:, None] * out_channels + out[None, :]
@@ -160,10 +166,7 @@ def run(
     tiles = triton.cdiv(size[0] * size[1], options["BLOCK_M"])
     blocks = triton.cdiv(out_channels, options["BLOCK_N"])
     vectors = _gpu.dense(scale), _gpu.dense(shift)
-    constants = {
-        "OUT_UNIT": out_unit, "ACC": _gpu.accumulator(x.dtype),
-        "PRECISION": _gpu.matrix_precision(x.dtype), "ACT": act, "KERNEL": kernel, "STRIDE": stride,
-    }  # fmt: skip
+    common = {"OUT_UNIT": out_unit, "ACT": act, **constants(x, weight, stride), **options}
     flops = 2 * y.numel() * channels * kernel * kernel
     left, _, top, _ = padding
     if patch:
@@ -173,21 +176,31 @@ def run(
             x, weight, *vectors, y,
             *x.shape[2:], *size, out_channels // out_unit, tiles, blocks, left, top,
             *x.stride(), *weight.stride(),
-            CHANNELS=channels, BLOCK_K=patch, **constants, **options, flops=flops,
+            CHANNELS=channels, BLOCK_K=patch, **common, flops=flops,
         )  # fmt: skip
         return y
     in_unit = _gpu.alignment(channels, x.stride(2), x.stride(3))
-    options["BLOCK_K"] = wide_block(channels, options["BLOCK_K"])
+    common["BLOCK_K"] = wide_block(channels, options["BLOCK_K"])
     _triton.launch(
         dense_conv_fwd_kernel,
         batch * tiles * blocks,
         x, weight, *vectors, y,
         *x.shape[2:], *size, channels // in_unit, out_channels // out_unit, tiles, blocks, left, top,
         x.stride(0), x.stride(2) // in_unit, x.stride(3) // in_unit,
-        IN_UNIT=in_unit, **constants, **options, flops=flops,
-        trips=(kernel * kernel * triton.cdiv(channels, options["BLOCK_K"]),),
+        IN_UNIT=in_unit, **common, flops=flops,
+        trips=(kernel * kernel * triton.cdiv(channels, common["BLOCK_K"]),),
     )  # fmt: skip
     return y
+
+
+def constants(x: Tensor, weight: Tensor, stride: int) -> dict[str, Any]:
+    """What all kernels take."""
+    return {
+        "ACC": _gpu.accumulator(x.dtype),
+        "PRECISION": _gpu.matrix_precision(x.dtype),
+        "KERNEL": weight.shape[2],
+        "STRIDE": stride,
+    }
 
 
 def patch_size(weight: Tensor) -> int:

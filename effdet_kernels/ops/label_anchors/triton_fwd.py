@@ -49,11 +49,12 @@ def _load_boxes(ptr, at, total, BLOCK: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """Intersection over union; 0 where the boxes do not meet."""
+    """Intersection over union; 0 where the boxes do not meet. The same bits in every kernel: no fusing is left open."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     inter = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    both = tl.fma(bx2 - bx1, by2 - by1, (ax2 - ax1) * (ay2 - ay1))
+    union = tl.fma(-width, height, both)
     return tl.where(inter > 0, _quotient(inter, union), 0.0)
 
 
