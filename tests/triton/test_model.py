@@ -67,7 +67,8 @@ def training_step(bench, x, target, backend):
 
 def test_training_step_equals_the_reference():
     torch.manual_seed(0)
-    bench = create_model("efficientdet_nano", "train", pretrained_backbone=False, num_classes=3)
+    options = {"pretrained_backbone": False, "num_classes": 3, "bench_labeler": True}
+    bench = create_model("efficientdet_nano", "train", **options)
     bench = bench.train()
     target = {
         "bbox": torch.tensor([[[4.0, 6.0, 40.0, 50.0], [20.0, 8.0, 60.0, 30.0]]] * 2),
