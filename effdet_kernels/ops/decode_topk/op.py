@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library
+from effdet_kernels import _checks, _library, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -95,7 +95,10 @@ _decode_topk = _library.define(
     "decode_topk(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, SymInt num_classes,"
     " SymInt k, Tensor? limits) -> (Tensor, Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
-    impls={"reference": reference.decode_topk},
+    impls={
+        "triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_fwd"),
+        "reference": reference.decode_topk,
+    },
     differentiable=("cls_outputs", "box_outputs"),
     nondifferentiable_outputs=(2, 3),
 )

@@ -31,7 +31,8 @@ def dense_conv(
     section 3.2.
 
     Args:
-        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides, all read in place.
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides, all read in place (in
+            Triton: channels_last, or few channels).
         weight: [O, C, k, k], dtype of ``x``.
         scale: [O] float32 (float64 with float64), the folded BN's factor; None: 1.
         shift: [O] like ``scale``; None: 0.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ def _case(
     pre_act: str = "none",
     act: str = "none",
     std: float = 1.0,
-    fused: Inputs | None = None,
+    fused: Callable[[], Inputs] | None = None,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
 ) -> Case:
@@ -45,7 +45,7 @@ def _case(
             "shift": [normal(g, width) for width in widths] if shifted else [],
             "pre_act": pre_act,
             "act": act,
-            **(fused or _not_fused),
+            **(fused() if fused else _not_fused),
         }
 
     return Case(name, make, tags, times=times)
@@ -60,15 +60,18 @@ def _node(
     **options,
 ) -> Case:
     """A BiFPN node: ``maps`` are (H, W, resampling), the first of the output's size."""
-    weight = torch.tensor((0.9, 1.4, 0.3)[: len(maps)], dtype=torch.float64)
     odd = any(how == "max" and height % 2 for height, _, how in maps)
-    fused = {
-        "method": method,
-        "fusion_weight": None if method == "sum" else weight,
-        "resample": [how for *_, how in maps],
-        "size": list(maps[0][:2]),
-        "pool_padding": pool_padding or ((1, 1, 1, 1) if odd else (0, 1, 0, 1)),
-    }
+
+    def fused() -> Inputs:
+        weight = torch.tensor((0.9, 1.4, 0.3)[: len(maps)], dtype=torch.float64)
+        return {
+            "method": method,
+            "fusion_weight": None if method == "sum" else weight,
+            "resample": [how for *_, how in maps],
+            "size": list(maps[0][:2]),
+            "pool_padding": pool_padding or ((1, 1, 1, 1) if odd else (0, 1, 0, 1)),
+        }
+
     sizes = [size[:2] for size in maps]
     return _case(name, sizes, [channels + 1 if channels == 4 else channels], fused=fused,
                  channels=channels, pre_act="swish", **options)  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import widen
@@ -225,8 +225,15 @@ _separable_conv = _library.define(
     " Tensor[] shift, str pre_act, str act, str method, Tensor? fusion_weight, str resample,"
     " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
     out_spec=_out_spec,
-    impls={"cpu": _run_cpu, "reference": _reference},
-    backwards={"cpu": _backward_cpu},
+    impls={
+        "cpu": _run_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_fwd"),
+        "reference": _reference,
+    },
+    backwards={
+        "cpu": _backward_cpu,
+        "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_bwd"),
+    },
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     autocast=("x", "dw_weight", "pw_weight"),
 )

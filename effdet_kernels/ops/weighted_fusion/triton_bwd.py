@@ -109,17 +109,12 @@ def weighted_fusion_bwd_kernel(
 
 @triton.jit
 def weighted_fusion_bwd_weight_kernel(
-    parts_ptr, weight_ptr, of_weight_ptr, parts,
-    METHOD: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
+    of_shares_ptr, weight_ptr, of_weight_ptr,
+    METHOD: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weights from rows of sums, which add up to that of the shares; one program."""
+    """The gradient of the weights from that of the shares; one program."""
     i = tl.arange(0, 4)
-    sums = tl.zeros((BLOCK_T, 4), ACC)
-    for first in range(0, parts, BLOCK_T):
-        part = first + tl.arange(0, BLOCK_T)
-        mask = (part < parts)[:, None] & (i < MAPS)[None, :]
-        sums += tl.load(parts_ptr + part[:, None] * MAPS + i[None, :], mask=mask, other=0.0)
-    of_share = tl.sum(sums, 0)
+    of_share = tl.load(of_shares_ptr + i, mask=i < MAPS, other=0.0)
     weight = tl.load(weight_ptr + i, mask=i < MAPS, other=-float("inf")).to(ACC)
     if METHOD == "attn":
         e = tl.exp(weight - tl.max(weight, 0))
@@ -185,18 +180,16 @@ def gradients(
     for i in later:
         shape = height, width, *maps[i].shape[2:]
         gather(before, weight, dx[i], winners[i], shape, i, names, pool_padding, common)
-    return dx, None if parts is None else _weight_gradient(parts, weight, method)
+    return dx, None if parts is None else _weight_gradient(_gpu.total(parts), weight, method)
 
 
-def _weight_gradient(parts: Tensor, weight: Tensor, method: str) -> Tensor:
-    of_weight = torch.empty(len(weight), dtype=parts.dtype, device=parts.device)
-    options = _triton.config("weighted_fusion", "bwd_weight", parts)
+def _weight_gradient(of_shares: Tensor, weight: Tensor, method: str) -> Tensor:
+    of_weight = torch.empty_like(of_shares)
     _triton.launch(
         weighted_fusion_bwd_weight_kernel,
         1,
-        parts, weight, of_weight, parts.shape[0],
-        METHOD=method, MAPS=len(weight), ACC=_gpu.accumulator(parts.dtype), **options,
-        trips=(triton.cdiv(parts.shape[0], options["BLOCK_T"]),),
+        of_shares, weight, of_weight,
+        METHOD=method, MAPS=len(weight), ACC=_gpu.accumulator(of_shares.dtype), num_warps=1,
     )  # fmt: skip
     return of_weight
 

@@ -67,16 +67,21 @@ def resampled(
 def _pooled(
     x_ptr, top, left, channel, inside, height, width, stride_h, stride_w, ACC: tl.constexpr
 ):
-    """The maximum, or NaN, of the 3x3 pixels from (top, left) on that the map has."""
-    best = tl.full(inside.shape, -float("inf"), x_ptr.dtype.element_ty)
+    """The maximum, or NaN, of the 3x3 pixels from (top, left) on that the map has.
+
+    A place outside of the map stands for the nearest one inside, which every window has too: no tap needs a mask.
+    """
     for i in tl.static_range(3):
+        row = tl.minimum(tl.maximum(top + i, 0), height - 1)
         for j in tl.static_range(3):
-            row, column = top + i, left + j
-            exists = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            column = tl.minimum(tl.maximum(left + j, 0), width - 1)
             at = row * stride_h + column * stride_w + channel
-            x = tl.load(x_ptr + at, mask=inside & exists, other=-float("inf"))
-            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(inside, best, 0.0).to(ACC)
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
+            if i + j == 0:
+                best = x
+            else:
+                best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    return best
 
 
 @triton.jit

@@ -1,0 +1,222 @@
+"""Triton kernel of ``separable_conv``: all levels of all nets, or a BiFPN node, in one launch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effdet_kernels import _triton
+from effdet_kernels.ops import _gpu
+from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._tl import affine_act, affine_act_gradient, revealed
+from effdet_kernels.ops.depthwise_conv.triton_fwd import taps
+from effdet_kernels.ops.separable_conv import op
+from effdet_kernels.ops.separable_conv.triton_tile import (
+    depthwise,
+    of_output,
+    of_output_or_none,
+    patches,
+    tiling,
+)
+from effdet_kernels.ops.weighted_fusion.triton_load import fusion_shares, sources
+
+LARGEST = 7  # kernel that is unrolled
+
+
+@triton.jit
+def separable_conv_fwd_kernel(
+    dw_0_ptr, pw_0_ptr, dw_1_ptr, pw_1_ptr, fusion_weight_ptr, x, scale, shift, grad, y, sums,
+    geometry, places, firsts, net_firsts,
+    in_units, steps, pool_left, pool_top,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    METHOD: tl.constexpr, RESAMPLE: tl.constexpr, KERNEL: tl.constexpr,
+    PRE_ACT: tl.constexpr, ACT: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """A program: in an image of an output LANES strips, ``steps`` patches of PATCH_H x PATCH_W pixels one below
+    another, of BLOCK_N channels. SINGLE: all input channels are one slice of BLOCK_K, whose weights stay in registers.
+
+    Without ``grad`` it makes y. With it, the outputs' gradients, y becomes that of the raw result, and ``sums`` per
+    tile those of scale and shift.
+    """
+    program = tl.program_id(0)
+    dw_ptr = of_output((dw_0_ptr, dw_1_ptr), net_firsts, program)
+    pw_ptr = of_output((pw_0_ptr, pw_1_ptr), net_firsts, program)
+    scale_ptr = of_output_or_none(scale, firsts, program)
+    shift_ptr = of_output_or_none(shift, firsts, program)
+    grad_ptr = of_output_or_none(grad, firsts, program)
+    sums_ptr = of_output_or_none(sums, firsts, program)
+    y_ptr = of_output(y, firsts, program)
+    if METHOD == "none":
+        x, geometry = (of_output(x, firsts, program),), (of_output(geometry, firsts, program),)
+    height, width, out_units = of_output(places, firsts, program)
+    height, width, out_channels = revealed(height), revealed(width), revealed(out_units) * OUT_UNIT
+    shares = fusion_shares(fusion_weight_ptr, METHOD, len(RESAMPLE), ACC)
+
+    ROWS: tl.constexpr = LANES * PATCH_H * PATCH_W
+    channels = in_units * IN_UNIT
+    program -= revealed(of_output(firsts, firsts, program))
+    blocks = tl.cdiv(out_channels, BLOCK_N)
+    strips = tl.cdiv(height, steps * PATCH_H) * tl.cdiv(width, PATCH_W)
+    tiles = tl.cdiv(strips, LANES)
+    tile = program // blocks
+    image = (tile // tiles).to(tl.int64)
+    out = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    owned = out < out_channels
+    lane, m = tl.arange(0, LANES), tl.arange(0, ROWS)
+    top, left = patches(tile % tiles, lane, height, width, steps, PATCH_H, PATCH_W, LANES)
+    row, column = patches(
+        tile % tiles, m // (PATCH_H * PATCH_W), height, width, steps, PATCH_H, PATCH_W, LANES
+    )
+    row, column = row + m // PATCH_W % PATCH_H, column + m % PATCH_W
+    at = (row * width + column)[:, None] * out_channels + out[None, :]
+    y_ptr += image * height * width * out_channels
+    if grad_ptr is not None:
+        grad_ptr += image * height * width * out_channels
+        of_scale = tl.zeros((BLOCK_N,), ACC)
+        of_shift = tl.zeros((BLOCK_N,), ACC)
+    if SINGLE:
+        c = tl.arange(0, BLOCK_K)
+        weights = taps(dw_ptr, c, c < channels, KERNEL, ACC)
+        weight = _slice(pw_ptr, c, out, channels, owned)
+    for step in tl.range(0, steps, num_stages=1):
+        down = step * PATCH_H
+        z = tl.zeros((ROWS, BLOCK_N), ACC)
+        for k in tl.range(0, BLOCK_K if SINGLE else channels, BLOCK_K, num_stages=1):
+            if not SINGLE:
+                c = k + tl.arange(0, BLOCK_K)
+                weights = taps(dw_ptr, c, c < channels, KERNEL, ACC)
+                weight = _slice(pw_ptr, c, out, channels, owned)
+            middle = depthwise(
+                x, geometry, shares, weights, image, top + down, left, c, channels, height, width, pool_left, pool_top,
+                IN_UNIT, RESAMPLE, ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
+            )  # [ROWS, BLOCK_K] # fmt: skip
+            z = tl.dot(middle, weight, acc=z, input_precision=PRECISION, out_dtype=ACC)
+        inside = ((row + down < height) & (column < width))[:, None] & owned[None, :]
+        here = at + down * width * out_channels
+        if grad_ptr is None:
+            result = affine_act(z, scale_ptr, shift_ptr, out, owned, ACT)
+        else:
+            upper = tl.load(grad_ptr + here, mask=inside, other=0.0).to(ACC)
+            result, before = affine_act_gradient(upper, z, scale_ptr, shift_ptr, out, owned, ACT)
+            of_scale += tl.sum(before * z, 0)
+            of_shift += tl.sum(before, 0)
+        tl.store(y_ptr + here, result.to(y_ptr.dtype.element_ty), mask=inside)
+    if grad_ptr is not None:
+        sums_ptr += tile.to(tl.int64) * 2 * out_channels + out
+        tl.store(sums_ptr, of_scale, mask=owned)
+        tl.store(sums_ptr + out_channels, of_shift, mask=owned)
+
+
+@triton.jit
+def _slice(pw_ptr, c, out, channels, owned):
+    """Pointwise weights [BLOCK_K, BLOCK_N], transposed."""
+    at = c[:, None] + out[None, :] * channels
+    return tl.load(pw_ptr + at, mask=(c < channels)[:, None] & owned[None, :], other=0.0)
+
+
+def launch(
+    y: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    x: Sequence[Tensor],
+    dw_weight: Sequence[Tensor],
+    pw_weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    pre_act: str,
+    act: str,
+    method: str = "none",
+    fusion_weight: Tensor | None = None,
+    resample: str = "",
+    size: Sequence[int] = (),
+    pool_padding: Sequence[int] = (),
+) -> list[Tensor]:
+    """Makes y. With ``grads``, dense, y is the gradients of the raw results, and per output sums over tiles [., 2, O]
+    are returned: the gradients of scale and shift.
+    """
+    names = resample if method != "none" else ",".join(["identity"] * len(x))
+    maps, geometry, kinds, unit = sources(x, names, size)
+    pool_left, _, pool_top, _ = pool_padding or (0, 0, 0, 0)
+    if method == "none":
+        kinds = ("identity",)
+    batch, channels = maps[0].shape[:2]
+    levels = len(y) // len(dw_weight)
+    out_unit = _gpu.alignment(*(len(pw) for pw in pw_weight))
+    kernels = {weight.shape[2] for weight in dw_weight}
+    count = len(y) if len(kernels) == 1 else levels  # outputs of a launch
+    moments = []
+    for begin in range(0, len(y), count):
+        these = slice(begin, begin + count)
+        weights = [
+            (dw.contiguous(), pw.contiguous()) for dw, pw in zip(dw_weight, pw_weight, strict=True)
+        ][begin // levels : (begin + count) // levels]
+        kernel = weights[0][0].shape[2]
+        one_each = method == "none" and len(maps) == len(y)
+        sizes = [tuple(out.shape[2:]) for out in y[these]]
+        widths = [out.shape[1] for out in y[these]]
+        options, tiles = tiling(_row(kernel, kinds, pre_act, grads), maps[0], max(widths), sizes)
+        steps, block_n, block_k = (options[n] for n in ("STEPS", "BLOCK_N", "BLOCK_K"))
+        del options["STEPS"]
+        programs = [
+            batch * t * triton.cdiv(width, block_n) for t, width in zip(tiles, widths, strict=True)
+        ]
+        firsts = _gpu.opaque(*itertools.accumulate(programs[:-1], initial=0))
+        sums = None
+        if grads is not None:
+            wide = accumulation_dtype(maps[0].dtype)
+            sums = tuple(
+                torch.empty(batch * t, 2, width, dtype=wide, device=maps[0].device)
+                for t, width in zip(tiles, widths, strict=True)
+            )
+            moments += sums
+        slices = triton.cdiv(channels, block_k)
+        _triton.launch(
+            separable_conv_fwd_kernel,
+            sum(programs),
+            *weights[0], *(weights[1] if len(weights) > 1 else (None, None)),
+            _gpu.dense(fusion_weight), maps[these] if one_each else maps,
+            tuple(vector.contiguous() for vector in scale[these]) or None,
+            tuple(vector.contiguous() for vector in shift[these]) or None,
+            None if grads is None else tuple(grads[these]),
+            tuple(y[these]), sums, geometry[these] if one_each else geometry,
+            tuple(
+                _gpu.opaque(*size, width // out_unit)
+                for size, width in zip(sizes, widths, strict=True)
+            ),
+            firsts, firsts[::levels],
+            channels // unit, steps, pool_left, pool_top,
+            IN_UNIT=unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(maps[0].dtype),
+            PRECISION=_gpu.matrix_precision(maps[0].dtype), METHOD=method,
+            RESAMPLE=kinds, KERNEL=kernel, PRE_ACT=pre_act, ACT=act, SINGLE=slices == 1,
+            trips=(steps,) if slices == 1 else (steps, steps * slices),
+            flops=sum(
+                2 * batch * height * w * channels * width
+                for (height, w), width in zip(sizes, widths, strict=True)
+            ),
+            **options,
+        )  # fmt: skip
+    return moments
+
+
+def _row(kernel: int, kinds: Sequence[str], pre_act: str, grads: Sequence[Tensor] | None) -> str:
+    """The name of the configurations in launch.json."""
+    if kernel > 3:
+        return "wide"
+    if grads is not None:
+        return "bwd_delta"
+    if "max" in kinds:
+        return "max"
+    return "fwd" if len(kinds) == 1 and pre_act == "none" else "fused"
+
+
+def run(*args) -> list[Tensor]:
+    if max(weight.shape[2] for weight in args[1]) > LARGEST:
+        return op._reference(*args)
+    y = _gpu.allocate(op._out_spec(*args))
+    launch(y, None, *args)
+    return y

@@ -1,0 +1,127 @@
+"""What the Triton kernels of ``separable_conv`` share: who works where, and a tile of the depthwise convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effdet_kernels import _triton
+from effdet_kernels.ops import _gpu
+from effdet_kernels.ops._tl import activate, revealed
+from effdet_kernels.ops.weighted_fusion.triton_load import fused_pixels
+
+_PROGRAMS = 8 * 132  # that a large GPU is filled with
+
+
+@triton.jit
+def of_output(values, firsts, program):
+    """The one of ``values`` for the output that ``program`` is in; outputs begin at the programs ``firsts``."""
+    found = values[0]
+    for i in tl.static_range(1, len(firsts)):
+        if program >= revealed(firsts[i]):
+            found = values[i % len(values)]
+    return found
+
+
+@triton.jit
+def of_output_or_none(values, firsts, program):
+    """The same, or None of None."""
+    if values is None:
+        return None
+    else:
+        return of_output(values, firsts, program)
+
+
+@triton.jit
+def patches(
+    tile, lane, height, width, steps,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Top rows and left columns of the first patches of lanes of a tile; ``steps`` of each lie one below another."""
+    across = tl.cdiv(width, PATCH_W)
+    strip = tile * LANES + lane
+    return strip // across * (steps * PATCH_H), strip % across * PATCH_W
+
+
+@triton.jit
+def _within(place, size):
+    """Whether 0 <= place < size."""
+    return place.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def _stacked(parts):
+    """1, 2, 4, 8 or 16 tensors [LANES, BLOCK] as [LANES * len(parts), BLOCK], the parts of a lane in their order."""
+    COUNT: tl.constexpr = len(parts)
+    LANES: tl.constexpr = parts[0].shape[0]
+    BLOCK: tl.constexpr = parts[0].shape[1]
+    for _ in tl.static_range(4):
+        if len(parts) > 1:
+            joined = ()
+            for i in tl.static_range(len(parts) // 2):
+                joined += (tl.join(parts[i], parts[i + len(parts) // 2]),)
+            parts = joined
+    z = tl.reshape(parts[0], (LANES, BLOCK, COUNT))
+    return tl.reshape(tl.permute(z, (0, 2, 1)), (LANES * COUNT, BLOCK))
+
+
+@triton.jit
+def depthwise(
+    x, geometry, shares, weights, image, top, left, c, channels, height, width, pool_left, pool_top,
+    UNIT: tl.constexpr, RESAMPLE: tl.constexpr, ACC: tl.constexpr, KERNEL: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, PRE_ACT: tl.constexpr,
+):  # fmt: skip
+    """[LANES * PATCH_H * PATCH_W, BLOCK_K] in the dtype of x: patches at (top, left) [LANES], channels c [BLOCK_K].
+
+    What is convolved, the activated fusion of x, is computed once per pixel of a patch and of its border.
+    """
+    HALF: tl.constexpr = KERNEL // 2
+    rows = ()
+    results = ()
+    for i in tl.static_range(PATCH_H + KERNEL - 1):
+        row = top + (i - HALF)
+        pixels = ()
+        for j in tl.static_range(PATCH_W + KERNEL - 1):
+            column = left + (j - HALF)
+            exists = _within(row, height) & _within(column, width)
+            value = fused_pixels(
+                x, geometry, shares, image, row[:, None], column[:, None], c[None, :],
+                exists[:, None] & (c < channels)[None, :], height, width, pool_left, pool_top,
+                UNIT, RESAMPLE, ACC,
+            )  # [LANES, BLOCK_K] # fmt: skip
+            pixels += (activate(value, PRE_ACT),)
+        rows += (pixels,)
+        if i >= KERNEL - 1:
+            for j in tl.static_range(PATCH_W):
+                result = rows[i - KERNEL + 1][j] * weights[0]
+                for t in tl.static_range(1, KERNEL * KERNEL):
+                    result += rows[i - KERNEL + 1 + t // KERNEL][j + t % KERNEL] * weights[t]
+                results += (result.to(x[0].dtype.element_ty),)
+    return _stacked(results)
+
+
+def tiling(
+    kernel: str, like: Tensor, out_channels: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[dict[str, Any], list[int]]:
+    """Options of a kernel on maps like ``like``, and how many tiles an image of each of ``sizes`` has."""
+    batch, channels = like.shape[:2]
+    options = _triton.config("separable_conv", kernel, like, channels)
+    options["BLOCK_N"] = _gpu.block(out_channels, options["BLOCK_N"])
+    options["BLOCK_K"] = _gpu.block(channels, options["BLOCK_K"])
+    blocks = triton.cdiv(out_channels, options["BLOCK_N"])
+    while True:
+        tiles = [
+            triton.cdiv(
+                triton.cdiv(height, options["STEPS"] * options["PATCH_H"])
+                * triton.cdiv(width, options["PATCH_W"]),
+                options["LANES"],
+            )
+            for height, width in sizes
+        ]
+        if options["STEPS"] == 1 or batch * sum(tiles) * blocks >= _PROGRAMS:
+            return options, tiles
+        options["STEPS"] //= 2
