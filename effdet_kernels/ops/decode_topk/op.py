@@ -99,6 +99,8 @@ _decode_topk = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_fwd"),
         "reference": reference.decode_topk,
     },
+    backwards={"triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_bwd")},
     differentiable=("cls_outputs", "box_outputs"),
     nondifferentiable_outputs=(2, 3),
+    saved_outputs=(2, 3),
 )

@@ -128,16 +128,20 @@ def _pick_bytes(a: Inputs) -> int:
 
 
 def _backward_bytes(**a: Any) -> int:
-    """Reads what the forward reads, to pick again, and two gradients; writes whole maps of them."""
-    images, _candidates, picks = _counts(a)
-    indices = images * picks * 16  # written by the forward, not asked for here
-    return _bytes(**a) - indices + nbytes(a["cls_outputs"], a["box_outputs"])
+    """Of the forward's all but the logits; in their place whole maps of gradients, which are written."""
+    return _bytes(**a) + nbytes(a["box_outputs"])
 
 
 def _flops(**a: Any) -> int:
-    """One comparison per candidate; 16 per box."""
+    """One comparison per candidate, if any are picked; 16 per box."""
     images, candidates, picks = _counts(a)
-    return images * (candidates + 16 * picks)
+    return images * (candidates + 16 * picks) if picks else 0
+
+
+def _backward_flops(**a: Any) -> int:
+    """16 per box."""
+    images, _candidates, picks = _counts(a)
+    return images * 16 * picks
 
 
 def _yxyx(**a: Any) -> tuple[Tensor, ...]:
@@ -231,5 +235,5 @@ SPEC = OpSpec(
     bytes=_bytes,
     flops=_flops,
     backward_bytes=_backward_bytes,
-    backward_flops=_flops,
+    backward_flops=_backward_flops,
 )

@@ -94,11 +94,8 @@ def dense_conv_bwd_delta_kernel(
     program = tl.program_id(0)
     tile = program // blocks
     image = (tile // tiles).to(tl.int64)
-    channels, out_channels, pixels = (
-        in_units * IN_UNIT,
-        out_units * OUT_UNIT,
-        out_height * out_width,
-    )
+    channels, out_channels = in_units * IN_UNIT, out_units * OUT_UNIT
+    pixels = out_height * out_width
     pixel = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tap_product(
@@ -134,11 +131,8 @@ def dense_conv_bwd_weight_kernel(
     program = tl.program_id(0)
     tap = program // (in_blocks * out_blocks) % (KERNEL * KERNEL)
     part = program // (in_blocks * out_blocks * KERNEL * KERNEL)
-    channels, out_channels, pixels = (
-        in_units * IN_UNIT,
-        out_units * OUT_UNIT,
-        out_height * out_width,
-    )
+    channels, out_channels = in_units * IN_UNIT, out_units * OUT_UNIT
+    pixels = out_height * out_width
     out = (program // in_blocks % out_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = (program % in_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     tiles = tl.cdiv(pixels, BLOCK_K)
@@ -148,9 +142,8 @@ def dense_conv_bwd_weight_kernel(
         pixel = (tile % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
         at = pixel[None, :] * (stride_dp_units * OUT_UNIT) + out[:, None]
         mask = (pixel < pixels)[None, :] & (out < out_channels)[:, None]
-        delta = tl.load(
-            delta_ptr + image * stride_db + at, mask=mask, other=0.0
-        )  # [BLOCK_M, BLOCK_K]
+        # [BLOCK_M, BLOCK_K]
+        delta = tl.load(delta_ptr + image * stride_db + at, mask=mask, other=0.0)
         h = pixel // out_width * STRIDE - top + tap // KERNEL
         w = pixel % out_width * STRIDE - left + tap % KERNEL
         within = (pixel < pixels) & (h >= 0) & (h < height) & (w >= 0) & (w < width)

@@ -124,11 +124,8 @@ def dense_conv_fwd_kernel(
     """The same for many channels, next to each other in x and in the weight [O, k, k, C]."""
     program = tl.program_id(0)
     image = (program // (tiles * blocks)).to(tl.int64)
-    channels, out_channels, pixels = (
-        in_units * IN_UNIT,
-        out_units * OUT_UNIT,
-        out_height * out_width,
-    )
+    channels, out_channels = in_units * IN_UNIT, out_units * OUT_UNIT
+    pixels = out_height * out_width
     pixel = (program // blocks % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tap_product(
@@ -210,8 +207,10 @@ def patch_size(weight: Tensor) -> int:
 
 
 def wide_block(count: int, most: int) -> int:
-    """A power of 2 from 16 to ``most`` that holds ``count`` if it can: fewer steps, and fewer readers of x, cost less
-    than what stays empty."""
+    """A power of 2 from 16 to ``most`` that holds ``count`` if it can.
+
+    Fewer steps, and fewer readers of x, save more than what stays empty costs.
+    """
     return min(most, max(16, triton.next_power_of_2(count)))
 
 

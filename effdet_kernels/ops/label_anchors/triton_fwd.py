@@ -22,7 +22,6 @@ def _quotient(a, b):
     """a / b, rounded as a division is where b is neither huge nor tiny: so equal shares are equal numbers."""
     if _APPROXIMATE and b.dtype == tl.float32:
         r = reciprocal(b)
-        r = tl.fma(tl.fma(-b, r, 1.0), r, r)
         q = a * r
         return tl.fma(tl.fma(-b, q, a), r, q)
     return a / b
@@ -73,7 +72,7 @@ def _code(bx1, by1, bx2, by2, ax1, ay1, ax2, ay2):
 def label_anchors_fwd_kernel(
     box_ptr, class_ptr, anchor_ptr, label_ptr, code_ptr, hits_ptr, best_iou_ptr, best_anchor_ptr,
     total, count, blocks, stride_hits, threshold,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program: the targets of BLOCK anchors of an image but for claims, and each box's best anchor among them."""
     program = tl.program_id(0)
@@ -91,30 +90,28 @@ def label_anchors_fwd_kernel(
     bottom = tl.max(tl.where(inside, ay2, float("-inf")), 0)
     best = tl.zeros((BLOCK,), ACC)
     match = tl.full((BLOCK,), -1, tl.int32)
-    used = 0  # boxes up to the last real one: padding is at the end, most often
-    for start in range(0, count, BLOCK):
-        m = start + tl.arange(0, BLOCK)
+    first = count  # the first real box
+    for start in range(0, count, LANES):
+        m = start + tl.arange(0, LANES)
         real = tl.load(class_ptr + m, mask=m < count, other=-1) > -1
-        used = tl.maximum(used, tl.max(tl.where(real, m + 1, 0), 0))
-    first = -1  # the first real box
-    for m in range(used):
-        if tl.load(class_ptr + m) > -1:
-            first = tl.where(first < 0, m, first)
-            bx1, by1, bx2, by2 = _load_box(box_ptr + m * 4, ACC)
-            highest = tl.full((), 0.0, ACC)
-            if (bx1 < right) & (bx2 > left) & (by1 < bottom) & (by2 > top):
-                iou = _iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
-                match = tl.where(iou > best, m, match)
-                best = tl.maximum(iou, best)
-                highest, where = tl.max(
-                    iou, 0, return_indices=True, return_indices_tie_break_left=True
-                )
-                tl.store(
-                    best_anchor_ptr + (image * count + m) * blocks + block, block * BLOCK + where
-                )
-            tl.store(best_iou_ptr + (image * count + m) * blocks + block, highest)
+        first = tl.minimum(first, tl.min(tl.where(real, m, count), 0))
+        x1, y1, x2, y2 = _load_boxes(box_ptr, m, count, LANES, ACC)
+        meets = real & (x1 < right) & (x2 > left) & (y1 < bottom) & (y2 > top)
+        part = (image * count + m) * blocks + block
+        tl.store(best_iou_ptr + part, tl.zeros((LANES,), ACC), mask=real & ~meets)
+        box = tl.min(tl.where(meets, m, count), 0)
+        while box < count:
+            bx1, by1, bx2, by2 = _load_box(box_ptr + box * 4, ACC)
+            iou = _iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+            match = tl.where(iou > best, box, match)
+            best = tl.maximum(iou, best)
+            highest, where = tl.max(iou, 0, return_indices=True, return_indices_tie_break_left=True)
+            at = (image * count + box) * blocks + block
+            tl.store(best_iou_ptr + at, highest)
+            tl.store(best_anchor_ptr + at, block * BLOCK + where)
+            box = tl.min(tl.where(meets & (m > box), m, count), 0)
     match = tl.where(match < 0, first, match)
-    hit = inside & (match >= 0) & (best >= number(threshold, ACC))
+    hit = inside & (match < count) & (best >= number(threshold, ACC))
     hits = tl.sum(hit.to(tl.int32), 0)
     tl.store(hits_ptr + image * stride_hits + block, hits)
     label = tl.full((BLOCK,), -1, tl.int64)
@@ -217,7 +214,7 @@ def run(
         batch * blocks,
         boxes, classes, anchors, labels, codes, hits, best_iou, best_anchor,
         total, count, blocks, hits.stride(0), threshold,
-        ACC=accumulator, **options, trips=(triton.cdiv(count, options["BLOCK"]), count),
+        ACC=accumulator, **options, trips=(triton.cdiv(count, options["LANES"]), count),
     )  # fmt: skip
     options = _triton.config("label_anchors", "fwd_claim", anchors)
     _triton.launch(

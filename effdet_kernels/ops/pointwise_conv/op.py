@@ -76,8 +76,10 @@ def _out_spec(x, weight, *rest) -> list[TensorSpec]:
 
 def _run_cpu(*args) -> list[Tensor]:
     *rest, statistics = args
-    y = run_cpu(*rest)
-    return [y, *moments(y)] if statistics else [y]
+    if not statistics:
+        return [run_cpu(*rest)]
+    y = run_cpu(*_gradients.wide(rest))  # the moments are of y before its rounding
+    return [y.to(rest[0].dtype), *moments(y)]
 
 
 def run_cpu(*args) -> Tensor:

@@ -20,7 +20,13 @@ from effdet_kernels.ops.depthwise_conv.triton_fwd import taps
 from effdet_kernels.ops.pointwise_conv.triton_bwd import input_gradient
 from effdet_kernels.ops.separable_conv import op
 from effdet_kernels.ops.separable_conv.triton_fwd import LARGEST, launch
-from effdet_kernels.ops.separable_conv.triton_tile import depthwise, of_output, patches, tiling
+from effdet_kernels.ops.separable_conv.triton_tile import (
+    depthwise,
+    of_output,
+    patches,
+    pixels_of,
+    tiling,
+)
 from effdet_kernels.ops.weighted_fusion.triton_bwd import gradients as fusion_gradients
 from effdet_kernels.ops.weighted_fusion.triton_fwd import run as fuse
 from effdet_kernels.ops.weighted_fusion.triton_load import sources
@@ -60,17 +66,10 @@ def separable_conv_bwd_dpw_kernel(
             (x_ptr,), (source,), (1.0,), weights, image, top, left, c, columns, height, width, 0, 0,
             IN_UNIT, ("identity",), ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
         )  # [ROWS, BLOCK_K] # fmt: skip
-        row, column = patches(
-            tile % tiles, m // (PATCH_H * PATCH_W), height, width, 1, PATCH_H, PATCH_W, LANES
-        )
-        row, column = row + m // PATCH_W % PATCH_H, column + m % PATCH_W
-        inside = ((row < height) & (column < width))[:, None]
+        pixel = pixels_of(tile % tiles, m, height, width, 1, PATCH_H, PATCH_W, LANES)
         delta_part = tl.load(
-            delta_ptr
-            + image * height * width * rows
-            + (row * width + column)[:, None] * rows
-            + n[None, :],
-            mask=inside & (n < rows)[None, :],
+            delta_ptr + image * height * width * rows + pixel[:, None] * rows + n[None, :],
+            mask=(pixel < height * width)[:, None] & (n < rows)[None, :],
             other=0.0,
         )  # [ROWS, BLOCK_N]
         z = tl.dot(tl.trans(delta_part), middle, acc=z, input_precision=PRECISION, out_dtype=ACC)

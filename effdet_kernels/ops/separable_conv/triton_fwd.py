@@ -21,6 +21,7 @@ from effdet_kernels.ops.separable_conv.triton_tile import (
     of_output,
     of_output_or_none,
     patches,
+    pixels_of,
     tiling,
 )
 from effdet_kernels.ops.weighted_fusion.triton_load import fusion_shares, sources
@@ -32,7 +33,7 @@ LARGEST = 7  # kernel that is unrolled
 def separable_conv_fwd_kernel(
     dw_0_ptr, pw_0_ptr, dw_1_ptr, pw_1_ptr, fusion_weight_ptr, x, scale, shift, grad, y, sums,
     geometry, places, firsts, net_firsts,
-    in_units, steps, pool_left, pool_top,
+    in_units, steps, span, pool_left, pool_top,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     METHOD: tl.constexpr, RESAMPLE: tl.constexpr, KERNEL: tl.constexpr,
     PRE_ACT: tl.constexpr, ACT: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
@@ -61,56 +62,60 @@ def separable_conv_fwd_kernel(
     ROWS: tl.constexpr = LANES * PATCH_H * PATCH_W
     channels = in_units * IN_UNIT
     program -= revealed(of_output(firsts, firsts, program))
-    blocks = tl.cdiv(out_channels, BLOCK_N)
+    spans = tl.cdiv(out_channels, span)
     strips = tl.cdiv(height, steps * PATCH_H) * tl.cdiv(width, PATCH_W)
     tiles = tl.cdiv(strips, LANES)
-    tile = program // blocks
+    tile = program // spans
     image = (tile // tiles).to(tl.int64)
-    out = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    owned = out < out_channels
+    begin = program % spans * span
+    end = tl.minimum(begin + span, out_channels)
     lane, m = tl.arange(0, LANES), tl.arange(0, ROWS)
     top, left = patches(tile % tiles, lane, height, width, steps, PATCH_H, PATCH_W, LANES)
-    row, column = patches(
-        tile % tiles, m // (PATCH_H * PATCH_W), height, width, steps, PATCH_H, PATCH_W, LANES
-    )
-    row, column = row + m // PATCH_W % PATCH_H, column + m % PATCH_W
-    at = (row * width + column)[:, None] * out_channels + out[None, :]
+    pixel = pixels_of(tile % tiles, m, height, width, steps, PATCH_H, PATCH_W, LANES)
     y_ptr += image * height * width * out_channels
     if grad_ptr is not None:
         grad_ptr += image * height * width * out_channels
-        of_scale = tl.zeros((BLOCK_N,), ACC)
-        of_shift = tl.zeros((BLOCK_N,), ACC)
     if SINGLE:
         c = tl.arange(0, BLOCK_K)
         weights = taps(dw_ptr, c, c < channels, KERNEL, ACC)
-        weight = _slice(pw_ptr, c, out, channels, owned)
     for step in tl.range(0, steps, num_stages=1):
-        down = step * PATCH_H
-        z = tl.zeros((ROWS, BLOCK_N), ACC)
-        for k in tl.range(0, BLOCK_K if SINGLE else channels, BLOCK_K, num_stages=1):
-            if not SINGLE:
-                c = k + tl.arange(0, BLOCK_K)
-                weights = taps(dw_ptr, c, c < channels, KERNEL, ACC)
-                weight = _slice(pw_ptr, c, out, channels, owned)
+        if SINGLE:
             middle = depthwise(
-                x, geometry, shares, weights, image, top + down, left, c, channels, height, width, pool_left, pool_top,
+                x, geometry, shares, weights, image, top, left, c, channels, height, width, pool_left, pool_top,
                 IN_UNIT, RESAMPLE, ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
             )  # [ROWS, BLOCK_K] # fmt: skip
-            z = tl.dot(middle, weight, acc=z, input_precision=PRECISION, out_dtype=ACC)
-        inside = ((row + down < height) & (column < width))[:, None] & owned[None, :]
-        here = at + down * width * out_channels
-        if grad_ptr is None:
-            result = affine_act(z, scale_ptr, shift_ptr, out, owned, ACT)
-        else:
-            upper = tl.load(grad_ptr + here, mask=inside, other=0.0).to(ACC)
-            result, before = affine_act_gradient(upper, z, scale_ptr, shift_ptr, out, owned, ACT)
-            of_scale += tl.sum(before * z, 0)
-            of_shift += tl.sum(before, 0)
-        tl.store(y_ptr + here, result.to(y_ptr.dtype.element_ty), mask=inside)
-    if grad_ptr is not None:
-        sums_ptr += tile.to(tl.int64) * 2 * out_channels + out
-        tl.store(sums_ptr, of_scale, mask=owned)
-        tl.store(sums_ptr + out_channels, of_shift, mask=owned)
+        for n in tl.range(begin, end, BLOCK_N, num_stages=1):
+            out = n + tl.arange(0, BLOCK_N)
+            owned = out < out_channels
+            z = tl.zeros((ROWS, BLOCK_N), ACC)
+            if SINGLE:
+                weight = _slice(pw_ptr, c, out, channels, owned)
+                z = tl.dot(middle, weight, acc=z, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                for k in tl.range(0, channels, BLOCK_K, num_stages=1):
+                    c = k + tl.arange(0, BLOCK_K)
+                    weights = taps(dw_ptr, c, c < channels, KERNEL, ACC)
+                    middle = depthwise(
+                        x, geometry, shares, weights, image, top, left, c, channels, height, width, pool_left, pool_top,
+                        IN_UNIT, RESAMPLE, ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
+                    )  # [ROWS, BLOCK_K] # fmt: skip
+                    weight = _slice(pw_ptr, c, out, channels, owned)
+                    z = tl.dot(middle, weight, acc=z, input_precision=PRECISION, out_dtype=ACC)
+            at = pixel[:, None] * out_channels + out[None, :]
+            inside = (pixel < height * width)[:, None] & owned[None, :]
+            if grad_ptr is None:
+                result = affine_act(z, scale_ptr, shift_ptr, out, owned, ACT)
+            else:
+                upper = tl.load(grad_ptr + at, mask=inside, other=0.0).to(ACC)
+                result, before = affine_act_gradient(
+                    upper, z, scale_ptr, shift_ptr, out, owned, ACT
+                )
+                part = (tile * steps + step).to(tl.int64) * 2 * out_channels
+                tl.store(sums_ptr + part + out, tl.sum(before * z, 0), mask=owned)
+                tl.store(sums_ptr + part + out_channels + out, tl.sum(before, 0), mask=owned)
+            tl.store(y_ptr + at, result.to(y_ptr.dtype.element_ty), mask=inside)
+        top += PATCH_H
+        pixel += PATCH_H * width
 
 
 @triton.jit
@@ -162,19 +167,21 @@ def launch(
         options, tiles = tiling(_row(kernel, kinds, pre_act, grads), maps[0], max(widths), sizes)
         steps, block_n, block_k = (options[n] for n in ("STEPS", "BLOCK_N", "BLOCK_K"))
         del options["STEPS"]
+        slices = triton.cdiv(channels, block_k)
+        # Several slices of the input channels would be convolved again for each block of the output's.
+        span = block_n if slices > 1 else triton.cdiv(max(widths), block_n) * block_n
         programs = [
-            batch * t * triton.cdiv(width, block_n) for t, width in zip(tiles, widths, strict=True)
+            batch * t * triton.cdiv(width, span) for t, width in zip(tiles, widths, strict=True)
         ]
         firsts = _gpu.opaque(*itertools.accumulate(programs[:-1], initial=0))
         sums = None
         if grads is not None:
             wide = accumulation_dtype(maps[0].dtype)
             sums = tuple(
-                torch.empty(batch * t, 2, width, dtype=wide, device=maps[0].device)
+                torch.empty(batch * t * steps, 2, width, dtype=wide, device=maps[0].device)
                 for t, width in zip(tiles, widths, strict=True)
             )
             moments += sums
-        slices = triton.cdiv(channels, block_k)
         _triton.launch(
             separable_conv_fwd_kernel,
             sum(programs),
@@ -189,11 +196,13 @@ def launch(
                 for size, width in zip(sizes, widths, strict=True)
             ),
             firsts, firsts[::levels],
-            channels // unit, steps, pool_left, pool_top,
+            channels // unit, steps, span, pool_left, pool_top,
             IN_UNIT=unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(maps[0].dtype),
             PRECISION=_gpu.matrix_precision(maps[0].dtype), METHOD=method,
             RESAMPLE=kinds, KERNEL=kernel, PRE_ACT=pre_act, ACT=act, SINGLE=slices == 1,
-            trips=(steps,) if slices == 1 else (steps, steps * slices),
+            trips=(steps,) * (steps > 1)
+            + (steps * triton.cdiv(span, block_n),)
+            + (steps * slices,) * (slices > 1),
             flops=sum(
                 2 * batch * height * w * channels * width
                 for (height, w), width in zip(sizes, widths, strict=True)

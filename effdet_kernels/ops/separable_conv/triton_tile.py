@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from effdet_kernels import _triton
-from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import activate, revealed
+from effdet_kernels.ops.depthwise_conv.triton_fwd import zeros
 from effdet_kernels.ops.weighted_fusion.triton_load import fused_pixels
 
-_PROGRAMS = 8 * 132  # that a large GPU is filled with
+_PROGRAMS = 512  # that a large GPU is filled with
 
 
 @triton.jit
@@ -48,6 +48,18 @@ def patches(
 
 
 @triton.jit
+def pixels_of(
+    tile, m, height, width, steps,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The pixels of rows m of a tile's product, in row-major order of an image; height * width or more: of none."""
+    lane = m // (PATCH_H * PATCH_W)
+    top, left = patches(tile, lane, height, width, steps, PATCH_H, PATCH_W, LANES)
+    row, column = top + m // PATCH_W % PATCH_H, left + m % PATCH_W
+    return tl.where(column < width, row * width + column, height * width)
+
+
+@triton.jit
 def _within(place, size):
     """Whether 0 <= place < size."""
     return place.to(tl.uint32) < size.to(tl.uint32)
@@ -70,6 +82,33 @@ def _stacked(parts):
 
 
 @triton.jit
+def _with_row(
+    sums, x, geometry, shares, weights, image, row, left, c, channels, height, width, pool_left, pool_top,
+    PLACE: tl.constexpr, UNIT: tl.constexpr, RESAMPLE: tl.constexpr, ACC: tl.constexpr,
+    KERNEL: tl.constexpr, PATCH_W: tl.constexpr, PRE_ACT: tl.constexpr,
+):  # fmt: skip
+    """``sums`` and what ``row``, the row PLACE of patches and their border, adds to each pixel of a patch."""
+    pixels = ()
+    for j in tl.static_range(PATCH_W + KERNEL - 1):
+        column = left + (j - KERNEL // 2)
+        exists = _within(row, height) & _within(column, width)
+        value = fused_pixels(
+            x, geometry, shares, image, row[:, None], column[:, None], c[None, :],
+            exists[:, None] & (c < channels)[None, :], height, width, pool_left, pool_top,
+            UNIT, RESAMPLE, ACC,
+        )  # [LANES, BLOCK_K] # fmt: skip
+        pixels += (activate(value, PRE_ACT),)
+    added = ()
+    for place in tl.static_range(len(sums)):
+        result = sums[place]
+        for t in tl.static_range(KERNEL * KERNEL):
+            if place // PATCH_W + t // KERNEL == PLACE:
+                result += pixels[place % PATCH_W + t % KERNEL] * weights[t]
+        added += (result,)
+    return added
+
+
+@triton.jit
 def depthwise(
     x, geometry, shares, weights, image, top, left, c, channels, height, width, pool_left, pool_top,
     UNIT: tl.constexpr, RESAMPLE: tl.constexpr, ACC: tl.constexpr, KERNEL: tl.constexpr,
@@ -79,28 +118,19 @@ def depthwise(
 
     What is convolved, the activated fusion of x, is computed once per pixel of a patch and of its border.
     """
-    HALF: tl.constexpr = KERNEL // 2
-    rows = ()
-    results = ()
+    sums = zeros(PATCH_H * PATCH_W, top.shape[0], c.shape[0], ACC)
+    # A row that costs much is a block of its own, skipped below the map: the compiler keeps all rows in registers else.
+    PLAIN: tl.constexpr = len(RESAMPLE) == 1 and PRE_ACT == "none"
+    highest = tl.min(top, 0)
     for i in tl.static_range(PATCH_H + KERNEL - 1):
-        row = top + (i - HALF)
-        pixels = ()
-        for j in tl.static_range(PATCH_W + KERNEL - 1):
-            column = left + (j - HALF)
-            exists = _within(row, height) & _within(column, width)
-            value = fused_pixels(
-                x, geometry, shares, image, row[:, None], column[:, None], c[None, :],
-                exists[:, None] & (c < channels)[None, :], height, width, pool_left, pool_top,
-                UNIT, RESAMPLE, ACC,
-            )  # [LANES, BLOCK_K] # fmt: skip
-            pixels += (activate(value, PRE_ACT),)
-        rows += (pixels,)
-        if i >= KERNEL - 1:
-            for j in tl.static_range(PATCH_W):
-                result = rows[i - KERNEL + 1][j] * weights[0]
-                for t in tl.static_range(1, KERNEL * KERNEL):
-                    result += rows[i - KERNEL + 1 + t // KERNEL][j + t % KERNEL] * weights[t]
-                results += (result.to(x[0].dtype.element_ty),)
+        if PLAIN or highest + (i - KERNEL // 2) < height:
+            sums = _with_row(
+                sums, x, geometry, shares, weights, image, top + (i - KERNEL // 2), left, c, channels,
+                height, width, pool_left, pool_top, i, UNIT, RESAMPLE, ACC, KERNEL, PATCH_W, PRE_ACT,
+            )  # fmt: skip
+    results = ()
+    for place in tl.static_range(PATCH_H * PATCH_W):
+        results += (sums[place].to(x[0].dtype.element_ty),)
     return _stacked(results)
 
 
@@ -110,18 +140,23 @@ def tiling(
     """Options of a kernel on maps like ``like``, and how many tiles an image of each of ``sizes`` has."""
     batch, channels = like.shape[:2]
     options = _triton.config("separable_conv", kernel, like, channels)
-    options["BLOCK_N"] = _gpu.block(out_channels, options["BLOCK_N"])
-    options["BLOCK_K"] = _gpu.block(channels, options["BLOCK_K"])
-    blocks = triton.cdiv(out_channels, options["BLOCK_N"])
-    while True:
-        tiles = [
-            triton.cdiv(
-                triton.cdiv(height, options["STEPS"] * options["PATCH_H"])
-                * triton.cdiv(width, options["PATCH_W"]),
-                options["LANES"],
-            )
-            for height, width in sizes
-        ]
-        if options["STEPS"] == 1 or batch * sum(tiles) * blocks >= _PROGRAMS:
-            return options, tiles
+    # What is padded costs less than making the depthwise result again for another block.
+    for name, count in (("BLOCK_N", out_channels), ("BLOCK_K", channels)):
+        options[name] = min(options[name], max(16, triton.next_power_of_2(count)))
+    tiles = _tiles(options, sizes)
+    while options["STEPS"] > 1 and batch * sum(tiles) < _PROGRAMS:
         options["STEPS"] //= 2
+        tiles = _tiles(options, sizes)
+    for name, least in (("PATCH_H", 2), ("LANES", 4)):
+        while options[name] > least and batch * sum(tiles) < _PROGRAMS // 8:
+            options[name] //= 2
+            tiles = _tiles(options, sizes)
+    return options, tiles
+
+
+def _tiles(options: dict[str, Any], sizes: Sequence[tuple[int, int]]) -> list[int]:
+    rows, columns = options["STEPS"] * options["PATCH_H"], options["PATCH_W"]
+    return [
+        triton.cdiv(triton.cdiv(height, rows) * triton.cdiv(width, columns), options["LANES"])
+        for height, width in sizes
+    ]
