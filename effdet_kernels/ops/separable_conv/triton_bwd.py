@@ -39,8 +39,8 @@ def separable_conv_bwd_dpw_kernel(
     dw_ptr, out_ptr, x, delta, geometry, places, firsts,
     batch, in_units, out_units, segment, row_blocks, column_blocks,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    KERNEL: tl.constexpr, PRE_ACT: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KERNEL: tl.constexpr, RESAMPLE: tl.constexpr, PRE_ACT: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sum over a segment of the tiles of one level of delta[., n] * depthwise(pre_act(x))[., k], made again."""
     program = tl.program_id(0)
@@ -64,7 +64,7 @@ def separable_conv_bwd_dpw_kernel(
         top, left = patches(tile % tiles, lane, height, width, 1, PATCH_H, PATCH_W, LANES)
         middle = depthwise(
             (x_ptr,), (source,), (1.0,), weights, image, top, left, c, columns, height, width, 0, 0,
-            IN_UNIT, ("identity",), ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
+            IN_UNIT, RESAMPLE, ACC, KERNEL, PATCH_H, PATCH_W, PRE_ACT,
         )  # [ROWS, BLOCK_K] # fmt: skip
         pixel = pixels_of(tile % tiles, m, height, width, 1, PATCH_H, PATCH_W, LANES)
         delta_part = tl.load(
@@ -107,7 +107,8 @@ def pointwise_weight(
         _gpu.opaque(*itertools.accumulate(parts[:-1], initial=0)),
         batch, channels // unit, out_channels // out_unit, segment, row_blocks, column_blocks,
         IN_UNIT=unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(maps[0].dtype),
-        PRECISION=_gpu.matrix_precision(maps[0].dtype), KERNEL=kernel, PRE_ACT=pre_act,
+        PRECISION=_gpu.matrix_precision(maps[0].dtype), KERNEL=kernel,
+        RESAMPLE=("identity",), PRE_ACT=pre_act,
         trips=(segment,), flops=2 * pixels * channels * out_channels, **options,
     )  # fmt: skip
     return _gpu.total(out)[:, :, None, None]

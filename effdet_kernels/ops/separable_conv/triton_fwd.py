@@ -19,7 +19,6 @@ from effdet_kernels.ops.separable_conv import op
 from effdet_kernels.ops.separable_conv.triton_tile import (
     depthwise,
     of_output,
-    of_output_or_none,
     patches,
     pixels_of,
     tiling,
@@ -48,10 +47,10 @@ def separable_conv_fwd_kernel(
     program = tl.program_id(0)
     dw_ptr = of_output((dw_0_ptr, dw_1_ptr), net_firsts, program)
     pw_ptr = of_output((pw_0_ptr, pw_1_ptr), net_firsts, program)
-    scale_ptr = of_output_or_none(scale, firsts, program)
-    shift_ptr = of_output_or_none(shift, firsts, program)
-    grad_ptr = of_output_or_none(grad, firsts, program)
-    sums_ptr = of_output_or_none(sums, firsts, program)
+    scale_ptr = None if scale is None else of_output(scale, firsts, program)
+    shift_ptr = None if shift is None else of_output(shift, firsts, program)
+    grad_ptr = None if grad is None else of_output(grad, firsts, program)
+    sums_ptr = None if sums is None else of_output(sums, firsts, program)
     y_ptr = of_output(y, firsts, program)
     if METHOD == "none":
         x, geometry = (of_output(x, firsts, program),), (of_output(geometry, firsts, program),)

@@ -28,15 +28,6 @@ def of_output(values, firsts, program):
 
 
 @triton.jit
-def of_output_or_none(values, firsts, program):
-    """The same, or None of None."""
-    if values is None:
-        return None
-    else:
-        return of_output(values, firsts, program)
-
-
-@triton.jit
 def patches(
     tile, lane, height, width, steps,
     PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, LANES: tl.constexpr,

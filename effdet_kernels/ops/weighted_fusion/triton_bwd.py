@@ -81,7 +81,7 @@ def weighted_fusion_bwd_kernel(
             elif ACT != "none" or parts_ptr is not None:
                 value = resampled(
                     x_ptr, row, column, channel, inside, height, width, pool_left, pool_top,
-                    x_height, x_width, stride_h, stride_w, RESAMPLE[i], ACC,
+                    x_height, x_width, stride_h, stride_w, tl.constexpr(RESAMPLE[i]), ACC,
                 )  # fmt: skip
             values += (value,)
             fused += value * shares[i]

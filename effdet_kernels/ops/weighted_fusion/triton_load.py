@@ -29,7 +29,7 @@ def fused_pixels(
         value = resampled(
             x[i] + image * (revealed(stride_b) * UNIT), row, column, channel, inside, height, width,
             pool_left, pool_top, revealed(x_height), revealed(x_width),
-            revealed(stride_h) * UNIT, revealed(stride_w) * UNIT, RESAMPLE[i], ACC,
+            revealed(stride_h) * UNIT, revealed(stride_w) * UNIT, tl.constexpr(RESAMPLE[i]), ACC,
         )  # fmt: skip
         value *= shares[i]
         total = value if i == 0 else total + value
