@@ -30,19 +30,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effdet_kernels import _library, _triton, testing
 from effdet_kernels.bound import flatten, map_tensors
 from effdet_kernels.spec import Case, Inputs, OpSpec, iter_specs
+from effdet_kernels.verify import DTYPES
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 ARCHITECTURES = {80: 163, 86: 99, 90: 227, 120: 99}  # and their shared memory per block, KB
 # The GPU that predictions are for, an H200: measured copy bandwidth and bf16 product, the clock under load.
 BANDWIDTH, MATRIX_FLOPS, CLOCK, MULTIPROCESSORS = 4.3e12, 788e12, 1.755e9, 132
 _ISSUED = 4  # warp instructions per clock and multiprocessor
 _SPECIAL = 0.5  # of these, MUFU
 _WARP = 32
+_WIDE = re.compile(r"\.(64|128)(\.|$)")  # of a load's opcode: addresses have a ".64" too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _examined(cubin: bytes, shared: int, warps: int) -> Code:
     code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
     outside, *loops = _loops(code, "")
     loads = [text for _, text in code if text.startswith(("LDG", "LDGSTS"))]
-    vector = sum(".64" in text or ".128" in text for text in loads)
+    vector = sum(_WIDE.search(text.split()[0]) is not None for text in loads)
     names = ("HGMMA", "HMMA", "DMMA")
     matrix = next((n for n in names if any(t.startswith(n) for _, t in code)), "")
     return Code(
