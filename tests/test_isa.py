@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from effdet_kernels import _native, testing
+import effdet_kernels as ek
+from effdet_kernels import _native, testing, use_backend
 from effdet_kernels.spec import iter_specs
 
 # soft_nms has one build for all; what the best set computes is what every other test sees.
@@ -27,6 +28,18 @@ def available() -> list[str]:
     names = _native.ISAS[: _native.module().isa()]
     assert "portable" in names or _native.module().isa() == 0
     return list(names)
+
+
+@pytest.mark.parametrize("act", ["swish", "mish", "hard_swish", "leaky_relu"])
+def test_a_nan_of_any_bits_stays_one(act):
+    """Torch makes 0x7fffffff of one float16 NaN, 0x7fc00000 of many."""
+    shift = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    for isa in [*available(), _native.ISAS[_native.module().isa()]]:
+        with _native.use_isa(isa), use_backend("cpu"):
+            y = ek.pointwise_conv(
+                torch.ones(1, 2, 5, 5), torch.ones(3, 2, 1, 1), shift=shift, act=act
+            )
+        assert y.isnan().all(), isa
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)

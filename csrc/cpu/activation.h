@@ -7,7 +7,8 @@
 namespace effdet {
 namespace EFFDET_ISA {
 
-// e^x for x in [-87, 88]. Cody and Waite's reduction to |r| <= ln(2)/2, a polynomial of degree 7 (Cephes' expf).
+// e^x for x in [-87, 88]; a NaN stays, whatever its bits. Cody and Waite's reduction to |r| <= ln(2)/2, a polynomial of
+// degree 7 (Cephes' expf).
 EFFDET_INLINE Vec<float> exponential(Vec<float> x) {
   const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec<float> t = x * 1.44269504088896341f + kMagic;
@@ -19,7 +20,8 @@ EFFDET_INLINE Vec<float> exponential(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return bit_cast<Vec<float>>(bit_cast<VecI>(p) + (bit_cast<VecI>(t) << 23));
+  const Vec<float> y = bit_cast<Vec<float>>(bit_cast<VecI>(p) + (bit_cast<VecI>(t) << 23));
+  return x == x ? y : x;  // the sum of bits can be that of a number
 }
 EFFDET_INLINE Vec<double> exponential(Vec<double> x) {
   Vec<double> y{};
