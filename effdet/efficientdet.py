@@ -18,6 +18,7 @@ from .bifpn import BiFpn, BiFpnLayer, Fnode, FpnCombine
 from .config import set_config_readonly, set_config_writeable
 from .config.config_utils import copy_config
 from .config.validate import check_config
+from .folding import Folds
 from .heads import HeadNet
 from .layers import (
     ConvBnAct2d,
@@ -78,6 +79,7 @@ class EfficientDet(nn.Module):
         self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes)
         self.box_net = HeadNet(self.config, num_outputs=4)
         self._plans = Plans()
+        self._folds = Folds()
         for name in ("fpn", "class_net", "box_net"):
             self._init_child(name, alternate_init)
 
@@ -139,8 +141,9 @@ class EfficientDet(nn.Module):
         return self._network(x) if planned is None else planned
 
     def _network(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        features = self.fpn(self.backbone(x))
-        return self.class_net(features), self.box_net(features)
+        with self._folds.ahead(x):
+            features = self.fpn(self.backbone(x))
+            return self.class_net(features), self.box_net(features)
 
     def warmup(
         self,

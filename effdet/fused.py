@@ -17,7 +17,7 @@ them do not fire; hooks on the blocks that contain them do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard, cast, overload
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from effdet_kernels import (
     separable_conv,
 )
 
+from .folding import fold, fold_norm, is_batch_norm, is_folded, stable
 from .padding import Padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -87,50 +88,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and not hooked
 
 
-def is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether `norm` computes exactly what `nn.BatchNorm2d` computes."""
-    return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
-
-
-@overload
-def is_folded(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]: ...
-@overload
-def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]: ...
-def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]:
-    """Whether `norm` is an affine map with constants: nothing, or batch norm in eval mode."""
-    if norm is None:
-        return True
-    return is_batch_norm(norm) and not norm.training and norm.running_mean is not None
-
-
-def fold(norm: nn.BatchNorm2d | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`norm(y + bias)` as `y * scale + shift`, both [C] in fp32 (fp64 for an fp64 model).
-
-    `None` stands for a scale of one or a shift of zero.
-    """
-    if norm is None:
-        return None, None if bias is None else _stable(bias)
-    return _fold_norm(norm, bias)
-
-
-def _fold_norm(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)  # of a folded norm
-    scale = torch.rsqrt(_stable(var) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * _stable(norm.weight)
-    mean = _stable(mean)
-    if bias is not None:
-        mean = mean - _stable(bias)
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + _stable(norm.bias)
-    return scale, shift
-
-
-def _stable(vector: Tensor) -> Tensor:
-    return vector if vector.dtype == torch.float64 else vector.float()
-
-
 def norm_act(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor:
     """`act(norm(y))` for what was not folded; updates running statistics.
 
@@ -151,7 +108,7 @@ def norm_act(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor
     weight = norm.weight if norm.weight is not None else y.new_ones(y.shape[1])
     bias = norm.bias if norm.bias is not None else y.new_zeros(y.shape[1])
     name, after = op_activation(act)
-    y, mean, var = batch_norm_act(y, _stable(weight), _stable(bias), eps=norm.eps, act=name)
+    y, mean, var = batch_norm_act(y, stable(weight), stable(bias), eps=norm.eps, act=name)
     if norm.training and norm.track_running_stats:
         _update_running_stats(norm, mean, var * (count / (count - 1)))
     return y if after is None else after(y)
@@ -186,7 +143,7 @@ def dense(
     own = conv.padding if padding is None else 0
     weight, bias = conv.weight, conv.bias
     if is_folded(norm) and norm is not None:
-        scale, shift = _fold_norm(norm, bias)
+        scale, shift = fold_norm(norm, bias)
         weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
         bias = shift.to(weight.dtype)
     y = F.conv2d(x, weight, bias, conv.stride, own, conv.dilation, conv.groups)
@@ -207,7 +164,7 @@ def _dense(
 ) -> Tensor:
     how: dict[str, Any] = {"stride": conv.stride[0], "padding": padding}
     if not is_folded(norm):
-        shift = None if conv.bias is None else _stable(conv.bias)
+        shift = None if conv.bias is None else stable(conv.bias)
         return norm_act(dense_conv(x, conv.weight, shift=shift, **how), norm, act)
     name, after = op_activation(act)
     y = dense_conv(x, conv.weight, *fold(norm, conv.bias), act=name, **how)
@@ -227,7 +184,7 @@ def pointwise(
     Shapes: x [B, C, H, W], gate [B, C], residual and the result [B, O, H, W].
     """
     if not is_folded(norm):
-        shift = None if conv.bias is None else _stable(conv.bias)
+        shift = None if conv.bias is None else stable(conv.bias)
         y = norm_act(_map(pointwise_conv(x, conv.weight, shift=shift, gate=gate)), norm, act)
         return y if residual is None else y + residual
     name, after = op_activation(act)
@@ -257,7 +214,7 @@ def depthwise(
     """`y = act(norm(conv(x)))` and, if `squeeze`, the sums of y over H and W, [B, C]."""
     stride = conv.stride[0]
     if not is_folded(norm):
-        shift = None if conv.bias is None else _stable(conv.bias)
+        shift = None if conv.bias is None else stable(conv.bias)
         raw = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
         y = norm_act(_with_sums(raw)[0], norm, act)
         return y, spatial_sums(y) if squeeze else None
@@ -302,9 +259,9 @@ def expand(
     result = expand_depthwise(
         x,
         conv_pw.weight,
-        *_fold_norm(norm_pw, conv_pw.bias),
+        *fold_norm(norm_pw, conv_pw.bias),
         conv_dw.weight,
-        *_fold_norm(norm_dw, conv_dw.bias),
+        *fold_norm(norm_dw, conv_dw.bias),
         stride=conv_dw.stride[0],
         padding=padding,
         act=name,
@@ -342,11 +299,14 @@ def separable(
     name, after = op_activation(act)
     folded = [norm for norm in norms if is_folded(norm)]
     if len(folded) == len(norms):
-        folds = [fold(norm, conv_pw.bias) for norm in folded]
+        if any(norm is not None for norm in norms):
+            folds = [fold(norm, conv_pw.bias) for norm in folded]
+        else:
+            folds = [fold(None, conv_pw.bias)] * len(norms)
         scale = [factor for factor, _ in folds if factor is not None]
         shift = [term for _, term in folds if term is not None]
         y = separable_conv(list(x), *weights, scale, shift, act=name, **load)
         return y if after is None else [after(level) for level in y]
-    shift = [] if conv_pw.bias is None else [_stable(conv_pw.bias)] * len(norms)
+    shift = [] if conv_pw.bias is None else [stable(conv_pw.bias)] * len(norms)
     raw = separable_conv(list(x), *weights, [], shift, **load)
     return [norm_act(level, norm, act) for level, norm in zip(raw, norms, strict=True)]
