@@ -14,17 +14,23 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import activate, affine_act_gradient, slope
-from effdet_kernels.ops.depthwise_conv.triton_fwd import taps, walk, with_rows, zeros
+from effdet_kernels.ops.depthwise_conv.triton_fwd import load_rows, taps, walk, with_rows, zeros
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "out_height", "out_width", "channel_units", "left", "top",
+        "stride_xh_units", "stride_xw_units", "stride_gh_units", "stride_gw_units", "segments", "tiles", "blocks",
+        "ROWS",
+    ]
+)  # fmt: skip
 def depthwise_conv_bwd_delta_kernel(
     x_ptr, weight_ptr, scale_ptr, shift_ptr, grad_ptr, grad_sums_ptr, delta_ptr, of_scale_ptr, of_shift_ptr,
     height, width, out_height, out_width, channel_units, left, top,
     stride_xb, stride_xh_units, stride_xw_units, stride_gb, stride_gh_units, stride_gw_units,
     segments, tiles, blocks,
     UNIT: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-    ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the raw result, which the forward's walk makes again, and a row of each sum over pixels."""
     LIVE: tl.constexpr = (K + STRIDE - 1) // STRIDE
@@ -42,14 +48,16 @@ def depthwise_conv_bwd_delta_kernel(
     of_scale = tl.zeros((BLOCK_W, BLOCK_C), ACC)
     of_shift = tl.zeros((BLOCK_W, BLOCK_C), ACC)
     source = column * STRIDE - left
-    x_ptr += image * stride_xb + (source * (stride_xw_units * UNIT))[:, None] + c[None, :]
+    stride_xh, stride_xw = stride_xh_units * UNIT, stride_xw_units * UNIT
+    x_ptr += image * stride_xb + (source * stride_xw)[:, None] + c[None, :]
     grad_ptr += image * stride_gb
     delta_ptr += image * out_height * out_width * channels
-    for step in range(0, ROWS + LIVE - 1):
-        sums = with_rows(
-            sums, weights, x_ptr, (first + step) * STRIDE - top, height,
-            stride_xh_units * UNIT, stride_xw_units * UNIT, width, source, inside, K, STRIDE, ACC,
+    for step in tl.range(0, ROWS + LIVE - 1, num_stages=STAGES):
+        rows = load_rows(
+            x_ptr, (first + step) * STRIDE - top, height, stride_xh, stride_xw, width, source, inside,
+            K, STRIDE,
         )  # fmt: skip
+        sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
         row = first + step - (LIVE - 1) + tl.zeros_like(column)
         done = owned & ((row >= first) & (row < out_height))[:, None]
         at = (row * (stride_gh_units * UNIT) + column * (stride_gw_units * UNIT))[:, None] + c[
@@ -87,7 +95,13 @@ def _input_rows(
     return found
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "out_height", "out_width", "channel_units", "left", "top",
+        "images", "groups", "stride_dh_units", "stride_dw_units", "stride_xh_units", "stride_xw_units", "segments",
+        "tiles", "blocks", "ROWS",
+    ]
+)  # fmt: skip
 def depthwise_conv_bwd_kernel(
     delta_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr,
     images, height, width, out_height, out_width, channel_units, left, top,
@@ -206,8 +220,7 @@ def gradients(
     dx = _gpu.allocate([_library.nchw(x.shape, x)])[0] if of_x else None
     rows = max(out_height, triton.cdiv(height + top, stride))
     columns = max(out_width, triton.cdiv(width + left, stride))
-    size = k * stride
-    options, segments, tiles, blocks = walk("bwd", x, batch, channels, rows, columns, k, size)
+    options, segments, tiles, blocks = walk("bwd", x, batch, channels, rows, columns, k * stride)
     groups = max(1, min(batch, 2048 // (segments * tiles * blocks)))
     parts = None
     if of_weight:
@@ -246,7 +259,7 @@ def output_gradient(
     k, (out_height, out_width) = weight.shape[2], grad.shape[2:]
     (delta,) = _gpu.allocate([_library.nchw(grad.shape, x)])
     options, segments, tiles, blocks = walk(
-        "bwd_delta", x, batch, channels, out_height, out_width, k, k
+        "bwd_delta", x, batch, channels, out_height, out_width, k
     )
     wide = accumulation_dtype(x.dtype)
     sums = torch.empty(2, batch * segments * tiles, channels, dtype=wide, device=x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from effdet_kernels.ops import _arguments, _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._tl import affine_act
 
-_PROGRAMS = 8 * 132  # that a large GPU is filled with
+_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
 
 
 @triton.jit
@@ -38,22 +39,34 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: t
 
 
 @triton.jit
-def with_rows(
-    sums, weights, x_ptr, row, height, stride_h, stride_w, width, first, inside,
-    K: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr,
+def load_rows(
+    x_ptr, row, height, stride_h, stride_w, width, first, inside, K: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` and what STRIDE input rows from ``row`` on add; sums[d] is of the output row d before the newest.
+    """STRIDE input rows from ``row`` on, each as K tiles [BLOCK_W, BLOCK_C], one for each column of the kernel.
 
     ``x_ptr`` [BLOCK_W, BLOCK_C] points to the pixels of row 0 under the kernel's first column, which are in the columns
-    ``first``. Each pixel is loaded once for each of the K columns, and used for all the rows of the kernel.
+    ``first``.
     """
+    found = ()
     for q in tl.static_range(STRIDE):
         source_row = row + q + tl.zeros_like(first)
         exists = (source_row >= 0) & (source_row < height)
         row_ptr = x_ptr + (row + q) * stride_h
         for j in tl.static_range(K):
             mask = (exists & (first + j >= 0) & (first + j < width))[:, None] & inside[None, :]
-            x = tl.load(row_ptr + j * stride_w, mask=mask, other=0.0).to(ACC)  # [BLOCK_W, BLOCK_C]
+            found = found + (tl.load(row_ptr + j * stride_w, mask=mask, other=0.0),)
+    return found
+
+
+@triton.jit
+def with_rows(sums, weights, rows, K: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    """``sums`` and what ``rows`` add; sums[d] is of the output row d before the newest.
+
+    Each pixel is loaded once for each of the K columns, and used for all the rows of the kernel.
+    """
+    for q in tl.static_range(STRIDE):
+        for j in tl.static_range(K):
+            x = rows[q * K + j].to(ACC)
             added = ()
             for d in tl.static_range(len(sums)):
                 if d * STRIDE + q < K:
@@ -64,13 +77,18 @@ def with_rows(
     return sums
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "out_height", "out_width", "channel_units", "left", "top",
+        "stride_xh_units", "stride_xw_units", "segments", "tiles", "blocks", "ROWS",
+    ]
+)  # fmt: skip
 def depthwise_conv_fwd_kernel(
     x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr, sums_ptr,
     height, width, out_height, out_width, channel_units, left, top,
     stride_xb, stride_xh_units, stride_xw_units, segments, tiles, blocks,
     UNIT: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-    ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS output rows by BLOCK_W columns of an image, BLOCK_C channels. Counts in units."""
     LIVE: tl.constexpr = (K + STRIDE - 1) // STRIDE
@@ -87,13 +105,15 @@ def depthwise_conv_fwd_kernel(
     sums = zeros(LIVE, BLOCK_W, BLOCK_C, ACC)
     squeezed = tl.zeros((BLOCK_W, BLOCK_C), ACC)
     source = column * STRIDE - left
-    x_ptr += image * stride_xb + (source * (stride_xw_units * UNIT))[:, None] + c[None, :]
+    stride_xh, stride_xw = stride_xh_units * UNIT, stride_xw_units * UNIT
+    x_ptr += image * stride_xb + (source * stride_xw)[:, None] + c[None, :]
     y_ptr += image * out_height * out_width * channels
-    for step in range(0, ROWS + LIVE - 1):
-        sums = with_rows(
-            sums, weights, x_ptr, (first + step) * STRIDE - top, height,
-            stride_xh_units * UNIT, stride_xw_units * UNIT, width, source, inside, K, STRIDE, ACC,
+    for step in tl.range(0, ROWS + LIVE - 1, num_stages=STAGES):
+        rows = load_rows(
+            x_ptr, (first + step) * STRIDE - top, height, stride_xh, stride_xw, width, source, inside,
+            K, STRIDE,
         )  # fmt: skip
+        sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
         row = first + step - (LIVE - 1) + tl.zeros_like(column)
         done = owned & ((row >= first) & (row < out_height))[:, None]
         y = affine_act(sums[LIVE - 1], scale_ptr, shift_ptr, c, inside, ACT)
@@ -108,7 +128,7 @@ def depthwise_conv_fwd_kernel(
 
 
 def walk(
-    kernel: str, like: Tensor, batch: int, channels: int, rows: int, columns: int, k: int, size: int
+    kernel: str, like: Tensor, batch: int, channels: int, rows: int, columns: int, size: int
 ) -> tuple[dict[str, Any], int, int, int]:
     """Options of a kernel that walks down ``rows`` of ``columns``; segments, tiles of columns, blocks of channels.
 
@@ -120,15 +140,24 @@ def walk(
     options["BLOCK_W"] *= widest // options["BLOCK_C"]
     tiles = triton.cdiv(columns, options["BLOCK_W"])
     blocks = triton.cdiv(channels, options["BLOCK_C"])
-    least = 2 * k  # rows of a segment that repay those at its seams
-    while (
-        options["ROWS"] // 2 >= least
-        and batch * tiles * blocks * -(-rows // options["ROWS"]) < _PROGRAMS
-    ):
-        options["ROWS"] //= 2
-    segments = triton.cdiv(rows, options["ROWS"])
+    segments = _segments(rows, options["ROWS"], batch * tiles * blocks)
     options["ROWS"] = triton.cdiv(rows, segments)
     return options, segments, tiles, blocks
+
+
+@functools.cache
+def _segments(rows: int, most: int, others: int) -> int:
+    """How many segments of at most ``most`` rows are done first, where each is ``others`` programs.
+
+    What was measured on an H200: a program takes the time of its rows and of some six more (its weights, and the rows
+    around a segment), and a second one on a multiprocessor adds 0.7 of that.
+    """
+
+    def time(segments: int) -> float:
+        rounds = triton.cdiv(segments * others, _MULTIPROCESSORS)
+        return (triton.cdiv(rows, segments) + 6) * (1 + 0.7 * (rounds - 1))
+
+    return min(range(triton.cdiv(rows, most), rows + 1), key=time)
 
 
 def run(
@@ -146,7 +175,7 @@ def run(
     k = weight.shape[2]
     out_height, out_width = _arguments.convolved_size("depthwise_conv", x, k, stride, padding)
     (y,) = _gpu.allocate([_library.nchw((batch, channels, out_height, out_width), x)])
-    options, segments, tiles, blocks = walk("fwd", x, batch, channels, out_height, out_width, k, k)
+    options, segments, tiles, blocks = walk("fwd", x, batch, channels, out_height, out_width, k)
     sums = None
     if squeeze:
         wide = accumulation_dtype(x.dtype)

@@ -42,7 +42,11 @@ def tile_product(
     return z
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "in_units", "out_units", "tiles", "blocks", "stride_xp_units", "stride_rp_units",
+    ]
+)  # fmt: skip
 def pointwise_conv_fwd_kernel(
     x_ptr, weight_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr, y_ptr, parts_ptr, counts_ptr,
     pixels, in_units, out_units, tiles, blocks,
