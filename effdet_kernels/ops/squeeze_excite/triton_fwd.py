@@ -1,4 +1,4 @@
-"""Triton kernel of ``squeeze_excite``: a program per image, which reads each weight once."""
+"""Triton kernel of ``squeeze_excite``: a program per image and share of its channels, each with the whole reduction."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from effdet_kernels import _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import activate, number, sigmoid
+
+_PROGRAMS = 132  # that a large GPU runs side by side
 
 
 @triton.jit
@@ -53,22 +55,24 @@ def gated(u, GATE: tl.constexpr):
     return activate(u + 3.0, "relu6") * (1.0 / 6.0)
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["row_units", "share", "shares", "steps"])
 def squeeze_excite_fwd_kernel(
     sums_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr, expand_bias_ptr, gates_ptr,
-    channels, rows, share,
-    ACC: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+    channels, row_units, share, shares, steps,
+    ROW_UNIT: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gates of an image; BLOCK_R holds all rows of the reduction."""
-    image = tl.program_id(0).to(tl.int64)
+    """A program: BLOCK_C * steps gates of an image; BLOCK_R holds all rows of the reduction."""
+    program = tl.program_id(0)
+    image = (program // shares).to(tl.int64)
+    rows = row_units * ROW_UNIT
     hidden = reduced(
         sums_ptr + image * channels, reduce_ptr, reduce_bias_ptr, channels, rows, share, ACC, BLOCK_R, BLOCK_C
     )  # fmt: skip
     hidden = activate(hidden, ACT)
     r = tl.arange(0, BLOCK_R)
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
+    for step in range(steps):
+        c = (program % shares * steps + step) * BLOCK_C + tl.arange(0, BLOCK_C)
         weight = load_weight(expand_ptr, c, channels, r, rows, ACC)  # [BLOCK_C, BLOCK_R]
         u = tl.sum(weight * hidden[None, :], 1) + load_vector(expand_bias_ptr, c, channels, ACC)
         tl.store(gates_ptr + image * channels + c, gated(u, GATE), mask=c < channels)
@@ -98,13 +102,16 @@ def run(
     parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
     (gates,) = _gpu.allocate([TensorSpec((batch, channels), sums.dtype, sums.device)])
     options = tiling("fwd", sums, reduce_weight)
-    steps = triton.cdiv(channels, options["BLOCK_C"])
+    blocks = triton.cdiv(channels, options["BLOCK_C"])
+    steps = triton.cdiv(blocks, max(1, _PROGRAMS // max(1, batch)))  # few images are shared out
+    shares = triton.cdiv(blocks, steps)
+    unit = _gpu.alignment(len(reduce_weight))
     _triton.launch(
         squeeze_excite_fwd_kernel,
-        batch,
+        batch * shares,
         sums.contiguous(), *map(_gpu.dense, parameters), gates,
-        channels, len(reduce_weight), _gpu.bits(1 / count),
-        ACC=_gpu.accumulator(sums.dtype), ACT=act, GATE=gate, **options,
-        trips=(steps, steps),
+        channels, len(reduce_weight) // unit, _gpu.bits(1 / count), shares, steps,
+        ROW_UNIT=unit, ACC=_gpu.accumulator(sums.dtype), ACT=act, GATE=gate, **options,
+        trips=(blocks, steps),
     )  # fmt: skip
     return gates
