@@ -14,16 +14,21 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import affine_act_gradient
-from effdet_kernels.ops.pointwise_conv.triton_fwd import tile_product, tiling
+from effdet_kernels.ops.pointwise_conv.triton_fwd import slices, tile_product, tiling
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "in_units", "out_units", "tiles", "blocks", "stride_xp_units", "stride_gp_units",
+    ]
+)  # fmt: skip
 def pointwise_conv_bwd_delta_kernel(
     x_ptr, weight_ptr, scale_ptr, shift_ptr, gate_ptr, grad_ptr, delta_ptr, of_scale_ptr, of_shift_ptr,
     pixels, in_units, out_units, tiles, blocks,
     stride_xb, stride_xp_units, stride_gb, stride_gp_units, stride_out, stride_in,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z, and a row of each sum over pixels per tile; z is computed again, not loaded."""
     program = tl.program_id(0)
@@ -36,7 +41,7 @@ def pointwise_conv_bwd_delta_kernel(
         gate_ptr += image * channels
     z = tile_product(
         x_ptr + image * stride_xb, weight_ptr, gate_ptr, pixel, pixels, channels, out, out_channels,
-        stride_xp_units * IN_UNIT, stride_out, stride_in, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        stride_xp_units * IN_UNIT, stride_out, stride_in, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SINGLE,
     )  # fmt: skip
     inside = (pixel < pixels)[:, None] & (out < out_channels)[None, :]
     at = pixel[:, None] * (stride_gp_units * OUT_UNIT) + out[None, :]
@@ -50,13 +55,17 @@ def pointwise_conv_bwd_delta_kernel(
     tl.store(of_shift_ptr + row, tl.sum(before, 0), mask=out < out_channels)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "in_units", "out_units", "tiles", "blocks", "stride_xp_units", "stride_dp_units",
+    ]
+)  # fmt: skip
 def pointwise_conv_bwd_dx_kernel(
     delta_ptr, weight_ptr, gate_ptr, x_ptr, dx_ptr, of_gate_ptr,
     pixels, in_units, out_units, tiles, blocks,
     stride_xb, stride_xp_units, stride_db, stride_dp_units, stride_out, stride_in,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """dx = gate * h, h = weight^T delta, and a row of the sum of x * h per tile."""
     program = tl.program_id(0)
@@ -67,7 +76,7 @@ def pointwise_conv_bwd_dx_kernel(
     c = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = tile_product(
         delta_ptr + image * stride_db, weight_ptr, None, pixel, pixels, out_channels, c, channels,
-        stride_dp_units * OUT_UNIT, stride_in, stride_out, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        stride_dp_units * OUT_UNIT, stride_in, stride_out, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SINGLE,
     )  # fmt: skip
     inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
     if of_gate_ptr is not None:
@@ -83,7 +92,12 @@ def pointwise_conv_bwd_dx_kernel(
     tl.store(dx_ptr + at, h.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch", "pixels", "row_units", "column_units", "segment", "row_blocks", "column_blocks",
+        "stride_ap_units", "stride_bp_units",
+    ]
+)  # fmt: skip
 def product_kernel(
     a_ptr, b_ptr, gate_ptr, out_ptr,
     batch, pixels, row_units, column_units, segment, row_blocks, column_blocks,
@@ -183,7 +197,7 @@ def output_gradient(
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
-        trips=(triton.cdiv(channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
+        trips=slices(channels, options), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return delta, sums[0].sum(0), sums[1].sum(0)
 
@@ -213,7 +227,7 @@ def input_gradient(
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), **options,
-        trips=(triton.cdiv(out_channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
+        trips=slices(out_channels, options), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return dx, None if sums is None else sums.sum(1)
 

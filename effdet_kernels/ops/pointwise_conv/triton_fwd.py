@@ -13,18 +13,23 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import affine_act, store_moments
 from effdet_kernels.ops.batch_norm_act.triton_fwd import merge_statistics
 
+_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
+
 
 @triton.jit
 def tile_product(
     x_ptr, weight_ptr, gate_ptr, pixel, pixels, channels, out, out_channels,
     stride_pixel, stride_out, stride_in,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: weight (gate * x) of the pixels [BLOCK_M] of the image at x_ptr."""
+    """[BLOCK_M, BLOCK_N]: weight (gate * x) of the pixels [BLOCK_M] of the image at x_ptr.
+
+    SINGLE: all channels are one slice of BLOCK_K, without a loop.
+    """
     z = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     x_rows = x_ptr + pixel[:, None] * stride_pixel
-    for first in range(0, channels, BLOCK_K):
+    for first in range(0, BLOCK_K if SINGLE else channels, BLOCK_K):
         c = first + tl.arange(0, BLOCK_K)
         inside = c < channels
         x = tl.load(
@@ -53,6 +58,7 @@ def pointwise_conv_fwd_kernel(
     stride_xb, stride_xp_units, stride_rb, stride_rp_units, stride_out, stride_in,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M pixels of an image, BLOCK_N output channels. Counts in units: ``_gpu.alignment``."""
     program = tl.program_id(0)
@@ -64,7 +70,7 @@ def pointwise_conv_fwd_kernel(
         gate_ptr += image * channels
     z = tile_product(
         x_ptr + image * stride_xb, weight_ptr, gate_ptr, pixel, pixels, channels, out, out_channels,
-        stride_xp_units * IN_UNIT, stride_out, stride_in, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        stride_xp_units * IN_UNIT, stride_out, stride_in, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SINGLE,
     )  # fmt: skip
     y = affine_act(z, scale_ptr, shift_ptr, out, out < out_channels, ACT)
     inside = (pixel < pixels)[:, None] & (out < out_channels)[None, :]
@@ -112,21 +118,35 @@ def run(
         weight.stride(0), weight.stride(1),
         IN_UNIT=in_unit, OUT_UNIT=out_unit, ACC=_gpu.accumulator(x.dtype),
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
-        trips=(triton.cdiv(channels, options["BLOCK_K"]),), flops=2 * x.numel() * out_channels,
+        trips=slices(channels, options), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
     return [y, *merge_statistics(*parts)] if statistics else [y]
+
+
+def slices(channels: int, options: dict[str, Any]) -> tuple[int, ...]:
+    """How often the loop over a product's inner dimension runs, if there is one."""
+    return () if options["SINGLE"] else (triton.cdiv(channels, options["BLOCK_K"]),)
 
 
 def tiling(
     kernel: str, x: Tensor, out_channels: int, channels: int
 ) -> tuple[dict[str, Any], int, int]:
     """Options of a product of a map's pixels with a weight, tiles of an image, blocks of the output channels."""
-    options = _triton.config("pointwise_conv", kernel, x, out_channels)
-    options["BLOCK_N"] = _gpu.block(out_channels, options["BLOCK_N"])
-    options["BLOCK_K"] = _gpu.block(channels, options["BLOCK_K"])
     pixels = x.shape[2] * x.shape[3]
-    return (
-        options,
-        triton.cdiv(pixels, options["BLOCK_M"]),
-        triton.cdiv(out_channels, options["BLOCK_N"]),
-    )
+
+    def tiled(kernel: str) -> tuple[dict[str, Any], int, int]:
+        options = _triton.config("pointwise_conv", kernel, x, out_channels)
+        options["BLOCK_N"] = _gpu.block(out_channels, options["BLOCK_N"])
+        # What a slice loads beyond the last channel is masked; another slice would wait for memory once more.
+        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(channels)))
+        options["SINGLE"] = channels <= options["BLOCK_K"]
+        return (
+            options,
+            triton.cdiv(pixels, options["BLOCK_M"]),
+            triton.cdiv(out_channels, options["BLOCK_N"]),
+        )
+
+    found = tiled(kernel)
+    if kernel == "fwd" and x.shape[0] * found[1] * found[2] < _MULTIPROCESSORS // 2:
+        return tiled("fwd_few")  # smaller tiles: each is done sooner
+    return found
