@@ -147,6 +147,6 @@ def tiling(
         )
 
     found = tiled(kernel)
-    if kernel == "fwd" and x.shape[0] * found[1] * found[2] < _MULTIPROCESSORS // 2:
+    if kernel == "fwd" and x.shape[0] * found[1] * found[2] < _MULTIPROCESSORS:
         return tiled("fwd_few")  # smaller tiles: each is done sooner
     return found

@@ -26,6 +26,9 @@ from effdet_kernels.ops.separable_conv.triton_tile import (
 from effdet_kernels.ops.weighted_fusion.triton_load import fusion_shares, sources
 
 LARGEST = 7  # kernel that is unrolled
+_PROGRAMS = (
+    4 * 132
+)  # with fewer, a large GPU has room for some that make the depthwise result again
 
 
 @triton.jit
@@ -168,7 +171,9 @@ def launch(
         del options["STEPS"]
         slices = triton.cdiv(channels, block_k)
         # Several slices of the input channels would be convolved again for each block of the output's.
-        span = block_n if slices > 1 else triton.cdiv(max(widths), block_n) * block_n
+        blocks = triton.cdiv(max(widths), block_n)
+        spans = max(1, min(blocks, _PROGRAMS // (batch * sum(tiles) or 1)))
+        span = block_n * (1 if slices > 1 else triton.cdiv(blocks, spans))
         programs = [
             batch * t * triton.cdiv(width, span) for t, width in zip(tiles, widths, strict=True)
         ]

@@ -14,7 +14,7 @@ from effdet_kernels.ops._tl import activate, revealed
 from effdet_kernels.ops.depthwise_conv.triton_fwd import zeros
 from effdet_kernels.ops.weighted_fusion.triton_load import fused_pixels
 
-_PROGRAMS = 512  # that a large GPU is filled with
+_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
 
 
 @triton.jit
@@ -135,11 +135,16 @@ def tiling(
     for name, count in (("BLOCK_N", out_channels), ("BLOCK_K", channels)):
         options[name] = min(options[name], max(16, triton.next_power_of_2(count)))
     tiles = _tiles(options, sizes)
-    while options["STEPS"] > 1 and batch * sum(tiles) < _PROGRAMS:
-        options["STEPS"] //= 2
-        tiles = _tiles(options, sizes)
-    for name, least in (("PATCH_H", 2), ("LANES", 4)):
-        while options[name] > least and batch * sum(tiles) < _PROGRAMS // 8:
+    # Few programs: each with less to do, in rows of the product, of which matrix units take 16 at least.
+    for name, least, few in (
+        ("STEPS", 1, 4 * _MULTIPROCESSORS),
+        ("PATCH_H", 1, _MULTIPROCESSORS),
+        ("PATCH_W", 2, _MULTIPROCESSORS),
+        ("LANES", 8, _MULTIPROCESSORS),
+    ):
+        while options[name] > least and batch * sum(tiles) < few:
+            if name != "STEPS" and options["LANES"] * options["PATCH_H"] * options["PATCH_W"] <= 16:
+                break
             options[name] //= 2
             tiles = _tiles(options, sizes)
     return options, tiles
