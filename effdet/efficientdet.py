@@ -141,7 +141,7 @@ class EfficientDet(nn.Module):
         return self._network(x) if planned is None else planned
 
     def _network(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        with self._folds.ahead(x):
+        with self._folds.ahead(self, x):
             features = self.fpn(self.backbone(x))
             return self.class_net(features), self.box_net(features)
 

@@ -43,7 +43,7 @@ def fold(norm: nn.BatchNorm2d | None, bias: Tensor | None) -> tuple[Tensor | Non
 
 def fold_norm(norm: nn.BatchNorm2d, bias: Tensor | None) -> _Fold:
     """`fold` of a norm that is there."""
-    ahead = _ahead.get()
+    ahead = None if torch.compiler.is_compiling() else _ahead.get()
     if ahead is not None:
         return ahead.of(norm, bias)
     return _fold(_vectors(norm, bias), norm.eps)
@@ -57,10 +57,9 @@ def _fold(vectors: Sequence[Tensor | None], eps: float) -> _Fold:
     mean = stable(cast(Tensor, mean))
     if bias is not None:
         mean = mean - stable(bias)
-    shift = -mean * scale
-    if beta is not None:
-        shift = shift + stable(beta)
-    return scale, shift
+    return scale, -mean * scale if beta is None else torch.addcmul(
+        stable(beta), mean, scale, value=-1
+    )
 
 
 def stable(vector: Tensor) -> Tensor:
@@ -85,9 +84,18 @@ class Folds:
         return Folds, ()
 
     @contextlib.contextmanager
-    def ahead(self, x: Tensor) -> Iterator[None]:
-        """Inside, for a forward of `x`, `fold` serves what is computed here: on a GPU, without gradients."""
-        if not graph.serves([x]) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def ahead(self, model: nn.Module, x: Tensor) -> Iterator[None]:
+        """Inside, for a forward of `x`, `fold` serves what is computed here: on a GPU, without gradients.
+
+        Not for a compiled or traced forward, nor for one of `nn.DataParallel`'s copies of `model`, which live for one.
+        """
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if (
+            not graph.serves([x])
+            or torch.is_grad_enabled()
+            or traced
+            or "_is_replica" in vars(model)
+        ):
             yield
             return
         ahead = _Ahead(self._asked)
