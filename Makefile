@@ -6,7 +6,10 @@ INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
 PEERS := .venv-peers
 DATA ?=
+JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
+# Shares hold neighbours, so that what the tests of a file share is made once; who is done takes half of the other's rest.
+PARALLEL := -n $(JOBS) --dist worksteal
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test triton parity lint types wheel verify check check-full peers bench clean
@@ -14,11 +17,11 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
 
-test: $(INSTALLED)  ## the test suite
-	$(PYTEST) -m "not slow" --ignore tests/oracle
+test: $(INSTALLED)  ## the test suite, in $(JOBS) processes at a time; JOBS=0: in one, as pytest alone does
+	$(PYTEST) $(PARALLEL) -m "not slow" --ignore tests/oracle
 
 triton: $(INSTALLED)  ## Triton kernels: on the interpreter, then compiled for GPUs that need not be here
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/triton
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow" tests/triton
 	$(PYTEST) -m slow tests/test_aot.py
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
