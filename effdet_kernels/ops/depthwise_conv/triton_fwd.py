@@ -140,22 +140,25 @@ def walk(
     options["BLOCK_W"] *= widest // options["BLOCK_C"]
     tiles = triton.cdiv(columns, options["BLOCK_W"])
     blocks = triton.cdiv(channels, options["BLOCK_C"])
-    segments = _segments(rows, options["ROWS"], batch * tiles * blocks)
+    resident = options.pop("RESIDENT")
+    segments = _segments(rows, options["ROWS"], batch * tiles * blocks, resident)
     options["ROWS"] = triton.cdiv(rows, segments)
     return options, segments, tiles, blocks
 
 
 @functools.cache
-def _segments(rows: int, most: int, others: int) -> int:
-    """How many segments of at most ``most`` rows are done first, where each is ``others`` programs.
+def _segments(rows: int, most: int, others: int, resident: int) -> int:
+    """How many segments of at most ``most`` rows are done first: each ``others`` programs, ``resident`` of them at a
+    time on a multiprocessor.
 
     What was measured on an H200: a program takes the time of its rows and of some six more (its weights, and the rows
-    around a segment), and a second one on a multiprocessor adds 0.7 of that.
+    around a segment), and each other one on its multiprocessor a third more.
     """
 
     def time(segments: int) -> float:
-        rounds = triton.cdiv(segments * others, _MULTIPROCESSORS)
-        return (triton.cdiv(rows, segments) + 6) * (1 + 0.7 * (rounds - 1))
+        waves, last = divmod(triton.cdiv(segments * others, _MULTIPROCESSORS), resident)
+        crowds = waves * (1 + (resident - 1) / 3) + (1 + (last - 1) / 3 if last else 0)
+        return (triton.cdiv(rows, segments) + 6) * crowds
 
     return min(range(triton.cdiv(rows, most), rows + 1), key=time)
 
