@@ -1,4 +1,4 @@
-# make demo | test | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
+# make demo | test | triton-quick | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,16 @@ PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
 PARALLEL := -n $(JOBS) --dist worksteal
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test triton parity lint types wheel verify check check-full peers bench clean
+.PHONY: demo test triton triton-quick parity lint types wheel verify check check-full peers bench clean
 
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
 
 test: $(INSTALLED)  ## the test suite, in $(JOBS) processes at a time; JOBS=0: in one, as pytest alone does
 	$(PYTEST) $(PARALLEL) -m "not slow" --ignore tests/oracle
+
+triton-quick: $(INSTALLED)  ## one small case of each op on Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m quick tests/triton
 
 triton: $(INSTALLED)  ## Triton kernels: on the interpreter, then compiled for GPUs that need not be here
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow" tests/triton
@@ -41,7 +44,7 @@ wheel: $(INSTALLED)  ## build the wheel and use it where there is neither a comp
 verify: $(INSTALLED)  ## every op on every backend that is here, as a table
 	$(BIN)/python -m effdet_kernels.verify
 
-check: test lint types parity wheel demo
+check: test triton-quick lint types parity wheel demo
 
 check-full: check triton  ## also the tests that take minutes
 	$(PYTEST) -m slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effdet_kernels import guards, suite, testing
+from effdet_kernels.bound import tensors_of
 from effdet_kernels.spec import iter_specs
 
 SPECS = [spec for spec in iter_specs() if "triton" in testing.operator(spec).impls]
@@ -39,6 +40,33 @@ def named(specs, blocks):
 
 def differentiable(parameters):
     return [p for p in parameters if "not_differentiable_here" not in p.values[1].tags]
+
+
+def smallest(spec):
+    """The case of least elements, of those without empty tensors."""
+    cases = [p.values[1] for p in named([spec], blocks=False)]
+    if spec in WITH_BACKWARD:
+        cases = [p.values[1] for p in differentiable(named([spec], blocks=False))]
+    sizes = {case: sizes_of(spec, case) for case in cases}
+    return min((case for case in cases if all(sizes[case])), key=lambda case: sum(sizes[case]))
+
+
+def sizes_of(spec, case):
+    return [
+        t.numel() for value in spec.inputs(case, torch.float32).values() for t in tensors_of(value)
+    ]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_smallest_case(spec):
+    """Of what the other tests check, as much as a minute allows."""
+    case, arrange = smallest(spec), guards.LAYOUTS["narrowed"]
+    assert testing.check_forward(spec, case, torch.float32, "triton", arrange=arrange) <= 1
+    testing.check_repeatable(spec, case, torch.float32, "triton")
+    if spec in WITH_BACKWARD:
+        assert testing.check_gradient(spec, case, torch.float32, "triton", arrange=arrange) <= 1
+        assert testing.gradcheck(spec, case, "triton", fast=True)
 
 
 @pytest.mark.parametrize(("spec", "case"), named(SPECS, blocks=False))
