@@ -5,9 +5,9 @@ Every launch of an op's real cases is compiled for a chosen architecture. A row 
 program issues: those outside of loops once, those of loops as often as the launcher says. The prediction is a model,
 not a measurement: a launch takes the longer of its memory time (its tensors once, at the copy bandwidth), its issue
 time (4 instructions per clock and multiprocessor, one in eight of them an exponential or a reciprocal) and its matrix
-time; the call takes the sum. Beside it stands the time of one program, all that counts where the GPU is mostly idle. It is
-fitted to the 104 launches of D0 at batch 1 on an H200 (results/nvidia_h200/profile_d0_batch1.json): it and the launch's own
-time add up to what was measured, within a fifth for 89 of them.
+time; the call takes the sum. Beside it stands the time of one program, all that counts where the GPU is mostly idle. It
+is fitted to the 104 launches of D0 at batch 1 on an H200 (results/nvidia_h200/profile_d0_batch1.json): it and the time
+of the launch add up to what was measured, within a fifth for 89 of them.
 """
 
 from __future__ import annotations
