@@ -16,8 +16,6 @@ from effdet_kernels.ops import _arguments, _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._tl import affine_act
 
-_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
-
 
 @triton.jit
 def taps(weight_ptr, c, inside, K: tl.constexpr, ACC: tl.constexpr):
@@ -156,7 +154,7 @@ def _segments(rows: int, most: int, others: int, resident: int) -> int:
     """
 
     def time(segments: int) -> float:
-        waves, last = divmod(triton.cdiv(segments * others, _MULTIPROCESSORS), resident)
+        waves, last = divmod(triton.cdiv(segments * others, _gpu.MULTIPROCESSORS), resident)
         crowds = waves * (1 + (resident - 1) / 3) + (1 + (last - 1) / 3 if last else 0)
         return (triton.cdiv(rows, segments) + 6) * crowds
 

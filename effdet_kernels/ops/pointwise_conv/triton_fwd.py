@@ -13,8 +13,6 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import affine_act, store_moments
 from effdet_kernels.ops.batch_norm_act.triton_fwd import merge_statistics
 
-_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
-
 
 @triton.jit
 def tile_product(
@@ -147,6 +145,6 @@ def tiling(
         )
 
     found = tiled(kernel)
-    if kernel == "fwd" and x.shape[0] * found[1] * found[2] < _MULTIPROCESSORS:
+    if kernel == "fwd" and x.shape[0] * found[1] * found[2] < _gpu.MULTIPROCESSORS:
         return tiled("fwd_few")  # smaller tiles: each is done sooner
     return found

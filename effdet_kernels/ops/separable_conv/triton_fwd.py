@@ -26,9 +26,8 @@ from effdet_kernels.ops.separable_conv.triton_tile import (
 from effdet_kernels.ops.weighted_fusion.triton_load import fusion_shares, sources
 
 LARGEST = 7  # kernel that is unrolled
-_PROGRAMS = (
-    4 * 132
-)  # with fewer, a large GPU has room for some that make the depthwise result again
+# With fewer programs a large GPU has room for some that make the depthwise result again.
+_PROGRAMS = 4 * _gpu.MULTIPROCESSORS
 
 
 @triton.jit

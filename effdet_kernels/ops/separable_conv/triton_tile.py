@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from effdet_kernels import _triton
+from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import activate, revealed
 from effdet_kernels.ops.depthwise_conv.triton_fwd import zeros
 from effdet_kernels.ops.weighted_fusion.triton_load import fused_pixels
-
-_MULTIPROCESSORS = 132  # of the GPU that launches are shaped for
 
 
 @triton.jit
@@ -137,10 +136,10 @@ def tiling(
     tiles = _tiles(options, sizes)
     # Few programs: each with less to do, in rows of the product, of which matrix units take 16 at least.
     for name, least, few in (
-        ("STEPS", 1, 4 * _MULTIPROCESSORS),
-        ("PATCH_H", 1, _MULTIPROCESSORS),
-        ("PATCH_W", 2, _MULTIPROCESSORS),
-        ("LANES", 8, _MULTIPROCESSORS),
+        ("STEPS", 1, 4 * _gpu.MULTIPROCESSORS),
+        ("PATCH_H", 1, _gpu.MULTIPROCESSORS),
+        ("PATCH_W", 2, _gpu.MULTIPROCESSORS),
+        ("LANES", 8, _gpu.MULTIPROCESSORS),
     ):
         while options[name] > least and batch * sum(tiles) < few:
             if name != "STEPS" and options["LANES"] * options["PATCH_H"] * options["PATCH_W"] <= 16:

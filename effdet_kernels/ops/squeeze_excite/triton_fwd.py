@@ -13,8 +13,6 @@ from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import activate, number, sigmoid
 
-_PROGRAMS = 132  # that a large GPU runs side by side
-
 
 @triton.jit
 def load_weight(weight_ptr, row, rows, column, columns, ACC: tl.constexpr):
@@ -103,7 +101,9 @@ def run(
     (gates,) = _gpu.allocate([TensorSpec((batch, channels), sums.dtype, sums.device)])
     options = tiling("fwd", sums, reduce_weight)
     blocks = triton.cdiv(channels, options["BLOCK_C"])
-    steps = triton.cdiv(blocks, max(1, _PROGRAMS // max(1, batch)))  # few images are shared out
+    steps = triton.cdiv(
+        blocks, max(1, _gpu.MULTIPROCESSORS // max(1, batch))
+    )  # few images are shared out
     shares = triton.cdiv(blocks, steps)
     unit = _gpu.alignment(len(reduce_weight))
     _triton.launch(
