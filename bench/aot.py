@@ -228,11 +228,11 @@ class Prediction:
 def predicted(launch: _triton.Launch, code: Code) -> Prediction:
     tensors = {id(t): t for t in _tensors(launch.arguments)}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
-    warps = launch.programs * code.warps
-    issue = warps * code.issued(launch.trips) / (_ISSUED * CLOCK * MULTIPROCESSORS)
+    warps, issued = launch.programs * code.warps, code.issued(launch.trips)
+    issue = warps * issued / (_ISSUED * CLOCK * MULTIPROCESSORS)
     special = warps * code.transcendental(launch.trips) / (_SPECIAL * CLOCK * MULTIPROCESSORS)
     crowd = 1 + _MORE_WARPS * max(0, code.warps / 4 - 1)
-    program = _LAUNCH + code.issued(launch.trips) * _INSTRUCTION * crowd
+    program = _LAUNCH + issued * _INSTRUCTION * crowd
     return Prediction(moved / BANDWIDTH, issue, special, launch.flops / MATRIX_FLOPS, program)
 
 

@@ -57,9 +57,9 @@ def _fold(vectors: Sequence[Tensor | None], eps: float) -> _Fold:
     mean = stable(cast(Tensor, mean))
     if bias is not None:
         mean = mean - stable(bias)
-    return scale, -mean * scale if beta is None else torch.addcmul(
-        stable(beta), mean, scale, value=-1
-    )
+    if beta is None:
+        return scale, -mean * scale
+    return scale, torch.addcmul(stable(beta), mean, scale, value=-1)
 
 
 def stable(vector: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def stable(vector: Tensor) -> Tensor:
 class Folds:
     """Folds of a model's norms, all computed together when a forward begins.
 
-    One by one they take ten small kernels for each norm, together some twenty in all. What a forward asked for is
+    One by one they take ten small kernels for each norm, together 14 for D0. What a forward asked for is
     computed ahead in the next, of the values that the norms then have. A copy or an unpickled one knows nothing.
     """
 
@@ -90,12 +90,8 @@ class Folds:
         Not for a compiled or traced forward, nor for one of `nn.DataParallel`'s copies of `model`, which live for one.
         """
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if (
-            not graph.serves([x])
-            or torch.is_grad_enabled()
-            or traced
-            or "_is_replica" in vars(model)
-        ):
+        passing = traced or "_is_replica" in vars(model)
+        if passing or torch.is_grad_enabled() or not graph.serves([x]):
             yield
             return
         ahead = _Ahead(self._asked)
@@ -127,9 +123,8 @@ def _fold_together(
     asked: dict[nn.BatchNorm2d, Tensor | None],
 ) -> dict[nn.BatchNorm2d, tuple[Tensor | None, _Fold]]:
     """By norm, the bias before it and the fold; without those that have tensors of several dtypes or devices."""
-    alike: dict[
-        Any, dict[Any, list[nn.BatchNorm2d]]
-    ] = {}  # by dtype and device, by what a fold is of
+    # By dtype and device; by epsilon and the vectors that are there.
+    alike: dict[Any, dict[Any, list[nn.BatchNorm2d]]] = {}
     for norm, bias in asked.items():
         given = [v for v in _vectors(norm, bias) if v is not None]
         if is_folded(norm) and len({(v.dtype, v.device) for v in given}) == 1:

@@ -301,7 +301,7 @@ def separable(
     if len(folded) == len(norms):
         if any(norm is not None for norm in norms):
             folds = [fold(norm, conv_pw.bias) for norm in folded]
-        else:
+        else:  # one bias for all
             folds = [fold(None, conv_pw.bias)] * len(norms)
         scale = [factor for factor, _ in folds if factor is not None]
         shift = [term for _, term in folds if term is not None]

@@ -101,10 +101,8 @@ def test_norms_in_training_mode_and_without_statistics_are_left_out(ahead, norms
 
 
 def test_gradients_and_other_devices_fold_one_by_one(norms):
-    folds = Folds()
-    with folds.ahead(
-        nn.Identity(), torch.empty(1, 3, 4, 4)
-    ):  # gradients are enabled, and no graphs are made here
+    folds = Folds()  # gradients are enabled, and no graphs are made here
+    with folds.ahead(nn.Identity(), torch.empty(1, 3, 4, 4)):
         scale, _ = fold(*norms[0])
     assert scale.requires_grad
     assert not folds._asked

@@ -101,9 +101,8 @@ def run(
     (gates,) = _gpu.allocate([TensorSpec((batch, channels), sums.dtype, sums.device)])
     options = tiling("fwd", sums, reduce_weight)
     blocks = triton.cdiv(channels, options["BLOCK_C"])
-    steps = triton.cdiv(
-        blocks, max(1, _gpu.MULTIPROCESSORS // max(1, batch))
-    )  # few images are shared out
+    most = max(1, _gpu.MULTIPROCESSORS // max(1, batch))  # few images are shared out
+    steps = triton.cdiv(blocks, most)
     shares = triton.cdiv(blocks, steps)
     unit = _gpu.alignment(len(reduce_weight))
     _triton.launch(
