@@ -176,7 +176,7 @@ def launches(
             return noted
         outputs = flatten(op._fake(*args))
         grads = [torch.empty_like(out) for out in outputs]
-        saved = [[outputs[i] for i in op._saved_outputs]] if op._saved_outputs else []
+        saved = [[outputs[i] for i in op.saved_positions(args)]] if op._saved_outputs else []
         variables = _library._tensors([args[i] for i in op._differentiable])
         op.backwards["triton"](grads, *args, *saved, [True] * len(variables))
         return noted

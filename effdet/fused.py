@@ -88,8 +88,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and not hooked
 
 
-def norm_act(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor:
+def norm_act(
+    y: Tensor,
+    norm: nn.Module | None,
+    act: nn.Module | None,
+    statistics: Sequence[Tensor] = (),
+) -> Tensor:
     """`act(norm(y))` for what was not folded; updates running statistics.
+
+    `statistics`: mean and biased variance of y where they are known.
 
     Raises:
         ValueError: batch statistics of a single value per channel were asked for.
@@ -108,10 +115,33 @@ def norm_act(y: Tensor, norm: nn.Module | None, act: nn.Module | None) -> Tensor
     weight = norm.weight if norm.weight is not None else y.new_ones(y.shape[1])
     bias = norm.bias if norm.bias is not None else y.new_zeros(y.shape[1])
     name, after = op_activation(act)
-    y, mean, var = batch_norm_act(y, stable(weight), stable(bias), eps=norm.eps, act=name)
+    how: dict[str, Any] = {"eps": norm.eps, "act": name}
+    if statistics:
+        mean, var = statistics
+        y = _map(batch_norm_act(y, stable(weight), stable(bias), mean=mean, variance=var, **how))
+    else:
+        y, mean, var = batch_norm_act(y, stable(weight), stable(bias), **how)
     if norm.training and norm.track_running_stats:
         _update_running_stats(norm, mean, var * (count / (count - 1)))
     return y if after is None else after(y)
+
+
+def _gives_statistics(x: Tensor, norms: Sequence[nn.Module | None]) -> bool:
+    """Whether a convolution of x also takes the statistics of the batch norms that follow it.
+
+    On a GPU: there it costs no pass over the map. On a CPU it would, and `batch_norm_act` needs none.
+    """
+    return x.is_cuda and all(
+        norm is not None and is_batch_norm(norm) and not is_folded(norm) for norm in norms
+    )
+
+
+def _normed(
+    result: Tensor | tuple[Tensor, ...], norm: nn.Module | None, act: nn.Module | None
+) -> Tensor:
+    """`norm_act` of a map, or of (map, mean, variance)."""
+    y, *statistics = result if isinstance(result, tuple) else (result,)
+    return norm_act(y, norm, act, statistics)
 
 
 @torch.no_grad()
@@ -165,9 +195,10 @@ def _dense(
     how: dict[str, Any] = {"stride": conv.stride[0], "padding": padding}
     if not is_folded(norm):
         shift = None if conv.bias is None else stable(conv.bias)
-        return norm_act(dense_conv(x, conv.weight, shift=shift, **how), norm, act)
+        how["statistics"] = _gives_statistics(x, [norm])
+        return _normed(dense_conv(x, conv.weight, shift=shift, **how), norm, act)
     name, after = op_activation(act)
-    y = dense_conv(x, conv.weight, *fold(norm, conv.bias), act=name, **how)
+    y = _map(dense_conv(x, conv.weight, *fold(norm, conv.bias), act=name, **how))
     return y if after is None else after(y)
 
 
@@ -185,7 +216,9 @@ def pointwise(
     """
     if not is_folded(norm):
         shift = None if conv.bias is None else stable(conv.bias)
-        y = norm_act(_map(pointwise_conv(x, conv.weight, shift=shift, gate=gate)), norm, act)
+        ahead = _gives_statistics(x, [norm])
+        raw = pointwise_conv(x, conv.weight, shift=shift, gate=gate, statistics=ahead)
+        y = _normed(raw, norm, act)
         return y if residual is None else y + residual
     name, after = op_activation(act)
     scale, shift = fold(norm, conv.bias)
@@ -215,8 +248,11 @@ def depthwise(
     stride = conv.stride[0]
     if not is_folded(norm):
         shift = None if conv.bias is None else stable(conv.bias)
-        raw = depthwise_conv(x, conv.weight, shift=shift, stride=stride, padding=padding)
-        y = norm_act(_with_sums(raw)[0], norm, act)
+        ahead = _gives_statistics(x, [norm])
+        raw = depthwise_conv(
+            x, conv.weight, shift=shift, stride=stride, padding=padding, statistics=ahead
+        )
+        y = _normed(raw, norm, act)
         return y, spatial_sums(y) if squeeze else None
     name, after = op_activation(act)
     scale, shift = fold(norm, conv.bias)
@@ -270,9 +306,9 @@ def expand(
     return _with_sums(result)
 
 
-def _with_sums(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _with_sums(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
     """What an op with an argument `squeeze` returns, as (y, sums or None)."""
-    return result if isinstance(result, tuple) else (result, None)
+    return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
 
 
 def spatial_sums(y: Tensor) -> Tensor:
@@ -305,8 +341,11 @@ def separable(
             folds = [fold(None, conv_pw.bias)] * len(norms)
         scale = [factor for factor, _ in folds if factor is not None]
         shift = [term for _, term in folds if term is not None]
-        y = separable_conv(list(x), *weights, scale, shift, act=name, **load)
+        y = cast("list[Tensor]", separable_conv(list(x), *weights, scale, shift, act=name, **load))
         return y if after is None else [after(level) for level in y]
     shift = [] if conv_pw.bias is None else [stable(conv_pw.bias)] * len(norms)
-    raw = separable_conv(list(x), *weights, [], shift, **load)
-    return [norm_act(level, norm, act) for level, norm in zip(raw, norms, strict=True)]
+    ahead = _gives_statistics(x[0], norms)
+    raw = separable_conv(list(x), *weights, [], shift, statistics=ahead, **load)
+    # A map of each level, or (maps, means, variances).
+    levels: list[Any] = list(zip(*raw, strict=True)) if isinstance(raw, tuple) else raw
+    return [_normed(level, norm, act) for level, norm in zip(levels, norms, strict=True)]

@@ -106,7 +106,7 @@ class Op:
         backwards: dict[str, Callable[..., Any]],
         differentiable: Sequence[str],
         nondifferentiable_outputs: Sequence[int] | Callable[..., Sequence[int]],
-        saved_outputs: Sequence[int],
+        saved_outputs: Sequence[int] | Callable[..., Sequence[int]],
         autocast: Sequence[str] | Literal["float32"],
     ) -> None:
         self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
@@ -116,7 +116,7 @@ class Op:
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = nondifferentiable_outputs
-        self._saved_outputs = tuple(saved_outputs)
+        self._saved_outputs = saved_outputs
         self.backwards = (
             {**backwards, "reference": self._reference_backward} if differentiable else {}
         )
@@ -243,6 +243,10 @@ class Op:
 
     # Autograd ------------------------------------------------------------------------------------
 
+    def saved_positions(self, args: Sequence[Any]) -> Sequence[int]:
+        """Which outputs of a call the backwards take."""
+        return self._saved_outputs(*args) if callable(self._saved_outputs) else self._saved_outputs
+
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         layout: list[Any] = []  # per argument: a marker for what was saved, or the value itself
         saved: list[Tensor] = []
@@ -256,9 +260,11 @@ class Op:
             else:
                 layout.append(value)
         flat = [output] if isinstance(output, Tensor) else list(output)
+        ctx.arguments = len(saved)  # tensors among the inputs
         if self._saved_outputs:
-            layout.append(_SavedList(len(self._saved_outputs)))
-            saved.extend(flat[i] for i in self._saved_outputs)
+            positions = self.saved_positions(inputs)
+            layout.append(_SavedList(len(positions)))
+            saved.extend(flat[i] for i in positions)
         ctx.save_for_backward(*saved)
         ctx.layout = layout
         ctx.backend = _dispatch.requested()
@@ -310,7 +316,7 @@ class Op:
                 computed = iter(backward(list(grads), *args, needs))
         for i, need in zip(variables, needs, strict=True):
             found[i] = next(computed) if need else None
-        return found[: len(saved) - len(self._saved_outputs)]
+        return found[: ctx.arguments]
 
     def _backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
         *args, needs = rest
@@ -421,7 +427,7 @@ def define(
     backwards: dict[str, Callable[..., Any]] | None = None,
     differentiable: Sequence[str] = (),
     nondifferentiable_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
-    saved_outputs: Sequence[int] = (),
+    saved_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
     autocast: Sequence[str] | Literal["float32"] = "float32",
 ) -> Op:
     """Registers an op and returns it.
@@ -436,7 +442,8 @@ def define(
             recomputed under autograd.
         differentiable: names of the arguments (tensors or lists of tensors) that have gradients.
         nondifferentiable_outputs: positions of outputs without gradient, or a function of the op's arguments to them.
-        saved_outputs: positions of outputs that the backwards take, as a list before ``needs``.
+        saved_outputs: positions of outputs that the backwards take, as a list before ``needs``, or a function of the
+            op's arguments to them.
         autocast: arguments cast to the autocast dtype, or ``"float32"``: all floating arguments to float32.
     """
     op = Op(

@@ -272,8 +272,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def flatten(outputs: Any) -> list[Tensor]:
-    """The outputs of an op as a flat list."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    """The outputs of an op, lists among them too, as a flat list."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [t for item in outputs for t in flatten(item)]
 
 
 def as_list(value: Any) -> list[Tensor]:

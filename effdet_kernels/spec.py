@@ -64,6 +64,8 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     # ^ other ways to the same result in plain torch, for benchmarks only
+    derived: Callable[[Inputs], Inputs] | None = None
+    # ^ arguments that the op takes for known functions of others, computed from those: `gradcheck` moves both
     uncompilable: str | None = None  # why benchmarks do not run torch.compile on the reference
 
     # The error bound (see effdet_kernels.bound).

@@ -249,6 +249,9 @@ def gradcheck(
         changed: Inputs = dict(inputs)
         for name in dict.fromkeys(name for name, _ in pairs):
             changed[name] = map_tensors(inputs[name], lambda _: rest.pop(0))
+        if spec.derived is not None:
+            with torch.no_grad():
+                changed.update(spec.derived(changed))
         route = through_registration(operator(spec)) if registered else contextlib.nullcontext()
         with _dispatch.use_backend(backend), route:
             return tuple(out for out in flatten(spec.op(**changed)) if out.requires_grad)

@@ -74,22 +74,32 @@ EFFDET_INLINE A* reciprocal_deviations(const BatchNormParams& p, const Blocks& b
   return static_cast<A*>(p.partial) + 3 * blocks.count * p.channels;
 }
 
-// Chan, Golub and LeVeque's merge of (count, mean, sum of squares about it), in double precision.
+// Those of the variances of p, where no merge made them.
+template <typename A>
+void deviate(const BatchNormParams& p, const Blocks& blocks) {
+  A* deviations = reciprocal_deviations<A>(p, blocks);
+  for (int64_t c = 0; c < p.channels; ++c)
+    deviations[c] = static_cast<A>(1 / __builtin_sqrt(static_cast<const A*>(p.variance)[c] + p.eps));
+}
+
+// Chan, Golub and LeVeque's merge of (count, mean, sum of squares about it), in double precision. Means are taken from
+// the first block's: their differences would lose the digits that a large mean has before the point.
 template <typename A>
 void merge_statistics(const BatchNormParams& p, const Blocks& blocks, int64_t c) {
+  const double first = static_cast<const A*>(p.partial)[c];
   double count = 0, mean = 0, squares = 0;
   for (int64_t index = 0; index < blocks.count; ++index) {
     const A* partial = static_cast<const A*>(p.partial) + index * 3 * p.channels + c;
     const double n = static_cast<double>(blocks.pixels(p, index));
     const double rest = partial[p.channels];  // what rounding the block's mean has left
-    const double block_mean = partial[0] + rest / n;
+    const double block_mean = (partial[0] - first) + rest / n;
     const double block_squares = partial[2 * p.channels] - rest * rest / n;
     const double delta = block_mean - mean, total = count + n;
     mean += delta * (n / total);
     squares += block_squares + delta * delta * (count * n / total);
     count = total;
   }
-  static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
+  static_cast<A*>(p.mean)[c] = static_cast<A>(first + mean);
   static_cast<A*>(p.variance)[c] = static_cast<A>(squares / count);
   reciprocal_deviations<A>(p, blocks)[c] = static_cast<A>(1 / __builtin_sqrt(squares / count + p.eps));
 }
@@ -109,7 +119,10 @@ Status forward(const BatchNormParams& p, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   const Blocks blocks(p);
-  statistics<T>(p, blocks, threads);
+  if (p.given)
+    deviate<A>(p, blocks);
+  else
+    statistics<T>(p, blocks, threads);
   const A* deviations = reciprocal_deviations<A>(p, blocks);
   parallel_for(blocks.count, threads, [&](int64_t index) {
     const int64_t n = blocks.pixels(p, index);
@@ -166,9 +179,7 @@ Status backward(const BatchNormParams& p, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   const Blocks blocks(p);
-  A* deviations = reciprocal_deviations<A>(p, blocks);
-  for (int64_t c = 0; c < p.channels; ++c)
-    deviations[c] = static_cast<A>(1 / __builtin_sqrt(static_cast<const A*>(p.variance)[c] + p.eps));
+  deviate<A>(p, blocks);
   A* partial = static_cast<A*>(p.partial);
   parallel_for(blocks.count, threads, [&](int64_t index) {
     each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {

@@ -27,7 +27,8 @@ BatchNormParams read(const Fields& f) {
 }
 
 BatchNormParams read_forward(const Fields& f) {
-  const BatchNormParams p = read(f);
+  BatchNormParams p = read(f);
+  p.given = static_cast<int>(f.integer("given", 0, 1));
   if (!p.y) throw std::invalid_argument("y: got a null address");
   return p;
 }

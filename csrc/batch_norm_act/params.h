@@ -15,7 +15,7 @@ struct BatchNormParams {
   const void* weight;
   const void* bias;
   void* y;            // dense; backward: the gradient of x, or null
-  void* mean;         // written; read by the backward
+  void* mean;         // written, but read if `given`; read by the backward
   void* variance;     // likewise, biased
   void* grad_weight;  // backward only
   void* grad_bias;
@@ -23,7 +23,7 @@ struct BatchNormParams {
   std::int64_t batch, pixels, channels;
   std::int64_t x_batch_stride, x_pixel_stride, grad_batch_stride, grad_pixel_stride;
   double eps;
-  int dtype, act;
+  int dtype, act, given;
 
   template <typename F>
   void pointers(F&& f) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,12 @@ def per_channel(vector: Tensor | None, default: float) -> Tensor:
     if vector is None:
         return torch.tensor(default, dtype=torch.float64)  # a number goes with every device
     return vector.view(1, -1, 1, 1)
+
+
+def with_moments_of_errors(y: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
+    """Errors of maps y, then what they make of the means, then of the variances, of all."""
+    means, variances = zip(*map(moments_of_errors, y, errors), strict=True)
+    return [*errors, *means, *variances]
 
 
 def moments_of_errors(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,8 +102,16 @@ def matrix_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype in (torch.float32, torch.float64) else "tf32"
 
 
-def parts_of_moments(parts: int, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for what ``_tl.store_moments`` stores, of tiles of a map like ``like``."""
+Parts = tuple[Tensor | None, Tensor | None]
+
+
+def parts_of_moments(parts: int, channels: int, like: Tensor) -> Parts:
+    """Memory for what ``_tl.store_moments`` stores, of tiles of a map like ``like``: [parts, 2, C] and [parts].
+
+    None of both for no parts.
+    """
+    if parts == 0:
+        return None, None
     wide = accumulation_dtype(like.dtype)
     moments = torch.empty(parts, 2, channels, dtype=wide, device=like.device)
     return moments, torch.empty(parts, dtype=wide, device=like.device)

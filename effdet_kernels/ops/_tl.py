@@ -124,18 +124,41 @@ def affine_act_gradient(grad, z, scale_ptr, shift_ptr, at, inside, ACT: tl.const
 
 
 @triton.jit
-def store_moments(parts_ptr, counts_ptr, part, z, exists, at, inside, channels, counting):
-    """Of the rows that exist of a tile z [ROWS, BLOCK]: how many, their mean, and the sum of squares about it.
+def merged_moments(means, spreads, counts):
+    """Chan's formula along the first axis: counts [N], some of them 0; means and sums of squares about them [N, BLOCK].
 
-    Laid out for ``batch_norm_act.triton_fwd.merge_statistics``; the program with ``counting`` stores the count.
+    Returns mean, sum of squares and count of all.
     """
-    count = tl.sum(exists.to(z.dtype), 0)
-    mean = tl.sum(tl.where(exists[:, None], z, 0.0), 0) / count
-    centred = tl.where(exists[:, None], z - mean[None, :], 0.0)
+    count = tl.sum(counts, 0)
+    mean = tl.sum(means * counts[:, None], 0) / tl.maximum(count, 1.0)
+    apart = means - mean[None, :]
+    return mean, tl.sum(spreads + apart * apart * counts[:, None], 0), count
+
+
+@triton.jit
+def store_merged_moments(
+    parts_ptr, counts_ptr, part, mean, spread, count, at, inside, channels, counting
+):
+    """What ``merged_moments`` gives, as a part for ``batch_norm_act.triton_fwd.merge_statistics``.
+
+    The program with ``counting`` stores the count.
+    """
     parts_ptr += part.to(tl.int64) * 2 * channels + at
     tl.store(parts_ptr, mean, mask=inside)
-    tl.store(parts_ptr + channels, tl.sum(centred * centred, 0), mask=inside)
+    tl.store(parts_ptr + channels, spread, mask=inside)
     tl.store(counts_ptr + part, count, mask=counting)
+
+
+@triton.jit
+def store_moments(parts_ptr, counts_ptr, part, z, exists, at, inside, channels, counting):
+    """A part of the rows that exist of a tile z [ROWS, BLOCK], as ``store_merged_moments`` lays it out."""
+    count = tl.sum(exists.to(z.dtype), 0)
+    mean = tl.sum(tl.where(exists[:, None], z, 0.0), 0) / tl.maximum(count, 1.0)
+    centred = tl.where(exists[:, None], z - mean[None, :], 0.0)
+    spread = tl.sum(centred * centred, 0)
+    store_merged_moments(
+        parts_ptr, counts_ptr, part, mean, spread, count, at, inside, channels, counting
+    )
 
 
 @triton.jit

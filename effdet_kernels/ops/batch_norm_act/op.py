@@ -10,13 +10,19 @@ from torch import Tensor
 from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
-from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.batch_norm_act import reference
 
 
 def batch_norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, act: str = "none"
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    act: str = "none",
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """y = act((x - mean) / sqrt(var + eps) * weight + bias), mean and var over the batch.
 
     Both are per channel, over B, H and W. Source: batch normalisation, arXiv:1502.03167,
@@ -28,14 +34,18 @@ def batch_norm_act(
         bias: [C] like ``weight``.
         eps: added to the variance, at least 0.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        mean: [C] like ``weight``, of x, known before: a convolution gives it with ``statistics``, or
+            it is of the images of all ranks. None: computed.
+        variance: [C] like ``weight``, biased, given if and only if ``mean`` is.
 
     Returns:
-        y [B, C, H, W], dtype of ``x``, channels_last; mean [C] and biased variance [C] in the dtype
-        of ``weight``, for the caller to update running statistics with (those usually take
-        var * n / (n - 1) with n = B * H * W).
+        (y [B, C, H, W], dtype of ``x``, channels_last; mean [C] and biased variance [C] in the dtype
+        of ``weight``, for the caller to update running statistics with, which usually take
+        var * n / (n - 1) with n = B * H * W). With ``mean`` and ``variance``: y.
 
     Statistics in float32 (float64 with float64). Under autocast x is cast, weight and bias are not.
-    Differentiable in x, weight and bias, through y only: mean and var carry no gradient.
+    Differentiable in x, weight and bias, through y only: mean and var carry no gradient. The gradient of x is that of
+    statistics of x also where they were given.
     Deterministic.
 
     Raises:
@@ -49,12 +59,25 @@ def batch_norm_act(
     _arguments.channel_vector(op, "bias", bias, x.shape[1], x)
     _checks.number(op, "eps", eps, least=0)
     _arguments.activation(op, "act", act)
-    return _batch_norm_act(x, weight, bias, eps, act)
+    if (mean is None) != (variance is None):
+        name, other = ("variance", "mean") if variance is None else ("mean", "variance")
+        raise ValueError(f"{op}: {name}: got None, takes a tensor where {other} is given")
+    if mean is None or variance is None:
+        y, mean, variance = _batch_norm_act(x, weight, bias, eps, act, None, None)
+        return y, mean, variance
+    _arguments.channel_vector(op, "mean", mean, x.shape[1], x)
+    _arguments.channel_vector(op, "variance", variance, x.shape[1], x)
+    return _batch_norm_act(x, weight, bias, eps, act, mean, variance)[0]
 
 
-def _out_spec(x, *_) -> list[TensorSpec]:
-    statistic = TensorSpec((x.shape[1],), accumulation_dtype(x.dtype), x.device)
-    return [_library.nchw(x.shape, x), statistic, statistic]
+def _out_spec(x, *rest) -> list[TensorSpec]:
+    y = _library.nchw(x.shape, x)
+    return [y, *_library.moments(x.shape[1], x)] if rest[-1] is None else [y]
+
+
+def _statistics(*args) -> tuple[int, ...]:
+    """Positions of mean and variance among the outputs, where they were not given."""
+    return () if args[6] is not None else (1, 2)
 
 
 def _fields(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> dict[str, Any]:
@@ -77,17 +100,19 @@ def _fields(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> di
     }
 
 
-def _run_cpu(*args) -> tuple[Tensor, Tensor, Tensor]:
-    x, *rest = _cpu.widened(args)
-    y, mean, variance = _cpu.allocate(_out_spec(*args), x.dtype)
-    fields = _fields(_cpu.pixels_inner(x), *rest)
-    _native.launch("batch_norm_act", y=y, mean=mean, variance=variance, **fields)
-    return y, mean, variance
+def _run_cpu(*args) -> list[Tensor]:
+    x, weight, bias, eps, act, *given = _cpu.widened(args)
+    y, *moments = _cpu.allocate(_out_spec(*args), x.dtype)
+    mean, variance = moments or [_cpu.vectors(v, x.dtype) for v in given]
+    fields = _fields(_cpu.pixels_inner(x), weight, bias, eps, act)
+    fields.update(y=y, mean=mean, variance=variance, given=int(not moments))
+    _native.launch("batch_norm_act", **fields)
+    return [y, *moments]
 
 
 def _backward_cpu(grads, *rest) -> list[Tensor]:
-    *args, (mean, variance), needs = rest
-    x, weight, bias, eps, act = _gradients.wide(args)
+    x, weight, bias, eps, act, *given, saved, needs = _gradients.wide(rest)
+    mean, variance = saved or [_cpu.vectors(v, x.dtype) for v in given]
     (grad,) = _gradients.wide(grads[:1])
     grad, x = _cpu.pixels_inner(grad), _cpu.pixels_inner(x)
     dx = None
@@ -110,8 +135,8 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
 
 
 _batch_norm_act = _library.define(
-    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act)"
-    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? mean,"
+    " Tensor? variance) -> Tensor[]",
     out_spec=_out_spec,
     impls={
         "cpu": _run_cpu,
@@ -123,7 +148,7 @@ _batch_norm_act = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.batch_norm_act.triton_bwd"),
     },
     differentiable=("x", "weight", "bias"),
-    nondifferentiable_outputs=(1, 2),
-    saved_outputs=(1, 2),
+    nondifferentiable_outputs=_statistics,
+    saved_outputs=_statistics,
     autocast=("x",),
 )

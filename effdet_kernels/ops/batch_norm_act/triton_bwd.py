@@ -114,9 +114,9 @@ def batch_norm_act_bwd_dx_kernel(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
-    x, weight, bias, eps, act, (mean, variance), needs = rest
+    x, weight, bias, eps, act, *given, saved, needs = rest
     x, grad = _gpu.pixels_inner(x), _gpu.pixels_inner(grads[0])
-    vectors = mean, variance, _gpu.dense(weight), _gpu.dense(bias)
+    vectors = [_gpu.dense(v) for v in (*(saved or given), weight, bias)]
     channels = x.shape[1]
     options, programs, counts = tiling("bwd_sums", x, grad, looped=True)
     tiles = programs // counts[3]

@@ -13,7 +13,7 @@ from effdet_kernels import _library, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._tl import activate, number
+from effdet_kernels.ops._tl import activate, merged_moments, number, store_merged_moments
 
 _ENOUGH = 512  # programs that fill a large GPU
 
@@ -29,15 +29,6 @@ def tile_of(program, pixels, channels, tiles, blocks, rows, BLOCK_C: tl.constexp
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     image, rows = (tile // tiles).to(tl.int64), tl.minimum(pixels - first, rows)
     return tile.to(tl.int64), image, first.to(tl.int64), rows, c, c < channels
-
-
-@triton.jit
-def _merged(means, spreads, counts):
-    """Chan's formula along the first axis: counts [N], means and sums of squares about them [N, BLOCK_C]."""
-    count = tl.sum(counts, 0)
-    mean = tl.sum(means * counts[:, None], 0) / count
-    apart = means - mean[None, :]
-    return mean, tl.sum(spreads + apart * apart * counts[:, None], 0), count
 
 
 @triton.jit
@@ -66,11 +57,11 @@ def batch_norm_act_fwd_statistics_kernel(
         means += delta * (1.0 / tl.full((), start // BLOCK_M + 1, ACC))
         spreads += delta * (x - means)
     counts = tl.maximum(tl.cdiv(rows - row, BLOCK_M), 0).to(ACC)
-    mean, spread, count = _merged(means, spreads, counts)
-    parts_ptr += tile * 2 * channels + c
-    tl.store(parts_ptr, mean, mask=c_inside)
-    tl.store(parts_ptr + channels, spread, mask=c_inside)
-    tl.store(counts_ptr + tile, count, mask=tl.program_id(0) % blocks == 0)
+    mean, spread, count = merged_moments(means, spreads, counts)
+    store_merged_moments(
+        parts_ptr, counts_ptr, tile, mean, spread, count,
+        c, c_inside, channels, tl.program_id(0) % blocks == 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -88,7 +79,7 @@ def batch_norm_act_fwd_merge_kernel(
     means = tl.load(parts_ptr + at, mask=inside, other=0.0)  # [BLOCK_T, BLOCK_C]
     spreads = tl.load(parts_ptr + channels + at, mask=inside, other=0.0)  # [BLOCK_T, BLOCK_C]
     counts = tl.load(counts_ptr + part, mask=part < parts, other=0.0)
-    mean, spread, count = _merged(means, spreads, counts)
+    mean, spread, count = merged_moments(means, spreads, counts)
     if merged_counts_ptr is None:
         spread = spread / count
         if pivot_ptr is not None:
@@ -189,7 +180,7 @@ def merge_statistics(
     Args:
         parts: [parts, 2, C] in the accumulation dtype: the mean of the values of a part, and the sum of squares about
             that mean; a kernel that makes a map writes a part per tile from its epilogue.
-        counts: [parts] in the same dtype, how many values of each channel a part has, at least 1.
+        counts: [parts] in the same dtype, how many values of each channel a part has, 0 or more.
         pivot: what was subtracted from the values, C numbers next to each other; None: nothing. One close to the mean
             keeps the digits that a large mean takes from the differences between parts.
     """
@@ -216,17 +207,31 @@ def merge_statistics(
     return mean, variance
 
 
+def statistics_of(parts: _gpu.Parts) -> list[Tensor]:
+    """``merge_statistics`` of what a kernel has written into ``_gpu.parts_of_moments``; nothing of none."""
+    moments, counts = parts
+    return [] if moments is None or counts is None else [*merge_statistics(moments, counts)]
+
+
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: str,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> list[Tensor]:
     x = _gpu.pixels_inner(x)
-    mean, variance = merge_statistics(*statistics(x), pivot=x[0, :, 0, 0])
+    moments = []
+    if mean is None:
+        mean, variance = moments = merge_statistics(*statistics(x), pivot=x[0, :, 0, 0])
     (y,) = _gpu.allocate([_library.nchw(x.shape, x)])
     options, programs, counts = tiling("fwd", x, looped=False)
     _triton.launch(
         batch_norm_act_fwd_kernel,
         programs,
-        x, mean, variance, _gpu.dense(weight), _gpu.dense(bias), y,
+        x, *map(_gpu.dense, (mean, variance, weight, bias)), y,
         _gpu.bits(eps), *counts, *strides(x, options["UNIT"]), ACT=act, **options,
     )  # fmt: skip
-    return y, mean, variance
+    return [y, *moments]

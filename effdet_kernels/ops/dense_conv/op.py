@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu, _gradients
+from effdet_kernels.ops import _arguments, _cpu, _gradients, _statistics
 from effdet_kernels.ops.dense_conv import reference
 
 
@@ -23,7 +23,8 @@ def dense_conv(
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
     act: str = "none",
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """y[b, o] = act(conv(x[b], weight[o]) * scale[o] + shift[o]).
 
     conv is the 2-d cross-correlation of zero-padded x over all channels. Source: the stem of
@@ -39,13 +40,15 @@ def dense_conv(
         stride: of both axes, at least 1.
         padding: zeros (left, right, top, bottom), in pixels.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        statistics: also return mean and variance, for a batch norm that follows.
 
     Returns:
         y [B, O, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype
-        of ``x``, channels_last.
+        of ``x``, channels_last. With ``statistics``: (y, mean [O], variance [O], float32, float64 with
+        float64): of y before its rounding, over images and pixels, biased.
 
     Accumulates in float32 (float64 with float64). Under autocast x and weight are cast, scale and
-    shift are not. Differentiable in x, weight, scale and shift. Deterministic.
+    shift are not. Differentiable in x, weight, scale and shift, through y only. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -63,20 +66,24 @@ def dense_conv(
     padding = _arguments.four_paddings(op, "padding", padding)
     _arguments.activation(op, "act", act)
     _arguments.convolved_size(op, x, weight.shape[2], stride, padding)
-    return _dense_conv(x, weight, scale, shift, stride, padding, act)
+    _arguments.statistics(op, statistics, x)
+    outputs = _dense_conv(x, weight, scale, shift, stride, padding, act, statistics)
+    return tuple(outputs) if statistics else outputs[0]
 
 
-def _out_spec(x, weight, scale, shift, stride, padding, act) -> list[TensorSpec]:
+def _out_spec(x, weight, scale, shift, stride, padding, act, statistics=False) -> list[TensorSpec]:
     size = _arguments.convolved_size("dense_conv", x, weight.shape[2], stride, padding)
-    return [_library.nchw((x.shape[0], weight.shape[0], *size), x)]
+    y = _library.nchw((x.shape[0], weight.shape[0], *size), x)
+    return [y, *_library.moments(weight.shape[0], x)] if statistics else [y]
 
 
-def _run_cpu(*args) -> Tensor:
+def _run_cpu(*args) -> list[Tensor]:
+    """Without statistics."""
     x, *rest = _cpu.widened(args)
     if rest[0].shape[2] > _native.MAX_KERNEL:
         return reference.dense_conv(*args)
     (y,) = _cpu.allocate(_out_spec(*args), x.dtype)
-    return _launch(y, x, *rest)
+    return [_launch(y, x, *rest)]
 
 
 def _launch(
@@ -127,8 +134,8 @@ def _launch(
 
 def _backward_cpu(grads, *rest) -> list[Tensor]:
     *args, needs = rest
-    x, weight, scale, shift, stride, padding, act = _gradients.wide(args)
-    (grad,) = _gradients.wide(grads)
+    x, weight, scale, shift, stride, padding, act, _ = _gradients.wide(args)
+    (grad,) = _gradients.wide(grads[:1])
     if weight.shape[2] > _native.MAX_KERNEL:
         return _library.reference_backward(reference.dense_conv, grads, args, range(4), needs)
     of_x, of_weight, of_scale, of_shift = _gradients.wanted((x, weight, scale, shift), needs)
@@ -136,7 +143,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
     if scale is not None or act != "none" or of_shift:
         z = None
         if act != "none" or of_scale:
-            z = _run_cpu(x, weight, None, None, stride, padding, "none")
+            (z,) = _run_cpu(x, weight, None, None, stride, padding, "none")
         delta, d_scale, d_shift = _gradients.affine(grad, z, scale, shift, act, overwrite=True)
     d_x = d_weight = None
     if of_x:
@@ -168,10 +175,10 @@ def _weight_gradient(
 
 _dense_conv = _library.define(
     "dense_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
-    " SymInt[] padding, str act) -> Tensor",
+    " SymInt[] padding, str act, bool statistics) -> Tensor[]",
     out_spec=_out_spec,
     impls={
-        "cpu": _run_cpu,
+        "cpu": _statistics.after_kernel(_run_cpu),
         "triton": _triton.deferred("effdet_kernels.ops.dense_conv.triton_fwd"),
         "reference": reference.dense_conv,
     },
@@ -180,5 +187,6 @@ _dense_conv = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.dense_conv.triton_bwd"),
     },
     differentiable=("x", "weight", "scale", "shift"),
+    nondifferentiable_outputs=_statistics.positions,
     autocast=("x", "weight"),
 )

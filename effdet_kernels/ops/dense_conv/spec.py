@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.bound import envelope
-from effdet_kernels.ops._activations import ACTIVATIONS
+from effdet_kernels.bound import accumulator, envelope
+from effdet_kernels.ops._activations import ACTIVATIONS, moments
 from effdet_kernels.ops._cases import (
     ACTS,
     BENCH,
@@ -21,7 +21,9 @@ from effdet_kernels.ops._cases import (
     per_channel,
     uniform,
     weights,
+    with_moments_of_errors,
 )
+from effdet_kernels.ops._statistics import with_moments
 from effdet_kernels.ops.dense_conv import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -59,17 +61,29 @@ def _case(
     return Case(name, make, tags, times=times)
 
 
-def _magnitude(x, weight, scale, shift, stride, padding, act) -> list[Tensor]:
+def _magnitude(x, weight, scale, shift, stride, padding, act, statistics=False) -> list[Tensor]:
     conv = F.conv2d(F.pad(x.abs(), tuple(padding)), weight.abs(), stride=stride)
-    return [envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)]
+    y = envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)
+    if not statistics:
+        return [y]
+    exact = reference.dense_conv(x, weight, scale, shift, stride, padding, act)
+    return with_moments_of_errors(exact, [y])
 
 
-def _out_elements(x, weight, stride, padding, **_) -> int:
+def _out_pixels(x, weight, stride, padding, **_) -> int:
     left, right, top, bottom = padding
     k = weight.shape[2]
     height = (x.shape[2] + top + bottom - k) // stride + 1
     width = (x.shape[3] + left + right - k) // stride + 1
-    return x.shape[0] * weight.shape[0] * height * width
+    return x.shape[0] * height * width
+
+
+def _out_elements(**a: Any) -> int:
+    return len(a["weight"]) * _out_pixels(**a)
+
+
+def _reduction(**a: Any) -> int:
+    return max(a["weight"][0].numel(), _out_pixels(**a) if a.get("statistics") else 0)
 
 
 def _inputs(a: Inputs) -> int:
@@ -77,7 +91,9 @@ def _inputs(a: Inputs) -> int:
 
 
 def _bytes(**a: Any) -> int:
-    return _inputs(a) + _out_elements(**a) * a["x"].element_size()
+    vectors = 2 * len(a["weight"]) if a.get("statistics") else 0
+    wide = accumulator(a["x"].dtype).itemsize
+    return _inputs(a) + _out_elements(**a) * a["x"].element_size() + vectors * wide
 
 
 def _backward_bytes(**a: Any) -> int:
@@ -94,18 +110,31 @@ def _backward_flops(**a: Any) -> int:
     return (2 if a["act"] == "none" else 3) * _flops(**a)
 
 
-def _act_before_bn(**a: Any) -> Tensor:
-    y = reference.dense_conv(**{**a, "scale": None, "shift": None})
-    return y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+def _act_before_bn(**a: Any) -> list[Tensor]:
+    y = reference.dense_conv(**{**a, "scale": None, "shift": None})[0]
+    return _results(a, y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0))
 
 
-def _rounded_result(**a: Any) -> Tensor:
-    y = reference.dense_conv(**{**a, "scale": None, "shift": None, "act": "none"})
+def _results(a: Inputs, y: Tensor) -> list[Tensor]:
+    """The outputs of a wrong y."""
+    return with_moments([y], y.dtype) if a.get("statistics") else [y]
+
+
+def _rounded_result(**a: Any) -> list[Tensor]:
+    y = reference.dense_conv(**{**a, "scale": None, "shift": None, "act": "none"})[0]
     y = y.bfloat16().double() * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
-    return ACTIVATIONS[a["act"]](y)
+    return _results(a, ACTIVATIONS[a["act"]](y))
+
+
+def _statistics_of_last(**a: Any) -> list[Tensor]:
+    y, *found = reference.dense_conv(**a)
+    return [y, *moments(y[-1:])] if found else [y]
 
 
 _reference = reference.dense_conv
+_TRAINING: Inputs = {
+    "stride": 2, "padding": _HALVED, "bn": False, "act": "none", "statistics": True,
+}  # fmt: skip
 
 SPEC = OpSpec(
     name="dense_conv",
@@ -128,12 +157,16 @@ SPEC = OpSpec(
         _case("one_pixel", 2, 3, 1, 1, out=4),
         _case("9x9", 1, 2, 4, 6, out=2, k=9, padding=(4, 4, 4, 4)),
         *[_case(f"far_{act}", 1, 3, 4, 5, out=3, act=act, std=FAR) for act in ACTS],
+        _case("statistics", 2, 3, 8, 9, out=5, stride=2, bn=False, act="none", statistics=True),
+        _case("statistics_wide", 2, 11, 5, 4, out=3, statistics=True),
         _case("no_images", 0, 3, 4, 4, out=5),
         _case("blocks", 2, 21, 11, 37, out=67, tags=BLOCKS),
         _case("blocks_stem", 2, 3, 38, 70, out=40, stride=2, padding=_HALVED, tags=BLOCKS),
         _case("blocks_wide", 1, 16, 8, 16, out=147, tags=BLOCKS),
+        _case("blocks_statistics", 2, 3, 38, 70, out=40, **_TRAINING, tags=BLOCKS),
         _case("d0_stem", 1, 3, 512, 512, out=32, stride=2, padding=_HALVED, tags=BENCH),
         _case("d0_stem_batch8", 8, 3, 512, 512, out=32, stride=2, padding=_HALVED, tags=BENCH),
+        _case("d0_stem_training", 1, 3, 512, 512, out=32, **_TRAINING, tags=BENCH),
         _case("d4_stem", 1, 3, 1024, 1024, out=48, stride=2, padding=_HALVED, tags=BENCH),
         _case("d7_stem", 1, 3, 1536, 1536, out=64, stride=2, padding=_HALVED, tags=GPU),
         _case("d0_edgetpu_expand", 1, 24, 128, 128, out=192, stride=2, padding=_HALVED, tags=BENCH),
@@ -158,6 +191,7 @@ SPEC = OpSpec(
         "channels in another order": mutant(
             _reference, lambda a: {"weight": a["weight"].roll(1, 1)}
         ),
+        "statistics of the last image": _statistics_of_last,
         "shift forgotten": mutant(_reference, lambda a: {"shift": None}),
         "activation before BN": _act_before_bn,
         "result rounded to bfloat16 before BN": _rounded_result,
@@ -167,7 +201,7 @@ SPEC = OpSpec(
     batched=("x",),
     nonfinite=("x", "shift"),
     magnitude=_magnitude,
-    reduction=lambda weight, **_: weight[0].numel(),
+    reduction=_reduction,
     gradient_roundings=1,  # the gradient before the convolution
     bytes=_bytes,
     flops=_flops,

@@ -251,7 +251,7 @@ def _weight_gradient(x, weight, delta, stride, padding):
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
-    x, weight, scale, shift, stride, padding, act, needs = rest
+    x, weight, scale, shift, stride, padding, act, _, needs = rest
     of_x, of_weight, of_scale, of_shift = wanted((x, weight, scale, shift), needs)
     x, weight, patch = placed(x, weight)
     delta = grad = _gpu.pixels_inner(grads[0])

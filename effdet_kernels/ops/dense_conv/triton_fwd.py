@@ -16,7 +16,8 @@ from torch import Tensor
 
 from effdet_kernels import _library, _triton
 from effdet_kernels.ops import _arguments, _gpu
-from effdet_kernels.ops._tl import affine_act
+from effdet_kernels.ops._tl import affine_act, store_moments
+from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def tap_product(
 
 @triton.jit
 def dense_conv_fwd_patch_kernel(
-    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr,
+    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr, parts_ptr, counts_ptr,
     height, width, out_height, out_width, out_units, tiles, blocks, left, top,
     stride_b, stride_c, stride_h, stride_w, stride_wo, stride_wc, stride_wi, stride_wj,
     OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ACT: tl.constexpr,
@@ -110,11 +111,16 @@ def dense_conv_fwd_patch_kernel(
     at = pixel[:, None] * out_channels + out[None, :]
     mask = (pixel < pixels)[:, None] & (out < out_channels)[None, :]
     tl.store(y_ptr + image * pixels * out_channels + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if parts_ptr is not None:
+        store_moments(
+            parts_ptr, counts_ptr, program // blocks, y, pixel < pixels,
+            out, out < out_channels, out_channels, program % blocks == 0,
+        )  # fmt: skip
 
 
 @triton.jit
 def dense_conv_fwd_kernel(
-    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr,
+    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr, parts_ptr, counts_ptr,
     height, width, out_height, out_width, in_units, out_units, tiles, blocks, left, top,
     stride_b, stride_h_units, stride_w_units,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,6 +146,11 @@ def dense_conv_fwd_kernel(
     at = pixel[:, None] * out_channels + out[None, :]
     mask = (pixel < pixels)[:, None] & (out < out_channels)[None, :]
     tl.store(y_ptr + image * pixels * out_channels + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if parts_ptr is not None:
+        store_moments(
+            parts_ptr, counts_ptr, program // blocks, y, pixel < pixels,
+            out, out < out_channels, out_channels, program % blocks == 0,
+        )  # fmt: skip
 
 
 def run(
@@ -150,7 +161,8 @@ def run(
     stride: int,
     padding: Sequence[int],
     act: str,
-) -> Tensor:
+    statistics: bool = False,
+) -> list[Tensor]:
     batch, channels, _, _ = x.shape
     out_channels, kernel = weight.shape[0], weight.shape[2]
     size = _arguments.convolved_size("dense_conv", x, kernel, stride, padding)
@@ -163,6 +175,7 @@ def run(
     tiles = triton.cdiv(size[0] * size[1], options["BLOCK_M"])
     blocks = triton.cdiv(out_channels, options["BLOCK_N"])
     vectors = _gpu.dense(scale), _gpu.dense(shift)
+    parts = _gpu.parts_of_moments(batch * tiles if statistics else 0, out_channels, x)
     common = {"OUT_UNIT": out_unit, "ACT": act, **constants(x, weight, stride), **options}
     flops = 2 * y.numel() * channels * kernel * kernel
     left, _, top, _ = padding
@@ -170,24 +183,24 @@ def run(
         _triton.launch(
             dense_conv_fwd_patch_kernel,
             batch * tiles * blocks,
-            x, weight, *vectors, y,
+            x, weight, *vectors, y, *parts,
             *x.shape[2:], *size, out_channels // out_unit, tiles, blocks, left, top,
             *x.stride(), *weight.stride(),
             CHANNELS=channels, BLOCK_K=patch, **common, flops=flops,
         )  # fmt: skip
-        return y
+        return [y, *statistics_of(parts)]
     in_unit = _gpu.alignment(channels, x.stride(2), x.stride(3))
     common["BLOCK_K"] = wide_block(channels, options["BLOCK_K"])
     _triton.launch(
         dense_conv_fwd_kernel,
         batch * tiles * blocks,
-        x, weight, *vectors, y,
+        x, weight, *vectors, y, *parts,
         *x.shape[2:], *size, channels // in_unit, out_channels // out_unit, tiles, blocks, left, top,
         x.stride(0), x.stride(2) // in_unit, x.stride(3) // in_unit,
         IN_UNIT=in_unit, **common, flops=flops,
         trips=(kernel * kernel * triton.cdiv(channels, common["BLOCK_K"]),),
     )  # fmt: skip
-    return y
+    return [y, *statistics_of(parts)]
 
 
 def constants(x: Tensor, weight: Tensor, stride: int) -> dict[str, Any]:

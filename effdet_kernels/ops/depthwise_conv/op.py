@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effdet_kernels import _library, _native, _triton
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu, _gradients
+from effdet_kernels.ops import _arguments, _cpu, _gradients, _statistics
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.depthwise_conv import reference
 
@@ -25,7 +25,8 @@ def depthwise_conv(
     padding: Sequence[int] = (0, 0, 0, 0),
     act: str = "none",
     squeeze: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """y[b, c] = act(conv(x[b, c], weight[c]) * scale[c] + shift[c]).
 
     conv is the 2-d cross-correlation of zero-padded x. Source: the depthwise
@@ -42,14 +43,18 @@ def depthwise_conv(
         padding: zeros (left, right, top, bottom), in pixels.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
         squeeze: also return the sums of y over each map.
+        statistics: also return mean and variance, for a batch norm that follows; not with
+            ``squeeze``.
 
     Returns:
         y [B, C, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype
-        of ``x``, channels_last. With ``squeeze``: (y, sums [B, C] float32, float64 with float64; of
-        y before its rounding).
+        of ``x``, channels_last. With ``squeeze``: (y, sums [B, C]). With ``statistics``: (y, mean
+        [C], variance [C]), over images and pixels, biased. Sums and statistics are float32 (float64
+        with float64), of y before its rounding.
 
     Accumulates in float32 (float64 with float64). Under autocast x and weight are cast, scale and
-    shift are not. Differentiable in x, weight, scale and shift. Deterministic.
+    shift are not. Differentiable in x, weight, scale and shift, not through mean and variance.
+    Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -64,21 +69,28 @@ def depthwise_conv(
     padding = _arguments.four_paddings(op, "padding", padding)
     _arguments.activation(op, "act", act)
     _arguments.convolved_size(op, x, weight.shape[2], stride, padding)
-    outputs = _depthwise_conv(x, weight, scale, shift, stride, padding, act, squeeze)
-    return (outputs[0], outputs[1]) if squeeze else outputs[0]
+    _arguments.statistics(op, statistics, x)
+    if squeeze and statistics:
+        raise ValueError(f"{op}: statistics: got True, takes False with squeeze")
+    outputs = _depthwise_conv(x, weight, scale, shift, stride, padding, act, squeeze, statistics)
+    return tuple(outputs) if squeeze or statistics else outputs[0]
 
 
-def _out_spec(x, weight, scale, shift, stride, padding, act, squeeze) -> list[TensorSpec]:
+def _out_spec(
+    x, weight, scale, shift, stride, padding, act, squeeze, statistics=False
+) -> list[TensorSpec]:
     batch, channels = x.shape[:2]
     size = _arguments.convolved_size("depthwise_conv", x, weight.shape[2], stride, padding)
     y = _library.nchw((batch, channels, *size), x)
     sums = TensorSpec((batch, channels), accumulation_dtype(x.dtype), x.device)
-    return [y, sums] if squeeze else [y]
+    if squeeze:
+        return [y, sums]
+    return [y, *_library.moments(channels, x)] if statistics else [y]
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
     """The raw result of the C++ kernel."""
-    return _run_cpu(x, weight, None, None, stride, padding, "none", False)[0]
+    return run_cpu(x, weight, None, None, stride, padding, "none", False)[0]
 
 
 def launch(
@@ -134,7 +146,8 @@ def launch(
     return outputs
 
 
-def _run_cpu(*args) -> list[Tensor]:
+def run_cpu(*args) -> list[Tensor]:
+    """Without statistics."""
     x, weight, scale, shift, stride, padding, act, _ = _cpu.widened(args)
     if weight.shape[2] > _native.MAX_KERNEL:
         return reference.depthwise_conv(*args)
@@ -156,10 +169,10 @@ def input_gradient(
 def backward(grads, *rest) -> list[Tensor]:
     """The C++ kernels' backward; the README has the formulas."""
     *args, needs = rest
-    x, weight, scale, shift, stride, padding, act, squeeze = _gradients.wide(args)
+    x, weight, scale, shift, stride, padding, act, squeeze, _ = _gradients.wide(args)
     if weight.shape[2] > _native.MAX_KERNEL:
         return _library.reference_backward(reference.depthwise_conv, grads, args, range(4), needs)
-    grad, *of_sums = _gradients.wide(grads)
+    grad, *of_sums = _gradients.wide(grads[: 1 + squeeze])
     if squeeze:
         grad = grad + of_sums[0].to(grad.dtype)[:, :, None, None]
     of_x, of_weight, of_scale, of_shift = _gradients.wanted((x, weight, scale, shift), needs)
@@ -180,10 +193,10 @@ def backward(grads, *rest) -> list[Tensor]:
 
 _depthwise_conv = _library.define(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, SymInt stride,"
-    " SymInt[] padding, str act, bool squeeze) -> Tensor[]",
+    " SymInt[] padding, str act, bool squeeze, bool statistics) -> Tensor[]",
     out_spec=_out_spec,
     impls={
-        "cpu": _run_cpu,
+        "cpu": _statistics.after_kernel(run_cpu),
         "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_fwd"),
         "reference": reference.depthwise_conv,
     },
@@ -192,5 +205,6 @@ _depthwise_conv = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_bwd"),
     },
     differentiable=("x", "weight", "scale", "shift"),
+    nondifferentiable_outputs=_statistics.positions,
     autocast=("x", "weight"),
 )

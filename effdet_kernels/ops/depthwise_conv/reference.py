@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.ops._activations import conv_affine_act, widen
+from effdet_kernels.ops._statistics import with_moments
 
 
 def depthwise_conv(
@@ -19,12 +20,18 @@ def depthwise_conv(
     padding: Sequence[int],
     act: str,
     squeeze: bool,
+    statistics: bool = False,
 ) -> list[Tensor]:
-    """``y = act(conv(x) * scale + shift)``; with ``squeeze`` also its sums over H and W."""
+    """``y = act(conv(x) * scale + shift)``; with ``squeeze`` also its sums over H and W.
+
+    With ``statistics`` also its mean and variance.
+    """
     left, right, top, bottom = padding
     if left == right == top == bottom:
         padded, own = widen(x), left
     else:
         padded, own = F.pad(widen(x), tuple(padding)), 0
     y = conv_affine_act(padded, weight, scale, shift, act, stride, own, groups=x.shape[1])
-    return [y.to(x.dtype), y.sum((2, 3))] if squeeze else [y.to(x.dtype)]
+    if squeeze:
+        return [y.to(x.dtype), y.sum((2, 3))]
+    return with_moments([y], x.dtype) if statistics else [y.to(x.dtype)]

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdet_kernels.bound import envelope
-from effdet_kernels.ops._activations import ACTIVATIONS
+from effdet_kernels.bound import accumulator, envelope
+from effdet_kernels.ops._activations import ACTIVATIONS, moments
 from effdet_kernels.ops._cases import (
     ACTS,
     BENCH,
@@ -22,7 +22,9 @@ from effdet_kernels.ops._cases import (
     per_channel,
     uniform,
     weights,
+    with_moments_of_errors,
 )
+from effdet_kernels.ops._statistics import with_moments
 from effdet_kernels.ops.depthwise_conv import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -57,10 +59,15 @@ def _case(
     return Case(name, make, tags, times=times)
 
 
-def _magnitude(x, weight, scale, shift, stride, padding, act, squeeze) -> list[Tensor]:
+def _magnitude(
+    x, weight, scale, shift, stride, padding, act, squeeze, statistics=False
+) -> list[Tensor]:
     padded = F.pad(x.abs(), tuple(padding))
     conv = F.conv2d(padded, weight.abs(), stride=stride, groups=len(weight))
     y = envelope(conv * per_channel(scale, 1).abs() + per_channel(shift, 0).abs(), act)
+    if statistics:
+        exact = reference.depthwise_conv(x, weight, scale, shift, stride, padding, act, False)
+        return with_moments_of_errors(exact, [y])
     return [y, y.sum((2, 3))] if squeeze else [y]
 
 
@@ -71,18 +78,29 @@ def _out_pixels(x, weight, stride, padding, **_) -> int:
     return height * ((x.shape[3] + left + right - k) // stride + 1)
 
 
+def _summed(a: Inputs) -> int:
+    """Values in a sum over pixels."""
+    images = 1 if a["squeeze"] else a["x"].shape[0] if a.get("statistics") else 0
+    return images * _out_pixels(**a)
+
+
 def _inputs(a: Inputs) -> int:
     return nbytes(a["x"], a["weight"], a["scale"], a["shift"])
 
 
 def _written(a: Inputs) -> int:
     maps = a["x"].shape[0] * a["x"].shape[1]
-    sums = maps * max(a["x"].element_size(), 4) if a["squeeze"] else 0
+    sums = maps * _wide(a) if a["squeeze"] else 0
     return maps * _out_pixels(**a) * a["x"].element_size() + sums
 
 
+def _wide(a: Inputs) -> int:
+    return accumulator(a["x"].dtype).itemsize
+
+
 def _bytes(**a: Any) -> int:
-    return _inputs(a) + _written(a)
+    moments = 2 * a["x"].shape[1] * _wide(a) if a.get("statistics") else 0
+    return _inputs(a) + _written(a) + moments
 
 
 def _backward_bytes(**a: Any) -> int:
@@ -101,8 +119,14 @@ def _backward_flops(**a: Any) -> int:
 
 
 def _act_before_bn(**a: Any) -> list[Tensor]:
-    y = reference.depthwise_conv(**{**a, "scale": None, "shift": None})[0]
-    y = y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
+    y = reference.depthwise_conv(**{**a, **_RAW, "act": a["act"]})[0]
+    return _results(a, y * per_channel(a["scale"], 1) + per_channel(a["shift"], 0))
+
+
+def _results(a: Inputs, y: Tensor) -> list[Tensor]:
+    """The outputs of a wrong y."""
+    if a.get("statistics"):
+        return with_moments([y], y.dtype)
     return [y, y.sum((2, 3))] if a["squeeze"] else [y]
 
 
@@ -111,18 +135,24 @@ def _sums_before_activation(**a: Any) -> list[Tensor]:
     return [ACTIVATIONS[a["act"]](y), *sums]
 
 
+def _of_last(**a: Any) -> list[Tensor]:
+    y, *found = reference.depthwise_conv(**a)
+    return [y, *(moments(y[-1:]) if a.get("statistics") else found)]
+
+
 def _rounded_result(**a: Any) -> list[Tensor]:
-    y = reference.depthwise_conv(**{**a, "scale": None, "shift": None, "act": "none"})[0]
+    y = reference.depthwise_conv(**{**a, **_RAW})[0]
     y = y.bfloat16().double() * per_channel(a["scale"], 1) + per_channel(a["shift"], 0)
-    y = ACTIVATIONS[a["act"]](y)
-    return [y, y.sum((2, 3))] if a["squeeze"] else [y]
+    return _results(a, ACTIVATIONS[a["act"]](y))
 
 
 _reference = reference.depthwise_conv
+_RAW: Inputs = {"scale": None, "shift": None, "act": "none"}
 
 _SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
 _HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
-_TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False}  # BN is an op of its own
+# BN is an op of its own.
+_TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False, "statistics": True}
 
 
 def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, **options: Any) -> Case:
@@ -163,12 +193,16 @@ SPEC = OpSpec(
         _case("9x9", 2, 3, 6, 11, k=9, padding=(4, 4, 4, 4)),
         *[_case(f"far_{act}", 1, 3, 4, 5, act=act, std=FAR) for act in ACTS],
         _case("5x5_two_pixels", 1, 3, 1, 2, k=5, padding=(2, 2, 2, 2)),
+        _case("statistics", 3, 5, 6, 7, bn=False, act="none", statistics=True),
+        _case("statistics_act", 2, 3, 7, 5, stride=2, padding=(0, 1, 1, 0), statistics=True),
         _case("no_images", 0, 3, 4, 4, squeeze=True),
         _blocks("blocks", 2, 77, 19, 37),
         _blocks("blocks_5x5", 2, 80, 21, 33, k=5),
         _blocks("blocks_stride2", 2, 77, 38, 35, stride=2),
         _blocks("blocks_channels", 2, 147, 5, 6),
         _blocks("blocks_5x5_stride2", 2, 64, 32, 34, k=5, stride=2),
+        _blocks("blocks_statistics", 2, 77, 39, 37, **_TRAINING),
+        _blocks("blocks_5x5_statistics", 2, 64, 32, 34, k=5, stride=2, **_TRAINING),
         _real("d0_first", 1, 32, 256, 256),
         _real("d0_3x3_stride2", 1, 96, 256, 256, stride=2),
         _real("d0_5x5", 1, 240, 64, 64, k=5),
@@ -190,6 +224,7 @@ SPEC = OpSpec(
         ),
         "shift forgotten": mutant(_reference, lambda a: {"shift": None}),
         "activation before BN": _act_before_bn,
+        "statistics of the last image": _of_last,
         "sums of the values before the activation": _sums_before_activation,
         "result rounded to bfloat16 before BN": _rounded_result,
     },
@@ -198,7 +233,7 @@ SPEC = OpSpec(
     batched=("x",),
     nonfinite=("x", "shift"),
     magnitude=_magnitude,
-    reduction=lambda **a: max(a["weight"].shape[2] ** 2, _out_pixels(**a) if a["squeeze"] else 0),
+    reduction=lambda **a: max(a["weight"].shape[2] ** 2, _summed(a)),
     gradient_roundings=1,  # the gradient before the convolution
     bytes=_bytes,
     flops=_flops,

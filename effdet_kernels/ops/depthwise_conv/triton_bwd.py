@@ -279,7 +279,7 @@ def output_gradient(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
-    x, weight, scale, shift, stride, padding, act, squeeze, needs = rest
+    x, weight, scale, shift, stride, padding, act, squeeze, _, needs = rest
     of_x, of_weight, of_scale, of_shift = wanted((x, weight, scale, shift), needs)
     delta, d_scale, d_shift = grads[0], None, None
     if scale is not None or act != "none" or of_shift or squeeze:

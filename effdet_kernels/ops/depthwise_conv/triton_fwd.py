@@ -14,7 +14,8 @@ from torch import Tensor
 from effdet_kernels import _library, _triton
 from effdet_kernels.ops import _arguments, _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._tl import affine_act
+from effdet_kernels.ops._tl import affine_act, merged_moments, store_merged_moments
+from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
 
 
 @triton.jit
@@ -82,13 +83,17 @@ def with_rows(sums, weights, rows, K: tl.constexpr, STRIDE: tl.constexpr, ACC: t
     ]
 )  # fmt: skip
 def depthwise_conv_fwd_kernel(
-    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr, sums_ptr,
+    x_ptr, weight_ptr, scale_ptr, shift_ptr, y_ptr, sums_ptr, parts_ptr, counts_ptr,
     height, width, out_height, out_width, channel_units, left, top,
     stride_xb, stride_xh_units, stride_xw_units, segments, tiles, blocks,
     UNIT: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS output rows by BLOCK_W columns of an image, BLOCK_C channels. Counts in units."""
+    """A program: ROWS output rows by BLOCK_W columns of an image, BLOCK_C channels. Counts in units.
+
+    Statistics are taken of a column's values less the first of them: as that is one of them, what squaring and
+    subtracting loses is at most as many roundings as there are rows.
+    """
     LIVE: tl.constexpr = (K + STRIDE - 1) // STRIDE
     program = tl.program_id(0)
     part = program // blocks
@@ -101,7 +106,9 @@ def depthwise_conv_fwd_kernel(
     owned = (column < out_width)[:, None] & inside[None, :]
     weights = taps(weight_ptr, c, inside, K, ACC)
     sums = zeros(LIVE, BLOCK_W, BLOCK_C, ACC)
-    squeezed = tl.zeros((BLOCK_W, BLOCK_C), ACC)
+    total = tl.zeros((BLOCK_W, BLOCK_C), ACC)
+    pivot = tl.zeros((BLOCK_W, BLOCK_C), ACC)
+    squares = tl.zeros((BLOCK_W, BLOCK_C), ACC)
     source = column * STRIDE - left
     stride_xh, stride_xw = stride_xh_units * UNIT, stride_xw_units * UNIT
     x_ptr += image * stride_xb + (source * stride_xw)[:, None] + c[None, :]
@@ -116,13 +123,27 @@ def depthwise_conv_fwd_kernel(
         done = owned & ((row >= first) & (row < out_height))[:, None]
         y = affine_act(sums[LIVE - 1], scale_ptr, shift_ptr, c, inside, ACT)
         if sums_ptr is not None:
-            squeezed += tl.where(done, y, 0.0)
+            total += tl.where(done, y, 0.0)
+        if parts_ptr is not None:
+            pivot = tl.where((row == first)[:, None], y, pivot)
+            apart = tl.where(done, y - pivot, 0.0)
+            total += apart
+            squares += apart * apart
         at = (row * out_width + column)[:, None] * channels + c[None, :]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=done)
         sums = zeros(1, BLOCK_W, BLOCK_C, ACC) + sums[: LIVE - 1]
     if sums_ptr is not None:
         at = part.to(tl.int64) * channels + c
-        tl.store(sums_ptr + at, tl.sum(squeezed, 0), mask=inside)
+        tl.store(sums_ptr + at, tl.sum(total, 0), mask=inside)
+    if parts_ptr is not None:
+        done_rows = tl.minimum(tl.maximum(out_height - first, 0), ROWS)
+        counts = tl.where(column < out_width, done_rows, 0).to(ACC)
+        above = total / tl.maximum(counts, 1.0)[:, None]
+        mean, spread, count = merged_moments(pivot + above, squares - total * above, counts)
+        store_merged_moments(
+            parts_ptr, counts_ptr, part, mean, spread, count,
+            c, inside, channels, program % blocks == 0,
+        )  # fmt: skip
 
 
 def walk(
@@ -170,6 +191,7 @@ def run(
     padding: Sequence[int],
     act: str,
     squeeze: bool,
+    statistics: bool = False,
 ) -> list[Tensor]:
     x = _gpu.channels_inner(x)
     batch, channels, height, width = x.shape
@@ -181,14 +203,16 @@ def run(
     if squeeze:
         wide = accumulation_dtype(x.dtype)
         sums = torch.empty(batch, segments * tiles, channels, dtype=wide, device=x.device)
+    found = batch * segments * tiles
+    parts = _gpu.parts_of_moments(found if statistics else 0, channels, x)
     unit = _gpu.alignment(channels, x.stride(2), x.stride(3))
     _triton.launch(
         depthwise_conv_fwd_kernel,
-        batch * segments * tiles * blocks,
-        x, weight.contiguous(), _gpu.dense(scale), _gpu.dense(shift), y, sums,
+        found * blocks,
+        x, weight.contiguous(), _gpu.dense(scale), _gpu.dense(shift), y, sums, *parts,
         height, width, out_height, out_width, channels // unit, padding[0], padding[2],
         x.stride(0), x.stride(2) // unit, x.stride(3) // unit, segments, tiles, blocks,
         UNIT=unit, ACC=_gpu.accumulator(x.dtype), K=k, STRIDE=stride, ACT=act,
         trips=(options["ROWS"] + triton.cdiv(k, stride) - 1,), **options,
     )  # fmt: skip
-    return [y] if sums is None else [y, sums.sum(1)]
+    return [y, *statistics_of(parts)] if sums is None else [y, sums.sum(1)]

@@ -141,7 +141,7 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
     inner += [f for v, f in zip(variables[4:], flags[4:], strict=True) if v is not None]
     last_act = "none" if raw else act
     found = depthwise.backward(
-        grads, expanded, dw_weight, scale, shift, stride, padding, last_act, squeeze, inner
+        grads, expanded, dw_weight, scale, shift, stride, padding, last_act, squeeze, False, inner
     )
     if not inner[0]:
         return found

@@ -18,7 +18,7 @@ def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
     first, last = needs[:4], needs[4:]
     last_act = "none" if scale is None and shift is None else act
     (e,) = triton_fwd.run(x, *expansion, None, None, act)
-    after = dw_weight, scale, shift, stride, padding, last_act, squeeze
+    after = dw_weight, scale, shift, stride, padding, last_act, squeeze, False
     of_e = any(first)
     found = depthwise.run(grads, e, *after, [of_e, *last])
     before = []

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu, _gradients
-from effdet_kernels.ops._activations import moments
+from effdet_kernels.ops import _arguments, _cpu, _gradients, _statistics
 from effdet_kernels.ops.pointwise_conv import reference
 
 
@@ -72,14 +71,6 @@ def _out_spec(x, weight, *rest) -> list[TensorSpec]:
     batch, _channels, height, width = x.shape
     y = _library.nchw((batch, weight.shape[0], height, width), x)
     return [y, *_library.moments(weight.shape[0], x)] if rest[-1] else [y]
-
-
-def _run_cpu(*args) -> list[Tensor]:
-    *rest, statistics = args
-    if not statistics:
-        return [run_cpu(*rest)]
-    y = run_cpu(*_gradients.wide(rest))  # the moments are of y before its rounding
-    return [y.to(rest[0].dtype), *moments(y)]
 
 
 def run_cpu(*args) -> Tensor:
@@ -149,7 +140,7 @@ _pointwise_conv = _library.define(
     " Tensor? residual, str act, bool statistics) -> Tensor[]",
     out_spec=_out_spec,
     impls={
-        "cpu": _run_cpu,
+        "cpu": _statistics.after_kernel(lambda *args: [run_cpu(*args)]),
         "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_fwd"),
         "reference": reference.pointwise_conv,
     },
@@ -158,6 +149,6 @@ _pointwise_conv = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_bwd"),
     },
     differentiable=("x", "weight", "scale", "shift", "gate", "residual"),
-    nondifferentiable_outputs=lambda *args: (1, 2) if args[-1] else (),
+    nondifferentiable_outputs=_statistics.positions,
     autocast=("x", "weight", "gate", "residual"),
 )

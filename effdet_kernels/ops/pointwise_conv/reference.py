@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet_kernels.ops._activations import conv_affine_act, moments, widen
+from effdet_kernels.ops._activations import conv_affine_act, widen
+from effdet_kernels.ops._statistics import with_moments
 
 
 def pointwise_conv(
@@ -24,4 +25,4 @@ def pointwise_conv(
     y = conv_affine_act(gated, weight, scale, shift, act)
     if residual is not None:
         y = y + residual
-    return [y.to(x.dtype), *moments(y)] if statistics else [y.to(x.dtype)]
+    return with_moments([y], x.dtype) if statistics else [y.to(x.dtype)]

@@ -16,13 +16,13 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
-    moments_of_errors,
     mutant,
     nbytes,
     normal,
     per_channel,
     uniform,
     weights,
+    with_moments_of_errors,
 )
 from effdet_kernels.ops.pointwise_conv import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
@@ -70,7 +70,7 @@ def _magnitude(x, weight, scale, shift, gate, residual, act, statistics=False) -
     if not statistics:
         return [y]
     (exact,) = reference.pointwise_conv(x, weight, scale, shift, gate, residual, act)
-    return [y, *moments_of_errors(exact, y)]
+    return with_moments_of_errors([exact], [y])
 
 
 def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -82,7 +82,7 @@ def _terms(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     if not inputs.get("statistics"):
         return [term]
     (y,) = reference.pointwise_conv(**{**inputs, "statistics": False})
-    return [term, *moments_of_errors(y, term)]
+    return with_moments_of_errors([y], [term])
 
 
 def _written(x, weight, **_) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from effdet_kernels import _library, _triton
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import affine_act, store_moments
-from effdet_kernels.ops.batch_norm_act.triton_fwd import merge_statistics
+from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def run(
     in_unit = _gpu.alignment(channels, _gpu.pixel_stride(x))
     out_unit = _gpu.alignment(out_channels, residual_stride)
     options, tiles, blocks = tiling("fwd", x, out_channels, channels)
-    parts = _gpu.parts_of_moments(batch * tiles, out_channels, x) if statistics else (None, None)
+    parts = _gpu.parts_of_moments(batch * tiles if statistics else 0, out_channels, x)
     _triton.launch(
         pointwise_conv_fwd_kernel,
         batch * tiles * blocks,
@@ -118,7 +118,7 @@ def run(
         PRECISION=_gpu.matrix_precision(x.dtype), ACT=act, **options,
         trips=slices(channels, options), flops=2 * x.numel() * out_channels,
     )  # fmt: skip
-    return [y, *merge_statistics(*parts)] if statistics else [y]
+    return [y, *statistics_of(parts)]
 
 
 def slices(channels: int, options: dict[str, Any]) -> tuple[int, ...]:

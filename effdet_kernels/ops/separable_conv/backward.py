@@ -14,10 +14,11 @@ from effdet_kernels.ops.weighted_fusion.op import run_cpu as fuse
 def backward(grads, *rest) -> list[Tensor]:
     """Goes back output by output; maps and weights that several outputs share add up, in their order."""
     *args, needs = rest
-    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how = (
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how, statistics = (
         _gradients.wide(args)
     )
-    grads = _gradients.wide(grads)
+    # Mean and variance of each map have no gradient.
+    grads = _gradients.wide(grads[: len(grads) // 3] if statistics else grads)
     variables = x, dw_weight, pw_weight, scale, shift, fusion_weight
     of_x, of_dw, of_pw, of_scale, of_shift, of_fusion = _gradients.wanted(variables, needs)
     maps = x if method == "none" else [fuse(x, fusion_weight, method, *how, "none")]

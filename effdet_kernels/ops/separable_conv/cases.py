@@ -27,6 +27,7 @@ def _case(
     pre_act: str = "none",
     act: str = "none",
     std: float = 1.0,
+    statistics: bool = False,
     fused: Callable[[], Inputs] | None = None,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
@@ -46,6 +47,7 @@ def _case(
             "pre_act": pre_act,
             "act": act,
             **(fused() if fused else _not_fused),
+            "statistics": statistics,
         }
 
     return Case(name, make, tags, times=times)
@@ -88,6 +90,7 @@ def _pyramid(largest: int) -> Sizes:
 
 
 _heads: Inputs = {"shared": False, "act": "swish", "tags": BENCH}
+_training: Inputs = {"scaled": False, "shifted": False, "statistics": True}  # BN is another op
 _predict: Inputs = {"shared": False, "scaled": False, "tags": BENCH}
 
 CASES = (
@@ -107,6 +110,9 @@ CASES = (
     _node("fused_three", (3, 4, "identity"), (3, 4, "identity"), (5, 7, "max"), act="relu"),
     _node("fused_softmax", (3, 5, "identity"), (2, 2, "bilinear"), method="attn", batch=1),
     _node("fused_sum", (4, 3, "nearest"), (8, 6, "max"), method="sum", scaled=False),
+    _case("statistics", [(5, 4), (3, 2), (1, 2)], [5, 3], shared=False, **_training),
+    _case("statistics_5x5", [(4, 3)], [5], k=5, pre_act="swish", act="swish", statistics=True),
+    _node("fused_statistics", (5, 4, "identity"), (3, 2, "nearest"), **_training),
     _node("fused_one_pixel", (1, 1, "identity"), (2, 2, "max")),
     _case(
         "blocks",
@@ -131,6 +137,14 @@ CASES = (
         channels=64,
         batch=1,
         **{**_predict, "tags": BLOCKS},
+    ),
+    _case(
+        "blocks_statistics",
+        [(19, 37), (10, 19), (5, 10)],
+        [83],
+        channels=77,
+        **_training,
+        tags=BLOCKS,
     ),
     _case(
         "blocks_channels",
@@ -206,6 +220,14 @@ CASES = (
         **{**_heads, "shared": True},
     ),
     _case("d0_heads", _pyramid(64), [64, 64], batch=1, channels=64, **_heads),
+    _case(
+        "d0_heads_training",
+        _pyramid(64),
+        [64, 64],
+        batch=1,
+        channels=64,
+        **{**_heads, **_training, "act": "none"},
+    ),
     _case("d0_heads_batch8", _pyramid(64), [64, 64], batch=8, channels=64, **_heads),
     _case(
         "d0_heads_batch128",

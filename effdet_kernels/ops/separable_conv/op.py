@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments, _cpu
+from effdet_kernels.ops import _arguments, _cpu, _statistics
 from effdet_kernels.ops._activations import widen
 from effdet_kernels.ops.separable_conv import reference
 from effdet_kernels.ops.separable_conv.backward import backward
@@ -29,7 +29,8 @@ def separable_conv(
     resample: Sequence[str] | None = None,
     size: Sequence[int] | None = None,
     pool_padding: Sequence[int] = (0, 0, 0, 0),
-) -> list[Tensor]:
+    statistics: bool = False,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """y[n, l] = act(pw_weight[n] (dw_weight[n] * pre_act(x[n, l])) * scale[n, l] + shift[n, l]).
 
     n counts nets (their weights are shared by all levels), l levels (BN differs per level). Stride
@@ -54,13 +55,16 @@ def separable_conv(
             whose ``weight`` is ``fusion_weight`` here and whose ``resample``, ``size`` and
             ``pool_padding`` mean the same. There is one net and one output then.
         fusion_weight: [len(x)], any floating dtype; None with "sum" and without ``method``.
+        statistics: also return means and variances, for batch norms that follow.
 
     Returns:
-        n * l maps [B, O, H, W], net-major, dtype of ``x``, channels_last.
+        n * l maps [B, O, H, W], net-major, dtype of ``x``, channels_last. With ``statistics``: (these,
+        the mean [O] of each, the variance [O] of each), in float32 (float64 with float64), of before
+        the maps' rounding, over images and pixels, biased.
 
     Accumulates in float32 (float64 with float64); the depthwise result, and what is convolved, may
     be rounded to the dtype of ``x``. Under autocast x and the convolution weights are cast, the
-    other vectors are not. Differentiable in every tensor. Deterministic.
+    other vectors are not. Differentiable in every tensor, through the maps only. Deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
@@ -97,10 +101,14 @@ def separable_conv(
             _arguments.channel_vector(op, f"{name}[{i}]", vector, width, x[0])
     _arguments.activation(op, "pre_act", pre_act)
     _arguments.activation(op, "act", act)
-    return _separable_conv(
+    _arguments.statistics(op, statistics, x[0])
+    found = _separable_conv(
         x, dw_weight, pw_weight, scale, shift, pre_act, act,
-        method or "none", fusion_weight, names, size, pool_padding,
+        method or "none", fusion_weight, names, size, pool_padding, statistics,
     )  # fmt: skip
+    if not statistics:
+        return found
+    return found[:outputs], found[outputs : 2 * outputs], found[2 * outputs :]
 
 
 def _check_maps(
@@ -130,18 +138,27 @@ def _check_maps(
 
 
 def _out_spec(
-    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, size, *_
-) -> list[TensorSpec]:
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, size,
+    pool_padding, statistics=False,
+) -> list[TensorSpec]:  # fmt: skip
     sizes = [level.shape[2:] for level in x] if method == "none" else [size]
     outputs = len(scale) or len(shift) or len(sizes)
     levels = outputs // len(dw_weight)
     # Right both for maps that the nets share and for one map per output.
-    return [
-        _library.nchw(
-            (x[0].shape[0], pw_weight[i // levels].shape[0], *sizes[i % len(sizes)]), x[0]
-        )
-        for i in range(outputs)
+    widths = [pw_weight[i // levels].shape[0] for i in range(outputs)]
+    y = [
+        _library.nchw((x[0].shape[0], width, *sizes[i % len(sizes)]), x[0])
+        for i, width in enumerate(widths)
     ]
+    if not statistics:
+        return y
+    means, variances = zip(*(_library.moments(width, x[0]) for width in widths), strict=True)
+    return [*y, *means, *variances]
+
+
+def _positions_of_statistics(*args) -> Sequence[int]:
+    outputs = len(_out_spec(*args))
+    return range(outputs // 3, outputs) if args[-1] else ()
 
 
 def _reference(
@@ -158,6 +175,7 @@ _AS_IT_IS = {"resample": [0], "shares": None, "pool_left": 0, "pool_top": 0}
 
 
 def _run_cpu(*args) -> list[Tensor]:
+    """Without statistics."""
     x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how = _cpu.widened(
         args
     )
@@ -223,10 +241,10 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
 _separable_conv = _library.define(
     "separable_conv(Tensor[] x, Tensor[] dw_weight, Tensor[] pw_weight, Tensor[] scale,"
     " Tensor[] shift, str pre_act, str act, str method, Tensor? fusion_weight, str resample,"
-    " SymInt[] size, SymInt[] pool_padding) -> Tensor[]",
+    " SymInt[] size, SymInt[] pool_padding, bool statistics) -> Tensor[]",
     out_spec=_out_spec,
     impls={
-        "cpu": _run_cpu,
+        "cpu": _statistics.after_kernel(_run_cpu),
         "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_fwd"),
         "reference": _reference,
     },
@@ -235,5 +253,6 @@ _separable_conv = _library.define(
         "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_bwd"),
     },
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
+    nondifferentiable_outputs=_positions_of_statistics,
     autocast=("x", "dw_weight", "pw_weight"),
 )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.ops._activations import ACTIVATIONS, conv_affine_act, widen
+from effdet_kernels.ops._statistics import with_moments
 from effdet_kernels.ops.weighted_fusion.reference import weighted_fusion
 
 
@@ -24,8 +25,12 @@ def separable_conv(
     resample: Sequence[str],
     size: Sequence[int],
     pool_padding: Sequence[int],
+    statistics: bool = False,
 ) -> list[Tensor]:
-    """``y = act(pointwise(depthwise(pre_act(x))) * scale + shift)`` for every map of every net."""
+    """``y = act(pointwise(depthwise(pre_act(x))) * scale + shift)`` for every map of every net.
+
+    With ``statistics`` also the means and the variances of all.
+    """
     dtype = x[0].dtype
     maps = [widen(level) for level in x]
     if method is not None:  # one map, fused from all of x
@@ -42,5 +47,5 @@ def separable_conv(
         out = conv_affine_act(
             middle, pw, scale[i] if scale else None, shift[i] if shift else None, act
         )
-        y.append(out.to(dtype))
-    return y
+        y.append(out)
+    return with_moments(y, dtype) if statistics else [out.to(dtype) for out in y]

@@ -16,7 +16,9 @@ from effdet_kernels.ops._cases import (
     mutant,
     nbytes,
     per_channel,
+    with_moments_of_errors,
 )
+from effdet_kernels.ops._statistics import with_moments
 from effdet_kernels.ops.separable_conv import op, reference
 from effdet_kernels.ops.separable_conv.cases import CASES
 from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
@@ -61,14 +63,24 @@ def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 def _magnitude(**a: Any) -> list[Tensor]:
     maps = [envelope(x.abs(), a["pre_act"]) for x in _fuse(a, fusion_magnitude)]
-    return [
-        envelope(
-            F.conv2d(_depthwise(x, dw.abs()), pw.abs()) * per_channel(scale, 1).abs()
-            + per_channel(shift, 0).abs(),
-            a["act"],
-        )
-        for x, dw, pw, scale, shift in _outputs(a, maps)
-    ]
+    return _errors(
+        a,
+        [
+            envelope(
+                F.conv2d(_depthwise(x, dw.abs()), pw.abs()) * per_channel(scale, 1).abs()
+                + per_channel(shift, 0).abs(),
+                a["act"],
+            )
+            for x, dw, pw, scale, shift in _outputs(a, maps)
+        ],
+    )
+
+
+def _errors(a: Inputs, of_maps: list[Tensor]) -> list[Tensor]:
+    """Errors of the maps, and what they make of the statistics."""
+    if not a["statistics"]:
+        return of_maps
+    return with_moments_of_errors(reference.separable_conv(**{**a, "statistics": False}), of_maps)
 
 
 def _terms(a: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -90,7 +102,7 @@ def _terms(a: Inputs, dtype: torch.dtype) -> list[Tensor]:
         depthwise = F.conv2d(_depthwise(x, dw).square(), pw.square()).sqrt()
         before = F.conv2d(_depthwise(squares, dw.square()), pw.square()).sqrt()
         terms.append(4 * roundoff(dtype) * (depthwise + before) * per_channel(scale, 1).abs())
-    return terms
+    return _errors(a, terms)
 
 
 def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -121,7 +133,9 @@ def _written(a: Inputs) -> int:
 
 
 def _bytes(**a: Any) -> int:
-    return nbytes(*a.values()) + _written(a)
+    vectors = 2 * sum(_widths(a)) if a["statistics"] else 0
+    wide = accumulator(a["x"][0].dtype).itemsize
+    return nbytes(*a.values()) + _written(a) + vectors * wide
 
 
 def _flops(**a: Any) -> int:
@@ -160,7 +174,7 @@ def _variant(
         for x, dw, pw, scale, shift in _outputs(a, [act(x) for x in _fused(a)]):
             y = F.conv2d(depthwise(x, dw), pw).to(rounding).double()
             outputs.append(ACTIVATIONS[a["act"]](y * per_channel(scale, 1) + per_channel(shift, 0)))
-        return outputs
+        return with_moments(outputs, outputs[0].dtype) if a["statistics"] else outputs
 
     return mutated
 
@@ -193,8 +207,23 @@ def _merged_dense(**a: Any) -> list[Tensor]:
     for x, dw, pw, scale, shift in _outputs(a, [act(x) for x in _fused(a)]):
         merged = pw * dw.permute(1, 0, 2, 3)  # [O, C, k, k]
         half = dw.shape[2] // 2
-        outputs.append(conv_affine_act(x, merged, scale, shift, a["act"], padding=half).to(x.dtype))
-    return outputs
+        outputs.append(conv_affine_act(x, merged, scale, shift, a["act"], padding=half))
+    dtype = a["x"][0].dtype
+    return with_moments(outputs, dtype) if a["statistics"] else [y.to(dtype) for y in outputs]
+
+
+def _statistics_of_last(**a: Any) -> list[Tensor]:
+    y = reference.separable_conv(**{**a, "statistics": False})
+    if not a["statistics"]:
+        return y
+    return [*y, *with_moments([out[-1:] for out in y], y[0].dtype)[len(y) :]]
+
+
+def _reduction(**a: Any) -> int:
+    return max(
+        *(max(len(w), w.shape[2] ** 2) for w in a["dw_weight"]),
+        max(_pixels(a)) if a["statistics"] else 0,
+    )
 
 
 _reference = reference.separable_conv
@@ -208,6 +237,7 @@ SPEC = OpSpec(
         "kernel flipped": mutant(
             _reference, lambda a: {"dw_weight": [w.flip(2, 3) for w in a["dw_weight"]]}
         ),
+        "statistics of the last image": _statistics_of_last,
         "the first level's BN everywhere": mutant(_reference, _first_level_bn),
         "pre-activation forgotten": mutant(_reference, lambda a: {"pre_act": "none"}),
         "inputs activated before they are fused": mutant(_reference, _activated_before_fusion),
@@ -220,7 +250,7 @@ SPEC = OpSpec(
     batched=("x",),
     nonfinite=("x",),
     magnitude=_magnitude,
-    reduction=lambda dw_weight, **_: max(max(len(w), w.shape[2] ** 2) for w in dw_weight),
+    reduction=_reduction,
     terms=_terms,
     gradient_reduction=lambda **a: max(
         max(_widths(a)), sum(_pixels(a)), sum(_pixels(a)) * a["x"][0].shape[1] if a["method"] else 0

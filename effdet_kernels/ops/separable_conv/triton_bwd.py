@@ -122,20 +122,24 @@ def output_gradients(
         wide = accumulation_dtype(grads[0].dtype)
         return grads, [], [grad.sum((0, 2, 3), dtype=wide) for grad in grads] if shift else []
     delta = _gpu.allocate([_library.nchw(grad.shape, grad) for grad in grads])
-    sums = [s.sum(0) for s in launch(delta, grads, maps, *weights, scale, shift, pre_act, act)]
+    sums = launch(delta, grads, None, maps, *weights, scale, shift, pre_act, act)
     return delta, [s[0] for s in sums[: len(scale)]], [s[1] for s in sums[: len(shift)]]
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
     *args, needs = rest
-    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how = args
+    x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how, statistics = (
+        args
+    )
     if max(weight.shape[2] for weight in dw_weight) > LARGEST:
         return op._separable_conv.backwards["reference"](grads, *rest)
     variables = x, dw_weight, pw_weight, scale, shift, fusion_weight
     of_x, of_dw, of_pw, of_scale, of_shift, of_fusion = wanted(variables, needs)
     maps = x if method == "none" else [fuse(x, fusion_weight, method, *how, "none")]
     of_maps = of_x if method == "none" else [any(of_x) or of_fusion]
-    grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads]
+    # Mean and variance of each map have no gradient.
+    maps_only = grads[: len(grads) // 3] if statistics else grads
+    grads = [grad.contiguous(memory_format=torch.channels_last) for grad in maps_only]
     delta, d_scale, d_shift = output_gradients(
         grads, maps, (dw_weight, pw_weight), scale, shift, pre_act, act
     )

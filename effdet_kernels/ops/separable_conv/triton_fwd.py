@@ -13,7 +13,8 @@ from torch import Tensor
 from effdet_kernels import _triton
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._tl import affine_act, affine_act_gradient, revealed
+from effdet_kernels.ops._tl import affine_act, affine_act_gradient, revealed, store_moments
+from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
 from effdet_kernels.ops.depthwise_conv.triton_fwd import taps
 from effdet_kernels.ops.separable_conv import op
 from effdet_kernels.ops.separable_conv.triton_tile import (
@@ -32,7 +33,7 @@ _PROGRAMS = 4 * _gpu.MULTIPROCESSORS
 
 @triton.jit
 def separable_conv_fwd_kernel(
-    dw_0_ptr, pw_0_ptr, dw_1_ptr, pw_1_ptr, fusion_weight_ptr, x, scale, shift, grad, y, sums,
+    dw_0_ptr, pw_0_ptr, dw_1_ptr, pw_1_ptr, fusion_weight_ptr, x, scale, shift, grad, y, sums, parts, counts,
     geometry, places, firsts, net_firsts,
     in_units, steps, span, pool_left, pool_top,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,8 +44,8 @@ def separable_conv_fwd_kernel(
     """A program: in an image of an output LANES strips, ``steps`` patches of PATCH_H x PATCH_W pixels one below
     another, of BLOCK_N channels. SINGLE: all input channels are one slice of BLOCK_K, whose weights stay in registers.
 
-    Without ``grad`` it makes y. With it, the outputs' gradients, y becomes that of the raw result, and ``sums`` per
-    tile those of scale and shift.
+    Without ``grad`` it makes y, with ``parts`` also a part of its statistics per tile. With it, the outputs' gradients,
+    y becomes that of the raw result, and ``sums`` per tile those of scale and shift.
     """
     program = tl.program_id(0)
     dw_ptr = of_output((dw_0_ptr, dw_1_ptr), net_firsts, program)
@@ -53,6 +54,8 @@ def separable_conv_fwd_kernel(
     shift_ptr = None if shift is None else of_output(shift, firsts, program)
     grad_ptr = None if grad is None else of_output(grad, firsts, program)
     sums_ptr = None if sums is None else of_output(sums, firsts, program)
+    parts_ptr = None if parts is None else of_output(parts, firsts, program)
+    counts_ptr = None if counts is None else of_output(counts, firsts, program)
     y_ptr = of_output(y, firsts, program)
     if METHOD == "none":
         x, geometry = (of_output(x, firsts, program),), (of_output(geometry, firsts, program),)
@@ -106,6 +109,11 @@ def separable_conv_fwd_kernel(
             inside = (pixel < height * width)[:, None] & owned[None, :]
             if grad_ptr is None:
                 result = affine_act(z, scale_ptr, shift_ptr, out, owned, ACT)
+                if parts_ptr is not None:
+                    store_moments(
+                        parts_ptr, counts_ptr, tile * steps + step, result, pixel < height * width,
+                        out, owned, out_channels, n == 0,
+                    )  # fmt: skip
             else:
                 upper = tl.load(grad_ptr + at, mask=inside, other=0.0).to(ACC)
                 result, before = affine_act_gradient(
@@ -129,6 +137,7 @@ def _slice(pw_ptr, c, out, channels, owned):
 def launch(
     y: Sequence[Tensor],
     grads: Sequence[Tensor] | None,
+    statistics: list[Tensor] | None,
     x: Sequence[Tensor],
     dw_weight: Sequence[Tensor],
     pw_weight: Sequence[Tensor],
@@ -142,8 +151,10 @@ def launch(
     size: Sequence[int] = (),
     pool_padding: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Makes y. With ``grads``, dense, y is the gradients of the raw results, and per output sums over tiles [., 2, O]
-    are returned: the gradients of scale and shift.
+    """Makes y; ``statistics`` gets the means, then the variances.
+
+    With ``grads``, dense, y is the gradients of the raw results, and per output the gradients [2, O] of scale and shift
+    are returned.
     """
     names = resample if method != "none" else ",".join(["identity"] * len(x))
     maps, geometry, kinds, unit = sources(x, names, size)
@@ -155,7 +166,7 @@ def launch(
     out_unit = _gpu.alignment(*(len(pw) for pw in pw_weight))
     kernels = {weight.shape[2] for weight in dw_weight}
     count = len(y) if len(kernels) == 1 else levels  # outputs of a launch
-    moments = []
+    found, moments = [], []
     for begin in range(0, len(y), count):
         these = slice(begin, begin + count)
         weights = [
@@ -177,14 +188,21 @@ def launch(
             batch * t * triton.cdiv(width, span) for t, width in zip(tiles, widths, strict=True)
         ]
         firsts = _gpu.opaque(*itertools.accumulate(programs[:-1], initial=0))
-        sums = None
+        sums = parts = counts = None
         if grads is not None:
             wide = accumulation_dtype(maps[0].dtype)
             sums = tuple(
                 torch.empty(batch * t * steps, 2, width, dtype=wide, device=maps[0].device)
                 for t, width in zip(tiles, widths, strict=True)
             )
-            moments += sums
+            found += sums
+        if statistics is not None:
+            of_tiles = [
+                _gpu.parts_of_moments(batch * t * steps, width, maps[0])
+                for t, width in zip(tiles, widths, strict=True)
+            ]
+            moments += of_tiles
+            parts, counts = zip(*of_tiles, strict=True)
         _triton.launch(
             separable_conv_fwd_kernel,
             sum(programs),
@@ -193,7 +211,7 @@ def launch(
             tuple(vector.contiguous() for vector in scale[these]) or None,
             tuple(vector.contiguous() for vector in shift[these]) or None,
             None if grads is None else tuple(grads[these]),
-            tuple(y[these]), sums, geometry[these] if one_each else geometry,
+            tuple(y[these]), sums, parts, counts, geometry[these] if one_each else geometry,
             tuple(
                 _gpu.opaque(*size, width // out_unit)
                 for size, width in zip(sizes, widths, strict=True)
@@ -212,7 +230,9 @@ def launch(
             ),
             **options,
         )  # fmt: skip
-    return moments
+    if statistics is not None:
+        statistics += itertools.chain(*zip(*map(statistics_of, moments), strict=True))
+    return [_gpu.total(sums) for sums in found]
 
 
 def _row(kernel: int, kinds: Sequence[str], pre_act: str, grads: Sequence[Tensor] | None) -> str:
@@ -229,6 +249,8 @@ def _row(kernel: int, kinds: Sequence[str], pre_act: str, grads: Sequence[Tensor
 def run(*args) -> list[Tensor]:
     if max(weight.shape[2] for weight in args[1]) > LARGEST:
         return op._reference(*args)
-    y = _gpu.allocate(op._out_spec(*args))
-    launch(y, None, *args)
-    return y
+    *rest, wanted = args
+    y = _gpu.allocate(op._out_spec(*rest, False))
+    statistics: list[Tensor] = []
+    launch(y, None, statistics if wanted else None, *rest)
+    return [*y, *statistics]
