@@ -10,7 +10,19 @@ from types import ModuleType
 import torch
 
 import bench
-from bench import aot, compare, detect, floors, gpu, kernels, machine, model, report, train
+from bench import (
+    aot,
+    compare,
+    detect,
+    floors,
+    gpu,
+    kernels,
+    machine,
+    model,
+    profiles,
+    report,
+    train,
+)
 from bench.results import WRONG, Log
 from bench.table import print_rows
 
@@ -18,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = {
     "kernels": (kernels, "each op on each backend, forward and backward"),
     "model": (model, "whole networks, beside their peers"),
+    "profile": (profiles, "where the time of a network goes, kernel by kernel"),
     "train": (train, "training steps"),
     "detect": (detect, "post-processing: NMS and soft-NMS, from head outputs to rows"),
 }

@@ -21,6 +21,7 @@ from effdet_kernels.suite import CHECKS
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = tuple(f"tf_efficientdet_{size}" for size in ("d0", "d2", "d4", "d7"))
 LARGE = (128, 32, 8, 2)  # batches, of which the first that fits counts
+PROFILED = (1, 32)  # batches
 SANITIZER_ERRORS = (
     97  # the exit status that compute-sanitizer is told to give for an error of its own
 )
@@ -125,6 +126,13 @@ def model(plan: Plan) -> Iterator[Step]:
         yield from _batches(plan, "model", "model", name, _large(plan), "--no-peers")
 
 
+def profile(plan: Plan) -> Iterator[Step]:
+    """Where the time of D0 goes, at a batch that leaves a GPU idle and at one that fills it."""
+    for batch in PROFILED[: 1 if plan.smoke else None]:
+        words = ("--model", MODELS[0], "--batch", str(batch), "--dtype", "bf16")
+        yield _suite(plan, "profile", f"{MODELS[0]} b{batch}", "profile", *words)
+
+
 def train(plan: Plan) -> Iterator[Step]:
     """Our training steps at the largest batch that fits."""
     for name in _models(plan):
@@ -155,6 +163,7 @@ PARTS: dict[str, Callable[[Plan], Iterator[Step]]] = {
     "sanitize": sanitize,
     "kernels": kernels,
     "model": model,
+    "profile": profile,
     "train": train,
     "detect": detect,
     "peers": peers,

@@ -192,6 +192,21 @@ def test_verify_really_runs_and_its_checks_are_counted(tmp_path):
     assert state(tmp_path, "sanitize")["reason"] == "compute-sanitizer is for CUDA devices"
 
 
+def test_profile_really_runs_and_names_what_took_the_time(tmp_path):
+    assert command(tmp_path, "profile") == 0
+    found = state(tmp_path, "profile")
+    assert (found["status"], found["rows"]) == ("passed", 1)
+    row = json.loads((tmp_path / "out" / "profile.jsonl").read_text())
+    assert row["name"] == "tf_efficientdet_d0" and row["replays"] == 3 and row["median_s"] > 0
+    assert {"commit", "torch", "cpu"} <= set(row["machine"])
+    counts = {kernel["kernel"]: kernel["count"] for kernel in row["kernels"]}
+    assert counts["effdet_kernels::separable_conv"] == 32
+    assert sum(counts.values()) == len(row["launches"])
+    total = sum(kernel["sum_us"] for kernel in row["kernels"])
+    assert total == pytest.approx(row["busy_us"]) and row["gaps_us"] > 0
+    assert "between them" in (tmp_path / "out" / "profile.log").read_text()
+
+
 def test_a_failed_check_is_named(tmp_path):
     plan = Plan(tmp_path)
     (tmp_path / "verify").mkdir()
