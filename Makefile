@@ -20,12 +20,13 @@ demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a h
 test: $(INSTALLED)  ## the test suite, in $(JOBS) processes at a time; JOBS=0: in one, as pytest alone does
 	$(PYTEST) $(PARALLEL) -m "not slow" --ignore tests/oracle
 
-triton-quick: $(INSTALLED)  ## one small case of each op on Triton's interpreter
+triton-quick: $(INSTALLED)  ## Triton kernels: a small case of each op interpreted, a real one compiled for a GPU that need not be here
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m quick tests/triton
+	$(PYTEST) -n $(JOBS) -m quick tests/test_aot.py
 
-triton: $(INSTALLED)  ## Triton kernels: on the interpreter, then compiled for GPUs that need not be here
+triton: $(INSTALLED)  ## the same of all small cases, and of all calls in the table of machine code
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow" tests/triton
-	$(PYTEST) -m slow tests/test_aot.py
+	$(PYTEST) $(PARALLEL) tests/test_aot.py
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
 	$(PYTEST) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python

@@ -1,12 +1,14 @@
 """Triton kernels compiled for real GPUs without one: what the machine code takes and uses, as recorded.
 
-The table is per release of triton; ``python -m bench aot --record tests/aot/triton-<release>.json`` writes it anew.
+The table is per release of triton; ``python -m bench aot --record tests/aot/triton-<release>.json`` writes it anew. A
+test per call, so that one that fails names itself and processes share them out; ``-m quick`` are those of .ci/run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,62 +17,62 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this run", allow_module_level=True)
 
-from bench import aot  # noqa: E402
+from bench import golden, launches  # noqa: E402
+from bench.sass import ARCHITECTURES  # noqa: E402
 from effdet_kernels import _triton  # noqa: E402
-from effdet_kernels.spec import iter_specs  # noqa: E402
+from effdet_kernels.verify import DTYPES  # noqa: E402
 
-pytestmark = pytest.mark.slow  # some 5 minutes of compiling; `make triton` runs it
-RELEASE = ".".join(triton.__version__.split(".")[:2])
+RELEASE = triton.__version__.partition("+")[0]
 TABLE = Path(__file__).parent / "aot" / f"triton-{RELEASE}.json"
-CALLS = aot.plan(list(iter_specs()))
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+CALLS = golden.plan()
 
 
-@pytest.fixture(scope="module")
-def made():
-    """(call, launch, code) of every launch."""
-    return [(call, launch, code) for call in CALLS for launch, code in aot.measured(*call)]
+def table() -> golden.Table:
+    if not TABLE.exists():
+        pinned = re.search(r"^triton==([\w.]+)", CONSTRAINTS.read_text(), re.MULTILINE)
+        if pinned and pinned[1] == RELEASE:
+            pytest.fail(f"no table of machine code: python -m bench aot --record {TABLE}")
+        pytest.skip(f"no table of machine code is recorded for triton {RELEASE}")
+    return json.loads(TABLE.read_text())
 
 
-def test_every_kernel_of_the_library_is_compiled(made):
-    compiled = {launch.kernel.__name__ for _, launch, _ in made}
+def test_the_table_has_the_planned_calls_and_no_others():
+    names = [call.name for call in CALLS]
+    assert len(set(names)) == len(names)
+    assert sorted(table()) == sorted(names)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_plan_has_every_kernel_of_the_library(architecture):
     files = Path(_triton.__file__).parent.glob("ops/*/triton_*.py")
     defined = {
-        line.split("(")[0].removeprefix("def ")
-        for file in files
-        for line in file.read_text().splitlines()
-        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+        name for f in files for name in re.findall(r"^def (\w+_kernel)\(", f.read_text(), re.M)
     }
-    assert defined and defined == compiled
+    calls = [call for call in CALLS if call.architecture == architecture]
+    shared_kb = ARCHITECTURES[architecture]
+    launched = {
+        launch.kernel.__name__
+        for call in calls
+        for launch in launches.of_call(
+            call.spec, call.case, DTYPES[call.dtype], shared_kb, call.direction == "backward"
+        )
+    }
+    assert defined and defined == launched
 
 
-def test_nothing_spills_and_everything_fits(made):
-    for call, launch, code in made:
-        _, _, _, arch, _ = call
-        name = launch.kernel.__name__, call[2:]
-        assert code.local == 0, name
-        assert code.shared <= aot.ARCHITECTURES[arch] * 1024, name
-        assert code.resident_warps(arch) >= 8, name
-
-
-def test_matrix_units_are_used_where_the_design_counts_on_them(made):
-    for (_, case, label, arch, _), launch, code in made:
-        if launch.flops and label in ("bf16", "fp16"):
-            rows = launch.options.get("BLOCK_M", 0)
-            want = "HGMMA" if arch == 90 and rows >= 64 else "MMA"
-            assert want in code.matrix, (launch.kernel.__name__, case.name, arch)
-
-
-def test_half_precision_maps_are_loaded_in_vectors(made):
-    for (_, case, label, arch, _), launch, code in made:
-        if (
-            label in ("bf16", "fp16")
-            and "IN_UNIT" in launch.options
-            and launch.options["IN_UNIT"] >= 8
-        ):
-            assert code.vector_loads > 0, (launch.kernel.__name__, case.name, arch)
-
-
-def test_the_table_is_the_recorded_one(made):
-    if not TABLE.exists():
-        pytest.skip(f"no table is recorded for triton {RELEASE}")
-    assert aot.table(made) == json.loads(TABLE.read_text())
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, id=call.name, marks=[pytest.mark.quick] if call.quick else [])
+        for call in CALLS
+    ],
+)
+def test_machine_code(call):
+    made = call.measured()
+    assert made
+    assert golden.faults(call, made) == []
+    recorded = table().get(call.name)
+    assert recorded is not None, "not in the table"
+    assert golden.lines(made) == recorded
