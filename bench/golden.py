@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,12 +20,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import launches
-from bench.sass import ARCHITECTURES, Code
+from bench.sass import ARCHITECTURES, WARP, Code
 from effdet_kernels import _triton
 from effdet_kernels.spec import Case, OpSpec, iter_specs
 from effdet_kernels.verify import DTYPES
 
 LEAST_WARPS = 8  # that a multiprocessor must hold
+FP64_LOCAL = 16  # bytes of local memory that a thread may take in float64, which is for comparisons
 QUICK = 90  # the architecture whose real cases .ci/run compares
 # Cases besides an op's first real one: for kernels, or ways through them, that it does not take.
 ALSO = {
@@ -108,13 +110,14 @@ def faults(call: Call, made: Sequence[tuple[_triton.Launch, Code]]) -> list[str]
     return [
         f"{launch.kernel.__name__} {fault}"
         for launch, code in made
-        for fault in _faults(launch, code, call.architecture, call.dtype in ("bf16", "fp16"))
+        for fault in _faults(launch, code, call.architecture, DTYPES[call.dtype].itemsize)
     ]
 
 
-def _faults(launch: _triton.Launch, code: Code, architecture: int, half: bool) -> Iterator[str]:
+def _faults(launch: _triton.Launch, code: Code, architecture: int, itemsize: int) -> Iterator[str]:
     options, limit = launch.options, ARCHITECTURES[architecture] * 1024
-    if code.local:
+    half, double = itemsize == 2, itemsize == 8
+    if code.local > (FP64_LOCAL if double else 0):
         yield f"has {code.local} bytes of local memory"
     if code.shared > limit:
         yield f"takes {code.shared} bytes of shared memory, a block has {limit}"
@@ -124,8 +127,16 @@ def _faults(launch: _triton.Launch, code: Code, architecture: int, half: bool) -
         want = "HGMMA" if architecture == 90 and options.get("BLOCK_M", 0) >= 64 else "MMA"
         if want not in code.matrix:
             yield f"has no {want}"
-    if half and options.get("IN_UNIT", options.get("UNIT", 0)) >= 8 and not code.vector_loads:
+    if half and _in_vectors(options, code.warps) and not code.vector_loads:
         yield "loads nothing in vectors"
+
+
+def _in_vectors(options: dict[str, Any], warps: int) -> bool:
+    """Whether maps can be loaded 8 bytes at a time: channels are aligned, and a thread has 4 elements of a tile."""
+    if "IN_UNIT" in options:
+        return options["IN_UNIT"] >= 8
+    tile = math.prod(size for name, size in options.items() if name.startswith("BLOCK_"))
+    return options.get("UNIT", 0) >= 8 and tile >= 4 * WARP * warps
 
 
 def record(path: Path, processes: int) -> list[str]:

@@ -50,13 +50,19 @@ def test_good_code_has_no_faults():
     ],
 )
 def test_a_fault_is_named(changed, fault):
-    made = [(launch(BLOCK_M=64, UNIT=8), dataclasses.replace(CODE, **changed))]
+    tile = launch(BLOCK_M=64, BLOCK_C=32, UNIT=8)
+    made = [(tile, dataclasses.replace(CODE, **changed))]
     assert f"some_kernel {fault}" in golden.faults(call(), made)
+
+
+def test_a_tile_with_few_elements_for_a_thread_is_not_loaded_in_vectors():
+    made = [(launch(BLOCK_M=64, BLOCK_C=4, UNIT=8), dataclasses.replace(CODE, vector_loads=0))]
+    assert golden.faults(call(), made) == []
 
 
 def test_what_holds_for_half_precision_holds_for_it_only():
     plain = dataclasses.replace(CODE, matrix="", vector_loads=0)
-    made = [(launch(BLOCK_M=64, UNIT=8), plain)]
+    made = [(launch(BLOCK_M=64, BLOCK_C=32, UNIT=8), plain)]
     assert golden.faults(call("fp32"), made) == []
     older = [(launch(BLOCK_M=64), dataclasses.replace(CODE, matrix="HMMA"))]
     assert golden.faults(call("fp16", 80), older) == []
