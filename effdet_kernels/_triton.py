@@ -14,8 +14,9 @@ import importlib
 import json
 import os
 import subprocess
+import types
 import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,13 @@ def _compiler_explained() -> Iterator[None]:
 # Configurations ----------------------------------------------------------------------------------
 
 
+Place = tuple[str, str, int]  # an op, a kernel, and the number of a row of its launch.json
+_configured: ContextVar[Mapping[Place, dict[str, Any]]] = ContextVar(
+    "effdet_kernels_configurations", default=types.MappingProxyType({})
+)
+_noted_rows: ContextVar[set[Place] | None] = ContextVar("effdet_kernels_rows", default=None)
+
+
 def config(op: str, kernel: str, like: torch.Tensor, size: int = 0) -> dict[str, Any]:
     """Block sizes, ``num_warps`` and ``num_stages`` of a call of a kernel on tensors like ``like``.
 
@@ -155,14 +163,52 @@ def config(op: str, kernel: str, like: torch.Tensor, size: int = 0) -> dict[str,
     of the dtype, and for at least ``size`` (channels, or what the kernel's launcher says).
     """
     available = _shared_kb(like.device)
-    for row in _rows(op)[kernel]:
+    for number, row in enumerate(_rows(op)[kernel]):
         if (
             row["shared_kb"] <= available
             and like.element_size() in row["itemsize"]
             and size <= row.get("up_to", size)
         ):
-            return dict(row["config"])
+            place, noted = (op, kernel, number), _noted_rows.get()
+            if noted is not None:
+                noted.add(place)
+            return dict(_configured.get().get(place, row["config"]))
     raise RuntimeError(f"{op}/launch.json has no row for {kernel}, {like.dtype}, size {size}")
+
+
+@contextlib.contextmanager
+def configured(op: str, kernel: str, row: int, config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, calls that take this row of the op's launch.json, the kernel's ``row``-th, have another configuration.
+
+    Of this context only: other threads, as autograd's on a GPU, keep the table's.
+
+    Raises:
+        ValueError: there is no such row, or ``config`` does not have the names that it has.
+    """
+    rows = _rows(op).get(kernel, ())
+    if not 0 <= row < len(rows):
+        raise ValueError(f"configured: {op}/launch.json has no row {row} of {kernel!r}")
+    if config.keys() != rows[row]["config"].keys():
+        raise ValueError(
+            f"configured: {op} {kernel}: got {', '.join(config)}, takes"
+            f" {', '.join(rows[row]['config'])}"
+        )
+    token = _configured.set({**_configured.get(), (op, kernel, row): dict(config)})
+    try:
+        yield
+    finally:
+        _configured.reset(token)
+
+
+@contextlib.contextmanager
+def noted_rows() -> Iterator[set[Place]]:
+    """Inside, the rows of launch.json that calls take go to the set."""
+    noted: set[Place] = set()
+    token = _noted_rows.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted_rows.reset(token)
 
 
 @functools.cache
