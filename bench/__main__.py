@@ -22,6 +22,7 @@ from bench import (
     profiles,
     report,
     train,
+    tune,
 )
 from bench.results import WRONG, Log
 from bench.table import print_rows
@@ -37,6 +38,7 @@ SUITES = {
 TOOLS = {
     "floors": (floors, "what a machine with given ceilings could do at best, per model"),
     "aot": (aot, "Triton kernels compiled without a GPU: what they take, and how fast they can be"),
+    "tune": (tune, "launch.json, the kernels' block sizes, from measurements on a GPU"),
     "report": (report, "tables, roofline plots and a page from results"),
     "compare": (compare, "two sets of results; flags what became slower"),
     "gpu": (gpu, "everything on a GPU, in parts that can be resumed"),

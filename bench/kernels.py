@@ -93,7 +93,7 @@ def _measure(
     spec: OpSpec, case: Case, label: str, direction: str, args: argparse.Namespace
 ) -> Iterator[Row]:
     with runner.on_stream(args.device):
-        inputs = _arranged(spec.inputs(case, DTYPES[label], args.device), torch.channels_last)
+        inputs = arranged(spec.inputs(case, DTYPES[label], args.device), torch.channels_last)
         yield from _measure_inputs(spec, case, inputs, label, direction, args)
 
 
@@ -106,13 +106,13 @@ def _measure_inputs(
     subjects: dict[str, runner.Subject] = {}
     rows: dict[str, Row] = {}
     for engine, function in _engines(spec, inputs, direction, args).items():
-        own = _arranged(inputs, torch.contiguous_format) if engine == "eager nchw" else inputs
+        own = arranged(inputs, torch.contiguous_format) if engine == "eager nchw" else inputs
         row = {**common, "engine": engine}
         if isinstance(function, str):
             yield {**row, "status": ABSENT, "reason": function}
             continue
         try:
-            call, check = _prepared(spec, case, own, function, direction)
+            call, check = prepared(spec, case, own, function, direction)
             if engine in _dispatch.BACKENDS:
                 row["error"], row["error_of"], allowed = check(dtype), "the bound", 1.0
             else:
@@ -137,7 +137,7 @@ def _measure_inputs(
             yield {**row, "status": WRONG, "reason": reason}
             continue
         row["peak_bytes"] = runner.peak_memory(call, device)
-        subjects[engine], row["cuda_graph"] = _subject(call, device)
+        subjects[engine], row["cuda_graph"] = timer(call, device)
         rows[engine] = row
     if not subjects:
         return
@@ -165,7 +165,7 @@ def _speedup(timings: dict[str, runner.Timing], bases: Sequence[str], engine: st
     return min(found) / timings[engine].median_s if found else None
 
 
-def _arranged(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:
+def arranged(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:
     """``inputs`` with maps and weights in that layout."""
 
     def arrange(t: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _engines(
         if reason is None and direction == "backward":
             serving = testing.backward_backend(spec, name, args.device)
             reason = None if serving == name else f"its backward is that of {serving}"
-        engines[name] = reason or _on_backend(spec, name)
+        engines[name] = reason or on_backend(spec, name)
         if name == "cpu" and direction == "forward":
             engines["cpu alone"] = reason or _Recorded(spec)
     return engines
@@ -216,7 +216,7 @@ def _unwidened(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
+def on_backend(spec: OpSpec, backend: str) -> Callable[..., Any]:
     def call(**inputs: Any) -> Any:
         with use_backend(backend):
             return spec.op(**inputs)
@@ -228,7 +228,7 @@ class _Recorded:
     """An op's C++ kernels as a plan runs them: packed weights and memory are made once, at the first call."""
 
     def __init__(self, spec: OpSpec) -> None:
-        self._call = _on_backend(spec, "cpu")
+        self._call = on_backend(spec, "cpu")
         self._launches: list[_native.Launch] = []
 
     def __call__(self, **inputs: Any) -> Any:
@@ -246,7 +246,7 @@ class _Recorded:
         return self._outputs
 
 
-def _prepared(
+def prepared(
     spec: OpSpec, case: Case, inputs: Inputs, function: Callable[..., Any], direction: str
 ) -> tuple[Call, Callable[[torch.dtype], float]]:
     """The call to time, and its error over the bound."""
@@ -300,7 +300,7 @@ def _norm_error(
     return (difference / size) ** 0.5 if size else 0.0
 
 
-def _subject(call: Call, device: str) -> tuple[runner.Subject, bool]:
+def timer(call: Call, device: str) -> tuple[runner.Subject, bool]:
     """``call`` as a CUDA graph where it can be captured, else as it is; whether it was."""
     if device == "cuda":
         try:

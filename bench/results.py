@@ -49,7 +49,7 @@ class Log:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
-                mine = [row for row in load(path) if _same_setup(row.get("machine"), machine)]
+                mine = [row for row in load(path) if same_setup(row.get("machine"), machine)]
                 self._done = {key for row in mine if None not in (key := key_of(row))}
             if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
@@ -98,7 +98,7 @@ def _in_json(row: Row) -> Row:
     }
 
 
-def _same_setup(a: Any, b: Row) -> bool:
+def same_setup(a: Any, b: Row) -> bool:
     return isinstance(a, dict) and all(a.get(name) == b.get(name) for name in HARDWARE + SOFTWARE)
 
 

@@ -25,6 +25,7 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (3, 6)  # release of triton that kernels are tested with
+COMPILED = {"enable_fp_fusion": True}  # a * b + c in one instruction, whatever triton's default is
 _OPS = Path(__file__).with_name("ops")
 _MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 _COMPILER = (
@@ -128,7 +129,7 @@ def launch(
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with guard, _compiler_explained():
-        kernel[(programs,)](*arguments, **options)
+        kernel[(programs,)](*arguments, **COMPILED, **options)
 
 
 @contextlib.contextmanager
