@@ -188,9 +188,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
+def depends(use: Use, row: TableRow, target: Target) -> bool:
+    """Whether a launch of the call has the row's configuration: a launcher may look at one and take another."""
+    other = {**row.config, configs.WARPS: 2 * row.config[configs.WARPS]}
+    with _triton.configured(*row.place, other):
+        changed = use.launches(target)
+    return [*map(_identity, changed)] != [*map(_identity, use.launches(target))]
+
+
 @functools.cache
 def uses_of_rows(labels: tuple[str, ...], target: Target) -> dict[_triton.Place, list[Use]]:
-    """By row, the calls of all ops that take it: one op's backward may be made of another's kernels."""
+    """By row, the calls of all ops that look at it: one op's backward may be made of another's kernels."""
     found: dict[_triton.Place, list[Use]] = {}
     for spec in iter_specs():
         for direction in ("forward", "backward"):

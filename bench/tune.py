@@ -36,6 +36,7 @@ from bench.trials import (
     Trial,
     Use,
     compiled,
+    depends,
     first_line,
     predicted_time,
     uses_of_rows,
@@ -335,7 +336,7 @@ def trials(rows: Sequence[TableRow], args: argparse.Namespace, target: Target) -
     prefixes = tuple(args.case or ("",))
     tried = []
     for row in rows:
-        every = found.get(row.place, [])
+        every = [use for use in found.get(row.place, []) if depends(use, row, target)]
         chosen = [use for use in every if use.case.name.startswith(prefixes)]
         if chosen:
             tried.append(Trial(row, chosen, len(every), target, args.keep))

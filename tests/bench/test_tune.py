@@ -154,6 +154,17 @@ def test_dry_run(compiles, one_op, capsys):
     assert "launches what the present one does" in shown
 
 
+def test_a_launcher_may_look_at_a_row_and_take_another(compiles):
+    row = row_of("pointwise_conv", "fwd")
+    spec = next(spec for spec in trials.iter_specs() if spec.name == row.op)
+    small = trials.Use(spec, spec.cases[0], "bf16", "forward")
+    with _triton.noted_rows() as places:
+        small.launches(trials.Target())
+    few = next(row_of(*place) for place in places if place[1] == "fwd_few")
+    assert row.place in places and not trials.depends(small, row, trials.Target())
+    assert trials.depends(small, few, trials.Target())
+
+
 def test_what_a_candidate_may_not_do(compiles, monkeypatch):
     trial = trial_of(row_of("squeeze_excite", "bwd"), "d0_first", "fp32", "backward")
     use = trial.uses[0]
