@@ -40,7 +40,9 @@ def compiled(launch: _triton.Launch, architecture: int) -> Code:
     from triton.runtime.driver import driver
 
     with unittest.mock.patch.object(driver, "_active", _Driver(architecture)):
-        kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **_triton.COMPILED, **launch.options)
+        kernel = launch.kernel.warmup(
+            *launch.arguments, grid=(1,), **{**_triton.COMPILED, **launch.options}
+        )
     metadata = kernel.metadata
     return examined(kernel.asm["cubin"], metadata.shared, metadata.num_warps)
 

@@ -3,7 +3,7 @@
 For each row of a table, neighbours of its configuration (``bench.configs``) are compiled for some of the bench cases
 that take the row. One that spills, takes more shared memory than the row may, or launches nothing else than the present
 one is dropped; the best by predicted time (``bench.predict``) are timed. On the GPU each must compute every case within
-the error bound first; then all of them and the present one take turns, as whole calls of the op. A configuration's score is
+the error bound first; then all of them and the present one take turns, as whole calls of the op. A score is
 the geometric mean, over the cases, of its time over the present one's. The best replaces the present one if it is
 faster by more than the noise.
 """

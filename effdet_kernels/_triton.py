@@ -129,7 +129,7 @@ def launch(
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with guard, _compiler_explained():
-        kernel[(programs,)](*arguments, **COMPILED, **options)
+        kernel[(programs,)](*arguments, **{**COMPILED, **options})
 
 
 @contextlib.contextmanager
