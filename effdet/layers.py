@@ -138,9 +138,9 @@ class Interpolate2d(nn.Module):
 class ResampleFeatureMap(nn.Module):
     """A 1x1 convolution if the width changes, then resampling to another level's size.
 
-    Both sides shrink: `downsample` "max" or "avg" pools with kernel stride + 1, any other name
-    interpolates. A side grows: `upsample` interpolates. The sizes given here are only defaults;
-    what is done follows the sizes met at run time.
+    A side grows: `upsample` interpolates. Otherwise `downsample` "max" or "avg" pools with kernel
+    stride + 1, any other name interpolates. The sizes given here are only defaults; what is done
+    follows the sizes met at run time.
     """
 
     def __init__(
@@ -189,8 +189,7 @@ class ResampleFeatureMap(nn.Module):
             return "identity", (1, 1), (1, 1)
         if size[0] < output_size[0] or size[1] < output_size[1]:
             return self.upsample, (1, 1), (1, 1)
-        stride = (size[0] - 1) // output_size[0] + 1, (size[1] - 1) // output_size[1] + 1
-        return self.downsample, (stride[0] + 1, stride[1] + 1), stride
+        return self.downsample, *_window(size, output_size)
 
     def resample(self, x: Tensor, output_size: Size) -> Tensor:
         """Only the resampling, by torch: for what the fusion op does not know."""
@@ -205,6 +204,15 @@ class ResampleFeatureMap(nn.Module):
         if kind == "max":
             return F.max_pool2d(F.pad(x, padding, value=float("-inf")), kernel, stride)
         return F.avg_pool2d(F.pad(x, padding), kernel, stride)
+
+
+def _window(size: Size, output_size: Size) -> tuple[Size, Size]:
+    """(kernel, stride) of the pool from one (H, W) to one that is not larger on either side."""
+    rows, columns = ((n - 1) // out + 1 for n, out in zip(size, output_size, strict=True))
+    # One pixel stays one at any stride, also at the other side's: as in a model made for larger maps.
+    stride = (columns if size[0] == 1 else rows), (rows if size[1] == 1 else columns)
+    vertical, horizontal = (s + 1 if s > 1 else 1 for s in stride)
+    return (vertical, horizontal), stride
 
 
 def fusion_inputs(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from effdet import EfficientDet, create_model, get_efficientdet_config
 from effdet.anchors import get_feat_sizes
-from effdet.efficientdet import FpnCombine, HeadNet
+from effdet.efficientdet import FpnCombine, HeadNet, ResampleFeatureMap
+from effdet_kernels import use_backend
 
 SIZE = (64, 96)
 
@@ -72,6 +73,37 @@ def test_any_input_size(trained: nn.Module, size: tuple[int, int]) -> None:
     assert [tuple(y.shape[2:]) for y in box] == expected
     assert {y.shape[1] for y in cls} == {27} and {y.shape[1] for y in box} == {36}
     assert all(y.isfinite().all() for y in cls + box)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (8, 200), (200, 1), (1, 1)])
+@pytest.mark.parametrize("pad_type", ["", "same"])
+def test_levels_of_one_row_or_column(pad_type: str, size: tuple[int, int]) -> None:
+    """Such as 1 x 2, from which the next level's 1 x 1 is pooled."""
+    model = nano_with(pad_type=pad_type).eval()
+    x = images(1, size)
+    with torch.no_grad():
+        actual = model(x)
+        with use_backend("reference"):
+            expected = model(x)
+        assert model.plan_reason(x) is None
+    assert [tuple(y.shape[2:]) for y in actual[0]] == get_feat_sizes(size, 7)[3:]
+    torch.testing.assert_close(flat(actual), flat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_type", ["", "same"])
+@pytest.mark.parametrize("downsample", ["max", "avg"])
+def test_one_row_is_pooled_as_larger_maps_are(downsample: str, pad_type: str) -> None:
+    rule = ResampleFeatureMap(4, 4, (4, 4), (2, 2), pad_type=pad_type, downsample=downsample)
+    x = images(2, (1, 2))
+    pool = nn.MaxPool2d(3, 2, 1) if downsample == "max" else nn.AvgPool2d(3, 2, 1)
+    torch.testing.assert_close(rule(x, (1, 1)), pool(x)[..., :1])
+    torch.testing.assert_close(rule(x.mT, (1, 1)), pool(x.mT)[..., :1, :])
+
+
+def test_a_side_that_keeps_its_size_is_not_pooled() -> None:
+    x = images(2, (4, 6))
+    rule = ResampleFeatureMap(3, 3, (4, 6), (4, 3))
+    torch.testing.assert_close(rule(x), nn.functional.max_pool2d(x, (1, 3), (1, 2), (0, 1)))
 
 
 def test_empty_batch(trained: nn.Module) -> None:

@@ -191,6 +191,27 @@ def test_downsampling_is_equal(oracle: Any, sizes: Any, downsample: str, pad_typ
     assert_close_in_deviations([ours], [theirs])
 
 
+@pytest.mark.parametrize("pad_type", ["", "same"])
+@pytest.mark.parametrize("downsample", ["max", "avg"])
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (1, 4)])
+def test_downsampling_of_one_row_is_equal(
+    oracle: Any, size: Any, downsample: str, pad_type: str
+) -> None:
+    """Theirs as in a model made for larger maps: one made for such maps leaves them as they are."""
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "input_size": (4, 4),
+        "output_size": (2, 2),
+        "pad_type": pad_type,
+        "downsample": downsample,
+    }
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    theirs = oracle.call("resample", arguments=arguments, x=x)["y"]
+    ours = ResampleFeatureMap(**arguments)(x, theirs.shape[2:])
+    assert_close_in_deviations([ours], [theirs])
+
+
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("method", ["fastattn", "attn", "sum"])
 def test_combining_is_equal(oracle: Any, method: str, upsample: str) -> None:
