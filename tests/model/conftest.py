@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from effdet import graph
+
+from .networks import tensors
 
 
 class Recorder(TorchDispatchMode):
@@ -27,10 +29,6 @@ class Recorder(TorchDispatchMode):
             detached = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
             self.steps.append((func, detached, [t.detach() for t in tensors(result)]))
         return result
-
-
-def tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Replayed:

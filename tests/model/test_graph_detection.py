@@ -7,12 +7,14 @@ import logging
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import effdet
 from effdet.graph import Graph
 from effdet.plan import use_plan
 from effdet_kernels import _library
+
+from .networks import image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,10 +23,6 @@ def detector() -> nn.Module:
     torch.manual_seed(0)
     options = {"num_classes": 3, "pretrained_backbone": False}
     return effdet.create_model("efficientdet_nano", "predict", **options).eval()
-
-
-def image(batch=2, height=64, width=64) -> Tensor:
-    return torch.randn(batch, 3, height, width)
 
 
 def sync_free_decode(cls_outputs, box_outputs, anchors, num_classes, k, limits):
