@@ -88,7 +88,7 @@ def weighted_fusion_bwd_kernel(
         if ACT != "none":
             delta *= slope(fused, ACT)
         if delta_ptr is not None:
-            tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=inside)
+            tl.store(delta_ptr + at, delta, mask=inside)
         total += delta
         added = ()
         for i in tl.static_range(MAPS):
@@ -163,10 +163,10 @@ def gradients(
         d if name in ("identity", "half") else None for d, name in zip(dx, names, strict=True)
     )
     later = [i for i, d in enumerate(dx) if d is not direct[i]]
-    delta = torch.empty_like(grad) if later and act != "none" else None
+    wide = accumulation_dtype(grad.dtype)
+    delta = torch.empty_like(grad, dtype=wide) if later and act != "none" else None
     parts = None
     if weight is not None and of_weight:
-        wide = accumulation_dtype(grad.dtype)
         parts = torch.empty(programs, len(x), dtype=wide, device=grad.device)
     weight = _gpu.dense(weight)
     _triton.launch(
