@@ -13,7 +13,7 @@ from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import revealed
 from effdet_kernels.ops.decode_topk.triton_fwd import corners
-from effdet_kernels.ops.decode_topk.triton_search import levels
+from effdet_kernels.ops.decode_topk.triton_search import block_of_list, levels
 from effdet_kernels.ops.decode_topk.triton_sort import sort
 from effdet_kernels.ops.detection_loss.triton_fwd import flat_maps, of_level
 
@@ -24,11 +24,7 @@ def decode_topk_bwd_logits_kernel(
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program: the gradients of BLOCK picks' logits, to maps of zeros; no two have one place."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(kept, BLOCK)
-    image = (program // blocks).to(tl.int64)
-    pick = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = pick < kept
+    image, pick, inside = block_of_list(kept, BLOCK)
     at = image * kept + pick
     anchor = tl.load(anchor_index_ptr + at, mask=inside, other=0).to(tl.int32)
     logit = anchor * classes + tl.load(class_ptr + at, mask=inside, other=0).to(tl.int32)
@@ -55,14 +51,10 @@ def decode_topk_bwd_codes_kernel(
 
     All picks of an anchor have one box. The maps are of zeros.
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(kept, BLOCK)
-    image = (program // blocks).to(tl.int64)
+    image, place, inside = block_of_list(kept, BLOCK)
     grad_ptr += image * kept * 4
     anchor_index_ptr += image * kept
     order_ptr += image * kept
-    place = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = place < kept
     pick = tl.load(order_ptr + place, mask=inside, other=0)
     anchor = tl.load(anchor_index_ptr + pick, mask=inside, other=0)
     follows = inside & (place > 0)

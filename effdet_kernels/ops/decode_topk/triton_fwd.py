@@ -12,7 +12,7 @@ from effdet_kernels import _triton
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import revealed
 from effdet_kernels.ops.decode_topk import op
-from effdet_kernels.ops.decode_topk.triton_search import levels, located, search
+from effdet_kernels.ops.decode_topk.triton_search import block_of_list, levels, located, search
 from effdet_kernels.ops.decode_topk.triton_sort import sort
 from effdet_kernels.ops.detection_loss.triton_fwd import flat_maps, of_level
 
@@ -55,11 +55,7 @@ def decode_topk_decode_kernel(
     UNIT: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program: the outputs of BLOCK picks of an image, logits that ``located`` finds."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(kept, BLOCK)
-    image = (program // blocks).to(tl.int64)
-    pick = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = pick < kept
+    image, pick, inside = block_of_list(kept, BLOCK)
     at = tl.load(order_ptr + image * kept + pick, mask=inside, other=0)
     level_ptr, first, _, place = located(
         row_ptr, parent_ptr, logit_ptrs, units, firsts, None, image, at, inside, kept, parents,

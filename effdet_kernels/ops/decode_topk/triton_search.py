@@ -74,6 +74,15 @@ def decode_topk_runs_kernel(
 
 
 @triton.jit
+def block_of_list(kept, BLOCK: tl.constexpr):
+    """The program's image, places of its list of ``kept``, and which of them are in it."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(kept, BLOCK)
+    place = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (program // blocks).to(tl.int64), place, place < kept
+
+
+@triton.jit
 def located(
     row_ptr, parent_ptr, logit_ptrs, units, firsts, first_rows, image, at, inside, kept, parents,
     UNIT: tl.constexpr, RUN: tl.constexpr, EACH: tl.constexpr,
@@ -111,11 +120,7 @@ def decode_topk_parts_kernel(
 
     ``located`` says what the list is. A part that does not exist has the lowest integer.
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(kept, BLOCK)
-    image = (program // blocks).to(tl.int64)
-    at = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = at < kept
+    image, at, inside = block_of_list(kept, BLOCK)
     level_ptr, first, length, place = located(
         row_ptr, parent_ptr, logit_ptrs, units, firsts, first_rows, image, at, inside, kept, parents,
         UNIT, RUN, EACH,

@@ -16,7 +16,12 @@ from effdet_kernels.ops._gradients import wanted
 from effdet_kernels.ops._tl import revealed, slope
 from effdet_kernels.ops.weighted_fusion.triton_fwd import tile_of, tiling
 from effdet_kernels.ops.weighted_fusion.triton_gather import gather
-from effdet_kernels.ops.weighted_fusion.triton_load import fusion_shares, resampled, sources
+from effdet_kernels.ops.weighted_fusion.triton_load import (
+    fusion_shares,
+    parts_of_shares,
+    resampled,
+    sources,
+)
 
 
 @triton.jit
@@ -116,15 +121,9 @@ def weighted_fusion_bwd_weight_kernel(
     i = tl.arange(0, 4)
     of_share = tl.load(of_shares_ptr + i, mask=i < MAPS, other=0.0)
     weight = tl.load(weight_ptr + i, mask=i < MAPS, other=-float("inf")).to(ACC)
-    if METHOD == "attn":
-        e = tl.exp(weight - tl.max(weight, 0))
-        share = e / tl.sum(e, 0)
-        factor = share
-    else:
-        positive = tl.where(weight < 0, 0.0, weight)
-        norm = tl.sum(positive, 0) + tl.full((), 1e-4, ACC)
-        share = positive / norm
-        factor = tl.where(weight > 0, 1.0, 0.0).to(ACC) / norm
+    part, total = parts_of_shares(weight, METHOD, ACC)
+    share = part / total
+    factor = share if METHOD == "attn" else tl.where(weight > 0, 1.0, 0.0).to(ACC) / total
     of_weight = factor * (of_share - tl.sum(of_share * share, 0))
     tl.store(of_weight_ptr + i, of_weight, mask=i < MAPS)
 

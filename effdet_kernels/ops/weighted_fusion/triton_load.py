@@ -11,6 +11,9 @@ from torch import Tensor
 
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._tl import revealed
+from effdet_kernels.ops.weighted_fusion.reference import FASTATTN_EPS
+
+_EPS = tl.constexpr(FASTATTN_EPS)
 
 
 @triton.jit
@@ -116,13 +119,21 @@ def fusion_shares(weight_ptr, METHOD: tl.constexpr, COUNT: tl.constexpr, ACC: tl
     else:
         at = tl.arange(0, 4)
         weight = tl.load(weight_ptr + at, mask=at < COUNT, other=-float("inf")).to(ACC)  # [4]
-        if METHOD == "attn":
-            part = tl.exp(weight - tl.max(weight, 0))
-            share = part / tl.sum(part, 0)
-        else:
-            part = tl.where(weight < 0, 0.0, weight)
-            share = part / (tl.sum(part, 0) + tl.full((), 1e-4, ACC))
+        part, total = parts_of_shares(weight, METHOD, ACC)
+        share = part / total
         return _element(share, at, 0), _element(share, at, 1), _element(share, at, 2)
+
+
+@triton.jit
+def parts_of_shares(weight, METHOD: tl.constexpr, ACC: tl.constexpr):
+    """Of weights, -inf where there is none: what their shares are in proportion to, and what that is divided by."""
+    if METHOD == "attn":
+        part = tl.exp(weight - tl.max(weight, 0))
+        total = tl.sum(part, 0)
+    else:
+        part = tl.where(weight < 0, 0.0, weight)
+        total = tl.sum(part, 0) + tl.full((), _EPS, ACC)
+    return part, total
 
 
 @triton.jit
