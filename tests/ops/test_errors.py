@@ -28,6 +28,10 @@ BAD = [
     ("depthwise_conv", "padding", (1, 1, 1)),
     ("depthwise_conv", "padding", (0, 0, 0, -1)),
     ("depthwise_conv", "act", "gelu"),
+    ("depthwise_conv", "statistics", True),  # with squeeze
+    ("depthwise_conv", "statistics", 1),
+    ("dense_conv", "statistics", None),
+    ("separable_conv", "statistics", "mean"),
     ("pointwise_conv", "weight", torch.zeros(7, 5, 3, 3)),
     ("pointwise_conv", "shift", torch.zeros(8)),
     ("pointwise_conv", "gate", torch.zeros(2, 7)),
@@ -100,6 +104,26 @@ def test_bad_argument_is_named(op, argument, value):
     assert message.startswith(f"{op}: {argument}"), message
     assert "got " in message
     assert "takes " in message
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance", "named"),
+    [
+        (torch.ones(4), torch.ones(5), "mean"),
+        (torch.ones(5), torch.ones(5).bfloat16(), "variance"),
+        (torch.ones(5), None, "variance"),
+        (None, torch.ones(5), "mean"),
+    ],
+)
+def test_statistics_of_another_shape_or_dtype_or_one_alone_are_refused(mean, variance, named):
+    x, vector = torch.zeros(2, 5, 3, 3), torch.ones(5)
+    with pytest.raises((TypeError, ValueError), match=rf"batch_norm_act: {named}: got .* takes "):
+        effdet_kernels.batch_norm_act(x, vector, vector, eps=1e-3, mean=mean, variance=variance)
+
+
+def test_statistics_of_no_images_are_refused():
+    with pytest.raises(ValueError, match="takes a batch of at least 1 with statistics"):
+        effdet_kernels.dense_conv(torch.zeros(0, 3, 4, 4), torch.zeros(5, 3, 3, 3), statistics=True)
 
 
 def test_a_kernel_larger_than_the_padded_map_is_refused():
