@@ -60,7 +60,15 @@ FIXED = {
 # Kernels whose loops Triton pipelines: num_stages does nothing for the others.
 _PIPELINED = {
     "pointwise_conv": ("fwd", "fwd_few", "bwd_delta", "bwd_dx", "product"),
-    "dense_conv": ("fwd", "bwd_patch", "bwd_delta", "bwd_dx_cell", "bwd_dx", "bwd_weight"),
+    "dense_conv": (
+        "fwd",
+        "bwd_patch",
+        "bwd_patch_plain",
+        "bwd_delta",
+        "bwd_dx_cell",
+        "bwd_dx",
+        "bwd_weight",
+    ),
     "squeeze_excite": ("bwd_weight",),
 }
 

@@ -30,9 +30,11 @@ FP64_LOCAL = 16  # bytes of local memory that a thread may take in float64, whic
 QUICK = 90  # the architecture whose real cases .ci/run compares
 # Cases besides an op's first real one: for kernels, or ways through them, that it does not take.
 ALSO = {
-    "dense_conv": ("d0_edgetpu_expand",),
+    "batch_norm_act": ("d0_expanded_given",),
+    "dense_conv": ("d0_edgetpu_expand", "d0_stem_training"),
+    "depthwise_conv": ("d0_training",),
     "pointwise_conv": ("d0_expand",),
-    "separable_conv": ("d0_bottom_up", "d0_heads"),
+    "separable_conv": ("d0_bottom_up", "d0_heads", "d0_heads_training"),
     "weighted_fusion": ("d0_bottom_up_batch8", "top_down"),
 }
 # The case with odd numbers of channels, so that nothing is loaded in vectors; where not named, the first small one.
@@ -124,7 +126,10 @@ def _faults(launch: _triton.Launch, code: Code, architecture: int, itemsize: int
     if (warps := code.resident_warps(architecture)) < LEAST_WARPS:
         yield f"leaves a multiprocessor {warps} warps, {LEAST_WARPS} are wanted"
     if half and launch.flops:
-        want = "HGMMA" if architecture == 90 and options.get("BLOCK_M", 0) >= 64 else "MMA"
+        # Without an activation this one's only product has as many rows as the patch, fewer than HGMMA takes.
+        plain = launch.kernel.__name__ == "dense_conv_bwd_patch_kernel" and options["ACT"] == "none"
+        wide = options.get("BLOCK_M", 0) >= 64 and not plain
+        want = "HGMMA" if architecture == 90 and wide else "MMA"
         if want not in code.matrix:
             yield f"has no {want}"
     if half and _in_vectors(options, code.warps) and not code.vector_loads:

@@ -11,6 +11,8 @@ from torch import nn
 from effdet import create_model, fused
 from effdet_kernels import _library, use_backend
 
+from .accuracy import take_statistics_ahead
+
 
 def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs, gradients and running statistics after a step in training mode."""
@@ -35,11 +37,7 @@ def test_a_step_is_that_of_statistics_taken_by_the_norm(monkeypatch, backend):
         expected = step(model, x)
         assert given and not any(given)
         given.clear()
-        monkeypatch.setattr(
-            fused,
-            "_gives_statistics",
-            lambda x, norms: all(fused.is_batch_norm(n) and not fused.is_folded(n) for n in norms),
-        )
+        take_statistics_ahead(monkeypatch)
         found = step(other, x)
     assert given and all(given)
     for a, b in zip(found, expected, strict=True):
