@@ -76,7 +76,8 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
     seen = []
     x = torch.zeros(3).as_subclass(OnCuda)
     _triton.launch({(7,): lambda *a, **o: seen.append((list(current), a, o))}, 7, x, 3, BLOCK=16)
-    assert seen == [([torch.device("cuda:1")], (x, 3), {"BLOCK": 16})]
+    options = {"BLOCK": 16, "enable_fp_fusion": True}
+    assert seen == [([torch.device("cuda:1")], (x, 3), options)]
     assert not current
 
 
@@ -173,7 +174,7 @@ def test_everything_else_works_without_triton():
 
 def launch(fails):
     """A call of a kernel whose first launch calls `fails`, as Triton's does to compile its launcher."""
-    _triton.launch({(1,): lambda *arguments: fails()}, 1, torch.zeros(1))
+    _triton.launch({(1,): lambda *arguments, **options: fails()}, 1, torch.zeros(1))
 
 
 @pytest.fixture
