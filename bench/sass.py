@@ -14,6 +14,7 @@ from pathlib import Path
 ARCHITECTURES = {80: 163, 86: 99, 90: 227, 120: 99}  # and their shared memory per block, KB
 WARP = 32
 _REGISTERS = 65536  # of a multiprocessor
+_MOST_WARPS = {80: 64, 86: 48, 90: 64, 120: 48}  # that a multiprocessor holds
 _WIDE = re.compile(r"\.(64|128)(\.|$)")  # of a load's opcode: addresses have a ".64" too
 _MATRIX = ("HGMMA", "HMMA", "DMMA")
 
@@ -34,10 +35,11 @@ class Code:
     special: tuple[int, ...]  # MUFU instructions outside of loops and in each loop
 
     def resident_warps(self, architecture: int) -> int:
-        """Warps of it that a multiprocessor holds at a time, by registers and shared memory."""
+        """Warps of whole programs that a multiprocessor holds at a time."""
         by_registers = _REGISTERS // (max(self.registers, 24) * WARP * self.warps)
         by_shared = (ARCHITECTURES[architecture] + 1) * 1024 // (self.shared + 1024)
-        return self.warps * min(by_registers, by_shared)
+        by_warps = _MOST_WARPS[architecture] // self.warps
+        return self.warps * min(by_registers, by_shared, by_warps)
 
     def issued(self, trips: Sequence[int]) -> int:
         """Instructions of a warp whose loops run ``trips`` times, each; loops beyond those: once."""

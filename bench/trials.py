@@ -19,7 +19,6 @@ from effdet_kernels.spec import Case, OpSpec, iter_specs
 from effdet_kernels.verify import DTYPES
 
 _PRUNED_ON = 6  # calls that candidates are compiled for before any is timed
-_MOST_WARPS = {80: 64, 86: 48, 90: 64, 120: 48}  # of a multiprocessor
 Compiled = list[tuple[_triton.Launch, sass.Code]]  # the launches of a call
 
 
@@ -119,7 +118,7 @@ class Trial:
         name = f"{self.row.op}_{self.row.kernel}_kernel"
         arch = self.target.architecture
         held = (
-            min(code.resident_warps(arch), _MOST_WARPS[arch]) // code.warps
+            code.resident_warps(arch) // code.warps
             for call in calls
             for launch, code in call
             if launch.kernel.__name__ == name

@@ -127,13 +127,15 @@ def norm_act(
 
 
 def _gives_statistics(x: Tensor, norms: Sequence[nn.Module | None]) -> bool:
-    """Whether a convolution of x also takes the statistics of the batch norms that follow it.
-
-    On a GPU: there it costs no pass over the map. On a CPU it would, and `batch_norm_act` needs none.
-    """
-    return x.is_cuda and all(
+    """Whether a convolution of x also takes the statistics of the batch norms that follow it."""
+    return _statistics_are_free(x) and all(
         norm is not None and is_batch_norm(norm) and not is_folded(norm) for norm in norms
     )
+
+
+def _statistics_are_free(x: Tensor) -> bool:
+    """On a GPU they cost a convolution no pass over its map. On a CPU they would, and `batch_norm_act` needs none."""
+    return x.is_cuda
 
 
 def _normed(

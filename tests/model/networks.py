@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -42,6 +44,15 @@ def same(a, b) -> bool:
 
 def image(batch=2, height=64, width=64) -> Tensor:
     return torch.randn(batch, 3, height, width)
+
+
+def in_threads(work, count):
+    """Calls ``work`` with 0 to count - 1, each in a thread of its own; waits for all."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @torch.no_grad()

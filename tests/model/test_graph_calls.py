@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from effdet import graph as graph_module
 from effdet.plan import NotPlannableError, use_plan
 
-from .networks import Reads, build, flat, image, plan_reason, same, tensors, unplanned
+from .networks import Reads, build, flat, image, in_threads, plan_reason, same, tensors, unplanned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,9 +182,5 @@ def test_threads_may_call_one_model(captures):
             if not same(flat(model, images[i]), want[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong and [c.replays for c in captures] == [40]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 import pytest
 import torch
 
 from effdet import graph as graph_module
 
-from .networks import Reads, build, flat, image, load_others, plan_reason, same, tensors, unplanned
+from .networks import (
+    Reads,
+    build,
+    flat,
+    image,
+    in_threads,
+    load_others,
+    plan_reason,
+    same,
+    tensors,
+    unplanned,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -53,11 +63,7 @@ def test_on_a_gpu_streams_and_threads_take_turns():
                 if not same(flat(model, images[i]), want[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
     streams = [torch.cuda.Stream() for _ in images]  # from one thread, without waiting in between
     got = []

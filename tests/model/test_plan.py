@@ -6,7 +6,6 @@ import copy
 import multiprocessing
 import pickle
 import random
-import threading
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from effdet import plan as plan_module
 from effdet.native_plan import Buffer, Plan, place
 from effdet.plan import use_plan
 from effdet_kernels import _native, use_backend
+
+from .networks import in_threads
 
 
 def build(name: str = "tf_efficientdet_d0", **options) -> nn.Module:
@@ -274,11 +275,7 @@ def test_two_threads_may_call_one_model(model):
                 if not same(flat(model(images[i])), want[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

@@ -157,8 +157,10 @@ def _out_spec(
 
 
 def _positions_of_statistics(*args) -> Sequence[int]:
+    if not args[-1]:
+        return ()
     outputs = len(_out_spec(*args))
-    return range(outputs // 3, outputs) if args[-1] else ()
+    return range(outputs // 3, outputs)
 
 
 def _reference(
