@@ -79,8 +79,14 @@ def _patch(config: Config) -> bool:
     return pixels <= 16 <= pixels * config["LANES"]
 
 
+def _pairs_of_taps(config: Config) -> bool:
+    """Matrix units take 16 rows at least; of channels those kernels have 16."""
+    return not config["MATRIX"] or (config["BLOCK_W"] >= 16 and config["BLOCK_C"] == 16)
+
+
 # Of an op, or of one of its kernels: what must hold between numbers.
 RULES: dict[str | tuple[str, str], Callable[[Config], bool]] = {
+    "depthwise_conv": _pairs_of_taps,
     "separable_conv": _patch,
     ("decode_topk", "select"): lambda config: config["ROWS"] * config["COLUMNS"] <= 16384,
 }  # ^ counts of a tile are halves of an integer

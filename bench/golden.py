@@ -32,7 +32,7 @@ QUICK = 90  # the architecture whose real cases .ci/run compares
 ALSO = {
     "batch_norm_act": ("d0_expanded_given",),
     "dense_conv": ("d0_edgetpu_expand", "d0_stem_training"),
-    "depthwise_conv": ("d0_training",),
+    "depthwise_conv": ("d0_3x3_stride2", "d0_5x5", "d0_training"),
     "pointwise_conv": ("d0_expand",),
     "separable_conv": ("d0_bottom_up", "d0_heads", "d0_heads_training"),
     "weighted_fusion": ("d0_bottom_up_batch8", "top_down"),

@@ -23,6 +23,8 @@ from effdet_kernels import _triton
 BANDWIDTH, MATRIX_FLOPS, CLOCK, MULTIPROCESSORS = 4.3e12, 788e12, 1.755e9, 132
 _ISSUED = 4  # warp instructions per clock and multiprocessor
 _SPECIAL = 0.5  # of these, MUFU
+# Of MATRIX_FLOPS, what HMMA reaches on Hopper, whose own instruction is HGMMA (arXiv 2402.13499 and 2501.12084).
+_HMMA = 0.62
 # A program alone on a multiprocessor: the launch, and each instruction of a warp; more than 4 warps hold each other up.
 _LAUNCH, _INSTRUCTION, _MORE_WARPS = 1.3e-6, 1.9e-9, 0.35
 
@@ -56,7 +58,8 @@ def predicted(launch: _triton.Launch, code: Code) -> Prediction:
     special = warps * code.transcendental(launch.trips) / (_SPECIAL * CLOCK * MULTIPROCESSORS)
     crowd = 1 + _MORE_WARPS * max(0, code.warps / 4 - 1)
     program = _LAUNCH + issued * _INSTRUCTION * crowd
-    return Prediction(moved / BANDWIDTH, issue, special, launch.flops / MATRIX_FLOPS, program)
+    rate = MATRIX_FLOPS * (_HMMA if code.matrix == "HMMA" else 1)
+    return Prediction(moved / BANDWIDTH, issue, special, launch.flops / rate, program)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

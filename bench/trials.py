@@ -115,12 +115,14 @@ class Trial:
         """RESIDENT, where there is one, as the most programs that a multiprocessor holds in every one of the calls."""
         if "RESIDENT" not in config:
             return config
+        launched = [pair for call in calls for pair in call]
         name = f"{self.row.op}_{self.row.kernel}_kernel"
-        arch = self.target.architecture
+        if all(launch.kernel.__name__ != name for launch, _ in launched):
+            # Of a kernel that has rows for parts of its work: bwd_dx of bwd.
+            name = f"{self.row.op}_{self.row.kernel.rpartition('_')[0]}_kernel"
         held = (
-            code.resident_warps(arch) // code.warps
-            for call in calls
-            for launch, code in call
+            code.resident_warps(self.target.architecture) // code.warps
+            for launch, code in launched
             if launch.kernel.__name__ == name
         )
         return {**config, "RESIDENT": max(1, min(held, default=config["RESIDENT"]))}

@@ -206,6 +206,13 @@ def test_resident_follows_from_the_code():
     assert trial._with_resident(trial.row.config, calls)["RESIDENT"] == 8  # of 64 warps
 
 
+def test_resident_of_a_row_for_a_part_of_a_kernel():
+    trial = trials.Trial(row_of("depthwise_conv", "bwd_dx"), [], 0, trials.Target(), 1)
+    kernel = types.SimpleNamespace(__name__="depthwise_conv_bwd_kernel")
+    calls = [[(types.SimpleNamespace(kernel=kernel), code(registers=128, warps=2))]]
+    assert trial._with_resident(trial.row.config, calls)["RESIDENT"] == 8
+
+
 def code(registers: int, warps: int) -> sass.Code:
     fields = {field.name: 0 for field in dataclasses.fields(sass.Code)}
     return sass.Code(**{**fields, "registers": registers, "warps": warps})

@@ -17,6 +17,7 @@ from effdet_kernels.spec import iter_specs
 SPECS = [spec for spec in iter_specs() if "triton" in testing.operator(spec).impls]
 WITH_BACKWARD = [spec for spec in SPECS if "triton" in testing.operator(spec).backwards]
 DTYPES = (torch.float32, torch.float16, torch.float64)
+HALF_AND_FULL = (torch.float32, torch.float16)  # whose kernels may differ in more than a dtype
 LAYOUTS = ("channels_last", "narrowed", "sliced")
 
 
@@ -62,10 +63,12 @@ def sizes_of(spec, case):
 def test_smallest_case(spec):
     """Of what the other tests check, as much as a minute allows."""
     case, arrange = smallest(spec), guards.LAYOUTS["narrowed"]
-    assert testing.check_forward(spec, case, torch.float32, "triton", arrange=arrange) <= 1
+    for dtype in (d for d in HALF_AND_FULL if d in spec.dtypes):
+        assert testing.check_forward(spec, case, dtype, "triton", arrange=arrange) <= 1
+        if spec in WITH_BACKWARD:
+            assert testing.check_gradient(spec, case, dtype, "triton", arrange=arrange) <= 1
     testing.check_repeatable(spec, case, torch.float32, "triton")
     if spec in WITH_BACKWARD:
-        assert testing.check_gradient(spec, case, torch.float32, "triton", arrange=arrange) <= 1
         assert testing.gradcheck(spec, case, "triton", fast=True)
 
 
@@ -80,7 +83,7 @@ def test_forward(spec, case):
 
 @pytest.mark.parametrize(("spec", "case"), named(SPECS, blocks=True))
 def test_forward_across_blocks(spec, case):
-    for dtype in (d for d in (torch.float32, torch.float16) if d in spec.dtypes):
+    for dtype in (d for d in HALF_AND_FULL if d in spec.dtypes):
         arrange = guards.channels_last
         assert testing.check_forward(spec, case, dtype, "triton", arrange=arrange) <= 1
 
@@ -101,7 +104,8 @@ def test_gradient_of_some(spec, case):
     """Of some inputs only, of one output only, and for gradients with strides of 0."""
     check, dtype = testing.check_gradient, torch.float32
     for parts in testing.PARTS.values():
-        assert check(spec, case, dtype, "triton", parts=parts) <= 1
+        for each in (d for d in HALF_AND_FULL if d in spec.dtypes):
+            assert check(spec, case, each, "triton", parts=parts) <= 1
     for output in testing.outputs_to_take_alone(spec, case):
         assert check(spec, case, dtype, "triton", only=output) <= 1
     assert check(spec, case, dtype, "triton", arrange_grads=guards.expanded) <= 1
@@ -111,7 +115,7 @@ def test_gradient_of_some(spec, case):
 def test_gradient_across_blocks(spec, case):
     arrange = guards.channels_last
     check = testing.check_gradient
-    for dtype in (d for d in (torch.float32, torch.float16) if d in spec.dtypes):
+    for dtype in (d for d in HALF_AND_FULL if d in spec.dtypes):
         assert check(spec, case, dtype, "triton", arrange=arrange, arrange_grads=arrange) <= 1
 
 
@@ -129,8 +133,8 @@ def test_programs_in_any_order_give_the_same_bits(spec, case):
 
 @pytest.mark.parametrize(("spec", "case"), named(SPECS, blocks=False))
 def test_nonfinite_inputs_give_nonfinite_outputs_where_the_reference_has_them(spec, case):
-    if spec.nonfinite:
-        assert testing.check_nonfinite(spec, case, torch.float32, "triton") <= 1
+    for dtype in (d for d in HALF_AND_FULL if spec.nonfinite and d in spec.dtypes):
+        assert testing.check_nonfinite(spec, case, dtype, "triton") <= 1
 
 
 @pytest.mark.slow

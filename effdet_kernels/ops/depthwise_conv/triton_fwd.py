@@ -16,6 +16,14 @@ from effdet_kernels.ops import _arguments, _gpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._tl import affine_act, merged_moments, store_merged_moments
 from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
+from effdet_kernels.ops.depthwise_conv.triton_matrix import (
+    joined,
+    load_row_pairs,
+    pairs,
+    spoilt,
+    with_row_pairs,
+    within,
+)
 
 
 @triton.jit
@@ -76,6 +84,46 @@ def with_rows(sums, weights, rows, K: tl.constexpr, STRIDE: tl.constexpr, ACC: t
     return sums
 
 
+@triton.jit
+def tap_by_tap(
+    weight_ptr, x_ptr, row, height, stride_h, stride_w, width, column, c, inside, K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sums of the output row whose kernel begins in the input row ``row``; arguments as in ``with_input``."""
+    z = tl.zeros((column.shape[0], c.shape[0]), ACC)
+    for tap in range(K * K):
+        i, j = tap // K, tap % K
+        at, source_row = column + j, row + i + tl.zeros_like(column)
+        mask = (source_row >= 0) & (source_row < height) & (at >= 0) & (at < width)
+        mask = mask[:, None] & inside[None, :]
+        at = (source_row * stride_h + at * stride_w)[:, None] + c[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+        weight = tl.load(weight_ptr + c * (K * K) + tap, mask=inside, other=0.0)
+        z += x.to(ACC) * weight.to(ACC)[None, :]
+    return z
+
+
+@triton.jit
+def _with_row(
+    found, z, row, first, column, owned, y_ptr, scale_ptr, shift_ptr, sums_ptr, parts_ptr,
+    out_height, out_width, channels, c, inside, ACT: tl.constexpr,
+):  # fmt: skip
+    """Writes the output row of the sums z; ``found``, what is known of the rows before, and of this one."""
+    total, pivot, squares = found
+    row += tl.zeros_like(column)
+    done = owned & ((row >= first) & (row < out_height))[:, None]
+    y = affine_act(z, scale_ptr, shift_ptr, c, inside, ACT)
+    if sums_ptr is not None:
+        total += tl.where(done, y, 0.0)
+    if parts_ptr is not None:
+        pivot = tl.where((row == first)[:, None], y, pivot)
+        apart = tl.where(done, y - pivot, 0.0)
+        total += apart
+        squares += apart * apart
+    at = (row * out_width + column)[:, None] * channels + c[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=done)
+    return total, pivot, squares
+
+
 @triton.jit(
     do_not_specialize=[
         "height", "width", "out_height", "out_width", "channel_units", "left", "top",
@@ -88,6 +136,7 @@ def depthwise_conv_fwd_kernel(
     stride_xb, stride_xh_units, stride_xw_units, segments, tiles, blocks,
     UNIT: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     ACT: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS output rows by BLOCK_W columns of an image, BLOCK_C channels. Counts in units.
 
@@ -100,38 +149,61 @@ def depthwise_conv_fwd_kernel(
     image = (part // (tiles * segments)).to(tl.int64)
     first = (part // tiles % segments) * ROWS
     channels = channel_units * UNIT
-    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_channel = (program % blocks) * BLOCK_C
+    c = first_channel + tl.arange(0, BLOCK_C)
     column = (part % tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
-    inside = c < channels
+    WHOLE: tl.constexpr = UNIT % BLOCK_C == 0
+    inside = within(c, channels, WHOLE)
     owned = (column < out_width)[:, None] & inside[None, :]
-    weights = taps(weight_ptr, c, inside, K, ACC)
-    sums = zeros(LIVE, BLOCK_W, BLOCK_C, ACC)
-    total = tl.zeros((BLOCK_W, BLOCK_C), ACC)
-    pivot = tl.zeros((BLOCK_W, BLOCK_C), ACC)
-    squares = tl.zeros((BLOCK_W, BLOCK_C), ACC)
+    if MATRIX:
+        weights = pairs(weight_ptr, first_channel, channels, K, 1, x_ptr.dtype.element_ty, WHOLE)
+    else:
+        weights = taps(weight_ptr, c, inside, K, ACC)
+    TILES: tl.constexpr = 2 if MATRIX else 1  # of an output row
+    sums = zeros(LIVE * TILES, BLOCK_W, BLOCK_C // TILES, ACC)
+    found = zeros(3, BLOCK_W, BLOCK_C, ACC)
+    bad = tl.zeros((BLOCK_W, BLOCK_C // TILES), ACC)
     source = column * STRIDE - left
     stride_xh, stride_xw = stride_xh_units * UNIT, stride_xw_units * UNIT
-    x_ptr += image * stride_xb + (source * stride_xw)[:, None] + c[None, :]
+    x_ptr += image * stride_xb
+    pixels = x_ptr + (source * stride_xw)[:, None] + c[None, :]
     y_ptr += image * out_height * out_width * channels
     for step in tl.range(0, ROWS + LIVE - 1, num_stages=STAGES):
-        rows = load_rows(
-            x_ptr, (first + step) * STRIDE - top, height, stride_xh, stride_xw, width, source, inside,
-            K, STRIDE,
+        top_row = (first + step) * STRIDE - top
+        if MATRIX:
+            rows = load_row_pairs(
+                x_ptr, top_row, height, stride_xh, stride_xw, width, source, first_channel, channels, K, STRIDE,
+                WHOLE,
+            )  # fmt: skip
+            sums = with_row_pairs(sums, weights, rows, K, STRIDE)
+        else:
+            rows = load_rows(
+                pixels, top_row, height, stride_xh, stride_xw, width, source, inside, K, STRIDE
+            )
+            sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
+        z = joined(sums[(LIVE - 1) * TILES :])
+        row = first + step - (LIVE - 1)
+        found = _with_row(
+            found, z, row, first, column, owned, y_ptr, scale_ptr, shift_ptr, sums_ptr, parts_ptr,
+            out_height, out_width, channels, c, inside, ACT,
         )  # fmt: skip
-        sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
-        row = first + step - (LIVE - 1) + tl.zeros_like(column)
-        done = owned & ((row >= first) & (row < out_height))[:, None]
-        y = affine_act(sums[LIVE - 1], scale_ptr, shift_ptr, c, inside, ACT)
-        if sums_ptr is not None:
-            total += tl.where(done, y, 0.0)
-        if parts_ptr is not None:
-            pivot = tl.where((row == first)[:, None], y, pivot)
-            apart = tl.where(done, y - pivot, 0.0)
-            total += apart
-            squares += apart * apart
-        at = (row * out_width + column)[:, None] * channels + c[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=done)
-        sums = zeros(1, BLOCK_W, BLOCK_C, ACC) + sums[: LIVE - 1]
+        if MATRIX:
+            bad += spoilt(sums[(LIVE - 1) * TILES :])
+        sums = zeros(TILES, BLOCK_W, BLOCK_C // TILES, ACC) + sums[: (LIVE - 1) * TILES]
+    if MATRIX:  # noqa: SIM102, what is known when compiled apart
+        # Matrix units multiply a NaN or an infinity by the zeros of the other channels: all once more, without them.
+        if tl.sum(bad) != 0.0:
+            found = zeros(3, BLOCK_W, BLOCK_C, ACC)
+            for row in range(first, tl.minimum(first + ROWS, out_height)):
+                z = tap_by_tap(
+                    weight_ptr, x_ptr, row * STRIDE - top, height, stride_xh, stride_xw, width, source, c, inside,
+                    K, ACC,
+                )  # fmt: skip
+                found = _with_row(
+                    found, z, row, first, column, owned, y_ptr, scale_ptr, shift_ptr, sums_ptr, parts_ptr,
+                    out_height, out_width, channels, c, inside, ACT,
+                )  # fmt: skip
+    total, pivot, squares = found
     if sums_ptr is not None:
         at = part.to(tl.int64) * channels + c
         tl.store(sums_ptr + at, tl.sum(total, 0), mask=inside)
@@ -147,39 +219,61 @@ def depthwise_conv_fwd_kernel(
 
 
 def walk(
-    kernel: str, like: Tensor, batch: int, channels: int, rows: int, columns: int, size: int
+    kernel: str,
+    like: Tensor,
+    batch: int,
+    channels: int,
+    rows: int,
+    columns: int,
+    k: int,
+    stride: int,
 ) -> tuple[dict[str, Any], int, int, int]:
     """Options of a kernel that walks down ``rows`` of ``columns``; segments, tiles of columns, blocks of channels.
 
-    ``size`` grows with what a thread holds in registers.
+    Rows of launch.json are chosen by k, or k + 1 with a stride: what a thread holds in registers grows with it.
     """
-    options = _triton.config("depthwise_conv", kernel, like, size)
-    widest = options["BLOCK_C"]
-    options["BLOCK_C"] = _gpu.block(channels, widest)
-    options["BLOCK_W"] *= widest // options["BLOCK_C"]
+    options = _triton.config("depthwise_conv", kernel, like, k + (stride > 1))
+    resident = options.pop("RESIDENT")
+    if options["MATRIX"]:  # of narrow maps, less of which there is nothing
+        while options["BLOCK_W"] >= 32 and options["BLOCK_W"] >= 2 * columns:
+            options["BLOCK_W"] //= 2
+            options["num_warps"] = max(1, options["num_warps"] // 2)
+    else:
+        widest = options["BLOCK_C"]
+        options["BLOCK_C"] = _gpu.block(channels, widest)
+        options["BLOCK_W"] *= widest // options["BLOCK_C"]
     tiles = triton.cdiv(columns, options["BLOCK_W"])
     blocks = triton.cdiv(channels, options["BLOCK_C"])
-    resident = options.pop("RESIDENT")
-    segments = _segments(rows, options["ROWS"], batch * tiles * blocks, resident)
+    others = batch * tiles * blocks
+    segments = _segments(rows, options["ROWS"], others, resident, options["num_warps"])
     options["ROWS"] = triton.cdiv(rows, segments)
     return options, segments, tiles, blocks
 
 
 @functools.cache
-def _segments(rows: int, most: int, others: int, resident: int) -> int:
+def _segments(rows: int, most: int, others: int, resident: int, warps: int) -> int:
     """How many segments of at most ``most`` rows are done first: each ``others`` programs, ``resident`` of them at a
     time on a multiprocessor.
 
-    What was measured on an H200: a program takes the time of its rows and of some six more (its weights, and the rows
-    around a segment), and each other one on its multiprocessor a third more.
+    What was measured on an H200: a program of 8 warps takes the time of its rows and of some six more (its weights, and
+    the rows around a segment), and each other one on its multiprocessor a third more.
     """
+    more = warps / 24
 
     def time(segments: int) -> float:
         waves, last = divmod(triton.cdiv(segments * others, _gpu.MULTIPROCESSORS), resident)
-        crowds = waves * (1 + (resident - 1) / 3) + (1 + (last - 1) / 3 if last else 0)
+        crowds = waves * (1 + (resident - 1) * more) + (1 + (last - 1) * more if last else 0)
         return (triton.cdiv(rows, segments) + 6) * crowds
 
     return min(range(triton.cdiv(rows, most), rows + 1), key=time)
+
+
+def products(options: dict[str, Any], k: int, programs: int) -> int:
+    """The FLOPs of matrix units for ``programs``: one of the two factors is half zeros, and so is a pair's last tap."""
+    if not options["MATRIX"]:
+        return 0
+    each = options["ROWS"] * options["BLOCK_W"] * options["BLOCK_C"]
+    return programs * each * 2 * 16 * k * triton.cdiv(k, 2)
 
 
 def run(
@@ -198,7 +292,9 @@ def run(
     k = weight.shape[2]
     out_height, out_width = _arguments.convolved_size("depthwise_conv", x, k, stride, padding)
     (y,) = _gpu.allocate([_library.nchw((batch, channels, out_height, out_width), x)])
-    options, segments, tiles, blocks = walk("fwd", x, batch, channels, out_height, out_width, k)
+    options, segments, tiles, blocks = walk(
+        "fwd", x, batch, channels, out_height, out_width, k, stride
+    )
     sums = None
     if squeeze:
         wide = accumulation_dtype(x.dtype)
@@ -213,6 +309,7 @@ def run(
         height, width, out_height, out_width, channels // unit, padding[0], padding[2],
         x.stride(0), x.stride(2) // unit, x.stride(3) // unit, segments, tiles, blocks,
         UNIT=unit, ACC=_gpu.accumulator(x.dtype), K=k, STRIDE=stride, ACT=act,
-        trips=(options["ROWS"] + triton.cdiv(k, stride) - 1,), **options,
+        trips=(options["ROWS"] + triton.cdiv(k, stride) - 1,),
+        flops=products(options, k, found * blocks), **options,
     )  # fmt: skip
     return [y, *statistics_of(parts)] if sums is None else [y, sums.sum(1)]
