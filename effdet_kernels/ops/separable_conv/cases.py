@@ -237,6 +237,14 @@ CASES = (
         times=64,
         **{**_heads, "tags": GPU},
     ),
+    _case(
+        "d0_heads_training_batch128",
+        _pyramid(64),
+        [64, 64],
+        channels=64,
+        times=64,
+        **{**_heads, **_training, "act": "none", "tags": GPU},
+    ),
     _case("d4_heads", _pyramid(128), [224, 224], batch=1, channels=224, **_heads),
     _case(
         "d4_heads_batch32",
