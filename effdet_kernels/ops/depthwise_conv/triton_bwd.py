@@ -332,26 +332,27 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of z = conv(pre_act(x), weight), given the gradient of z: those of x and weight, where wanted."""
     k = weight.shape[2]
-    # On matrix units: more sums than a warp has registers for.
-    apart = x.element_size() == 2 and stride == 1 and 3 < k <= 5
+    delta, x = _gpu.channels_inner(delta), _gpu.channels_inner(x)
+    unit = _gpu.alignment(x.shape[1], *x.stride()[2:], *delta.stride()[2:])
+    # On matrix units: more sums, or more addresses where nothing is aligned, than a warp has registers for.
+    apart = x.element_size() == 2 and stride == 1 and k <= 5 and (k > 3 or unit < 8)
     if apart and of_x and of_weight:
         rest = delta, x, weight, stride, padding
         return gradients(*rest, True, False, pre_act)[0], gradients(*rest, False, True, pre_act)[1]
     row = ("bwd_dx" if of_x else "bwd_weight") if apart else "bwd"
-    delta, x = _gpu.channels_inner(delta), _gpu.channels_inner(x)
     batch, channels, height, width = x.shape
     out_height, out_width = delta.shape[2:]
     left, _, top, _ = padding
     dx = _gpu.allocate([_library.nchw(x.shape, x)])[0] if of_x else None
     rows = max(out_height, triton.cdiv(height + top, stride))
     columns = triton.cdiv(width + left, stride) - left // stride
-    options, segments, tiles, blocks = walk(row, x, batch, channels, rows, columns, k, stride)
+    size = max(k, 5) if unit < 8 and stride > 1 else k  # that of 5x5 with a stride: no matrix units
+    options, segments, tiles, blocks = walk(row, x, batch, channels, rows, columns, size, stride)
     groups = max(1, min(batch, 2048 // (segments * tiles * blocks)))
     parts = None
     if of_weight:
         shape = groups * segments * tiles, k * k, channels
         parts = torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
-    unit = _gpu.alignment(channels, *x.stride()[2:], *delta.stride()[2:])
     images, before = triton.cdiv(batch, groups), triton.cdiv(k, stride) - 1
     _triton.launch(
         depthwise_conv_bwd_kernel,
