@@ -29,7 +29,7 @@ triton: $(INSTALLED)  ## the same of all small cases, and of all calls in the ta
 	$(PYTEST) $(PARALLEL) tests/test_aot.py
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
-	$(PYTEST) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
+	$(PYTEST) $(PARALLEL) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
