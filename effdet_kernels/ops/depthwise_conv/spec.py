@@ -196,7 +196,7 @@ SPEC = OpSpec(
         _case("statistics", 3, 5, 6, 7, bn=False, act="none", statistics=True),
         _case("statistics_act", 2, 3, 7, 5, stride=2, padding=(0, 1, 1, 0), statistics=True),
         _case("eight_channels", 2, 8, 5, 6, squeeze=True),
-        _case("eight_channels_stride2", 2, 24, 6, 7, stride=2, padding=(0, 1, 1, 0)),
+        _case("eight_channels_stride2", 2, 8, 6, 7, stride=2, padding=(0, 1, 1, 0)),
         _case("no_images", 0, 3, 4, 4, squeeze=True),
         _blocks("blocks", 2, 77, 19, 37),
         _blocks("blocks_5x5", 2, 80, 21, 33, k=5),
