@@ -15,24 +15,20 @@ from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import activate, affine_act_gradient, slope
 from effdet_kernels.ops.depthwise_conv.triton_fwd import (
-    load_rows,
     products,
     tap_by_tap,
-    taps,
     walk,
-    with_rows,
+    weights_of,
+    with_input,
     zeros,
 )
 from effdet_kernels.ops.depthwise_conv.triton_matrix import (
     joined,
     load_pairs,
-    load_row_pairs,
     of_square,
-    pairs,
     spoilt,
     squares,
     with_column_pairs,
-    with_row_pairs,
     with_squares,
     within,
 )
@@ -87,10 +83,9 @@ def depthwise_conv_bwd_delta_kernel(
     WHOLE: tl.constexpr = UNIT % BLOCK_C == 0
     inside = within(c, channels, WHOLE)
     owned = (column < out_width)[:, None] & inside[None, :]
-    if MATRIX:
-        weights = pairs(weight_ptr, first_channel, channels, K, 1, x_ptr.dtype.element_ty, WHOLE)
-    else:
-        weights = taps(weight_ptr, c, inside, K, ACC)
+    weights = weights_of(
+        weight_ptr, first_channel, channels, c, inside, K, 1, x_ptr.dtype.element_ty, ACC, MATRIX, WHOLE,
+    )  # fmt: skip
     TILES: tl.constexpr = 2 if MATRIX else 1  # of an output row
     sums = zeros(LIVE * TILES, BLOCK_W, BLOCK_C // TILES, ACC)
     found = zeros(2, BLOCK_W, BLOCK_C, ACC)
@@ -106,18 +101,10 @@ def depthwise_conv_bwd_delta_kernel(
     if grad_sums_ptr is not None:
         of_sums = tl.load(grad_sums_ptr + image * channels + c, mask=inside, other=0.0)
     for step in tl.range(0, ROWS + LIVE - 1, num_stages=STAGES):
-        top_row = (first + step) * STRIDE - top
-        if MATRIX:
-            rows = load_row_pairs(
-                x_ptr, top_row, height, stride_xh, stride_xw, width, source, first_channel, channels, K, STRIDE,
-                WHOLE,
-            )  # fmt: skip
-            sums = with_row_pairs(sums, weights, rows, K, STRIDE)
-        else:
-            rows = load_rows(
-                pixels, top_row, height, stride_xh, stride_xw, width, source, inside, K, STRIDE
-            )
-            sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
+        sums = with_input(
+            sums, weights, x_ptr, pixels, (first + step) * STRIDE - top, height, stride_xh, stride_xw, width, source,
+            first_channel, channels, inside, K, STRIDE, ACC, MATRIX, WHOLE,
+        )  # fmt: skip
         z = joined(sums[(LIVE - 1) * TILES :])
         found = _with_row(
             found, z, first + step - (LIVE - 1), first, column, owned,
@@ -253,12 +240,9 @@ def depthwise_conv_bwd_kernel(
     stride_dh, stride_dw = stride_dh_units * UNIT, stride_dw_units * UNIT
     weights = ()
     if dx_ptr is not None:
-        if MATRIX:
-            weights = pairs(
-                weight_ptr, first_channel, channels, K, STRIDE, x_ptr.dtype.element_ty, WHOLE
-            )
-        else:
-            weights = taps(weight_ptr, c, inside, K, ACC)
+        weights = weights_of(
+            weight_ptr, first_channel, channels, c, inside, K, STRIDE, x_ptr.dtype.element_ty, ACC, MATRIX, WHOLE,
+        )  # fmt: skip
     dweight = ()
     if dweight_ptr is not None:
         if MATRIX:

@@ -85,6 +85,36 @@ def with_rows(sums, weights, rows, K: tl.constexpr, STRIDE: tl.constexpr, ACC: t
 
 
 @triton.jit
+def weights_of(
+    weight_ptr, first_channel, channels, c, inside, K: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    ACC: tl.constexpr, MATRIX: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The weights of channels c, as matrix units take them or as they are."""
+    if MATRIX:
+        weights = pairs(weight_ptr, first_channel, channels, K, STEP, DTYPE, WHOLE)
+    else:
+        weights = taps(weight_ptr, c, inside, K, ACC)
+    return weights
+
+
+@triton.jit
+def with_input(
+    sums, weights, x_ptr, pixels, row, height, stride_h, stride_w, width, column, first_channel, channels, inside,
+    K: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, MATRIX: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``sums`` and what STRIDE input rows from ``row`` on add; ``pixels``: as ``x_ptr`` in ``load_rows``."""
+    if MATRIX:
+        rows = load_row_pairs(
+            x_ptr, row, height, stride_h, stride_w, width, column, first_channel, channels, K, STRIDE, WHOLE,
+        )  # fmt: skip
+        sums = with_row_pairs(sums, weights, rows, K, STRIDE)
+    else:
+        rows = load_rows(pixels, row, height, stride_h, stride_w, width, column, inside, K, STRIDE)
+        sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
+    return sums
+
+
+@triton.jit
 def tap_by_tap(
     weight_ptr, x_ptr, row, height, stride_h, stride_w, width, column, c, inside, K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -155,10 +185,9 @@ def depthwise_conv_fwd_kernel(
     WHOLE: tl.constexpr = UNIT % BLOCK_C == 0
     inside = within(c, channels, WHOLE)
     owned = (column < out_width)[:, None] & inside[None, :]
-    if MATRIX:
-        weights = pairs(weight_ptr, first_channel, channels, K, 1, x_ptr.dtype.element_ty, WHOLE)
-    else:
-        weights = taps(weight_ptr, c, inside, K, ACC)
+    weights = weights_of(
+        weight_ptr, first_channel, channels, c, inside, K, 1, x_ptr.dtype.element_ty, ACC, MATRIX, WHOLE,
+    )  # fmt: skip
     TILES: tl.constexpr = 2 if MATRIX else 1  # of an output row
     sums = zeros(LIVE * TILES, BLOCK_W, BLOCK_C // TILES, ACC)
     found = zeros(3, BLOCK_W, BLOCK_C, ACC)
@@ -169,18 +198,10 @@ def depthwise_conv_fwd_kernel(
     pixels = x_ptr + (source * stride_xw)[:, None] + c[None, :]
     y_ptr += image * out_height * out_width * channels
     for step in tl.range(0, ROWS + LIVE - 1, num_stages=STAGES):
-        top_row = (first + step) * STRIDE - top
-        if MATRIX:
-            rows = load_row_pairs(
-                x_ptr, top_row, height, stride_xh, stride_xw, width, source, first_channel, channels, K, STRIDE,
-                WHOLE,
-            )  # fmt: skip
-            sums = with_row_pairs(sums, weights, rows, K, STRIDE)
-        else:
-            rows = load_rows(
-                pixels, top_row, height, stride_xh, stride_xw, width, source, inside, K, STRIDE
-            )
-            sums = with_rows(sums, weights, rows, K, STRIDE, ACC)
+        sums = with_input(
+            sums, weights, x_ptr, pixels, (first + step) * STRIDE - top, height, stride_xh, stride_xw, width, source,
+            first_channel, channels, inside, K, STRIDE, ACC, MATRIX, WHOLE,
+        )  # fmt: skip
         z = joined(sums[(LIVE - 1) * TILES :])
         row = first + step - (LIVE - 1)
         found = _with_row(
