@@ -4,8 +4,18 @@
 namespace effdet {
 void bind_cpu(pybind11::module_& module);
 void bind_gradients(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
+#define EFFDET_CUDA_OP(name)
 #define EFFDET_OP(name) void bind_##name(pybind11::module_& module);
 #include "ops.inc"
+#undef EFFDET_OP
+#undef EFFDET_CUDA_OP
+#define EFFDET_OP(name)
+namespace cuda {
+#define EFFDET_CUDA_OP(name) void bind_cuda_##name(pybind11::module_& module);
+#include "ops.inc"
+#undef EFFDET_CUDA_OP
+}  // namespace cuda
 #undef EFFDET_OP
 }  // namespace effdet
 
@@ -14,7 +24,17 @@ PYBIND11_MODULE(_C, module) {
   module.attr("BUILT_WITH_CUDA") = static_cast<bool>(EFFDET_BUILT_WITH_CUDA);
   effdet::bind_cpu(module);
   effdet::bind_gradients(module);
+#define EFFDET_CUDA_OP(name)
 #define EFFDET_OP(name) effdet::bind_##name(module);
 #include "ops.inc"
 #undef EFFDET_OP
+#undef EFFDET_CUDA_OP
+#if EFFDET_BUILT_WITH_CUDA
+  effdet::bind_cuda(module);
+#define EFFDET_OP(name)
+#define EFFDET_CUDA_OP(name) effdet::cuda::bind_cuda_##name(module);
+#include "ops.inc"
+#undef EFFDET_CUDA_OP
+#undef EFFDET_OP
+#endif
 }

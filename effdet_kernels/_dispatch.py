@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from effdet_kernels import _native, _triton
+from effdet_kernels import _cuda, _native, _triton
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "cuda_emu")
 ENVIRONMENT_VARIABLE = "EFFDET_KERNELS_BACKEND"
 _DEVICES = {
     "reference": ("cpu", "cuda"),
     "cpu": ("cpu",),
     "triton": ("cpu", "cuda") if _triton.INTERPRET else ("cuda",),
     "cuda": ("cuda",),
+    "cuda_emu": ("cpu",),
 }
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _requested: ContextVar[str | None] = ContextVar("effdet_kernels_backend", default=None)
@@ -35,7 +36,9 @@ def unavailable_reason(backend: str) -> str | None:
     if backend == "cpu":
         return _native.REASON
     if backend == "cuda":
-        return _native.cuda_reason()
+        return _cuda.reason()
+    if backend == "cuda_emu":
+        return _cuda.emulator_reason()
     if backend == "triton":
         return _triton.REASON
     return None
@@ -43,6 +46,8 @@ def unavailable_reason(backend: str) -> str | None:
 
 def serves(backend: str, device: str) -> bool:
     """Whether ``backend`` takes tensors on ``device`` ("cpu" or "cuda")."""
+    if backend == "cuda_emu" and _cuda.emulator_reason() is not None:
+        return False
     return device in _DEVICES[backend]
 
 
@@ -57,6 +62,9 @@ def requested() -> str | None:
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs every op inside the block on backend ``name`` ("reference", "cpu", "triton", "cuda"); None: by device.
+
+    A kernel that does not take a call refuses it by name: ``BackendError`` says which argument it is, what it is and
+    what the kernel takes. By device, the next backend then serves the call.
 
     Raises:
         BackendError: unknown name, or the backend is not available here (the message says why).
@@ -74,24 +82,35 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested.reset(token)
 
 
+def refusal(implementation: Callable[..., Any], args: Sequence[Any] | None) -> str | None:
+    """Why ``implementation`` does not take a call with ``args``, or None; None for unknown arguments."""
+    refuses = getattr(implementation, "refuses", None)
+    return refuses(args) if refuses is not None and args is not None else None
+
+
 def choose(
     op: str,
     impls: Mapping[str, Callable[..., Any]],
     device: str,
+    args: Sequence[Any] | None = None,
     *,
     or_next: bool = False,
 ) -> str:
-    """The backend among ``impls`` that serves ``op`` for tensors on ``device`` ("cpu" or "cuda").
+    """The backend among ``impls`` that serves ``op``, called with ``args``, for tensors on ``device`` ("cpu" or "cuda").
 
-    With ``or_next``, where the backend asked for by name has no implementation the device's order decides: a forward
-    in CUDA may have its backward in Triton.
+    With ``or_next``, where the backend asked for by name has no implementation, or one that does not take ``args``, the
+    device's order decides: a forward in CUDA may have its backward in Triton.
     """
     name = requested()
-    if name is not None and or_next and name not in impls:
+    if name is not None and or_next and (name not in impls or refusal(impls[name], args)):
         name = None
     if name is None:
         for candidate in _ORDER[device]:
-            if candidate in impls and unavailable_reason(candidate) is None:
+            if (
+                candidate in impls
+                and unavailable_reason(candidate) is None
+                and not refusal(impls[candidate], args)
+            ):
                 return candidate
         raise BackendError(f"{op}: no implementation for tensors on {device}")
     reason = unavailable_reason(name)
@@ -103,4 +122,7 @@ def choose(
         raise BackendError(
             f"{op}: backend {name!r} runs on {' and '.join(_DEVICES[name])}, tensors are on {device}"
         )
+    refused = refusal(impls[name], args)
+    if refused:
+        raise BackendError(f"{op}: backend {name!r} was asked for, but {refused}")
     return name

@@ -111,14 +111,16 @@ class Op:
     ) -> None:
         self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
         self.name = self.schema.name.split("::")[1]
-        self.impls = impls
+        self.impls = _with_emulated(impls)
         self._out_spec = out_spec
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = nondifferentiable_outputs
         self._saved_outputs = saved_outputs
         self.backwards = (
-            {**backwards, "reference": self._reference_backward} if differentiable else {}
+            {**_with_emulated(backwards), "reference": self._reference_backward}
+            if differentiable
+            else {}
         )
         self.autocast = autocast
         self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
@@ -146,7 +148,7 @@ class Op:
         if not any(t.requires_grad for t in tensors):
             return "dispatcher", ""
         device = tensors[0].device.type
-        serving = _dispatch.choose(self.name, self.impls, device)
+        serving = _dispatch.choose(self.name, self.impls, device, args)
         if (
             serving != "reference"
             and _dispatch.requested() is None
@@ -199,7 +201,8 @@ class Op:
 
     def _forward(self, *args: Any) -> Any:
         device = _tensors(args)[0].device.type
-        return self._conformed(self.impls[_dispatch.choose(self.name, self.impls, device)], args)
+        backend = _dispatch.choose(self.name, self.impls, device, args)
+        return self._conformed(self.impls[backend], args)
 
     def _conformed(self, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
         """What ``implementation`` returns, in the layouts of ``out_spec`` and apart from the inputs."""
@@ -328,16 +331,18 @@ class Op:
     def _gradients(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
         """What the backward returns: in any layout, perhaps an output's gradient itself."""
         device = _tensors(rest)[0].device.type
-        backward = self.backwards[self.backward_backend(device)]
+        backward = self.backwards[self.backward_backend(device, (grads, *rest))]
         # A backward may be called inside an autocast region; the forward's casts are in the graph already.
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return backward(grads, *rest)
         return backward(grads, *rest)
 
-    def backward_backend(self, device: str) -> str:
-        """What a backward on ``device`` runs on: the backend asked for if it has one, else by the device's order."""
-        return _dispatch.choose(f"{self.name}_backward", self.backwards, device, or_next=True)
+    def backward_backend(self, device: str, args: Sequence[Any] | None = None) -> str:
+        """What a backward on ``device``, called with ``args``, runs on: the backend asked for if it has one that takes
+        them, else by the device's order."""
+        name = f"{self.name}_backward"
+        return _dispatch.choose(name, self.backwards, device, args, or_next=True)
 
     def _reference_backward(self, grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
         args, needs = rest[: len(self._arguments)], rest[-1]
@@ -348,6 +353,11 @@ class Op:
         *args, needs = rest
         variables = _tensors([args[i] for i in self._differentiable])
         return [_like_spec(t).empty() for t, need in zip(variables, needs, strict=True) if need]
+
+
+def _with_emulated(impls: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """``impls``, of which those in CUDA run on the emulator too."""
+    return {**impls, "cuda_emu": impls["cuda"]} if "cuda" in impls else impls
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,17 +35,6 @@ _STATUS = {
 }
 
 
-def cuda_reason() -> str | None:
-    """Why CUDA C++ kernels cannot run here, or None when they can."""
-    if REASON is not None:
-        return REASON
-    if not _C.BUILT_WITH_CUDA:
-        return "this build of effdet_kernels._C has no CUDA kernels"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
-    return None
-
-
 def check(status: int, op: str) -> None:
     """Turns a status returned by ``_C`` into an exception."""
     if status:

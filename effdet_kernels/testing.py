@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _dispatch, _library, _triton
+from effdet_kernels import _cuda, _dispatch, _library, _triton
 from effdet_kernels.bound import (
     as_list,
     differentiable,
@@ -25,7 +25,7 @@ from effdet_kernels.bound import (
     vector_jacobian,
     with_leaves,
 )
-from effdet_kernels.guards import CheckError, guarded_outputs, same_bits
+from effdet_kernels.guards import CheckError, channels_last, guarded_outputs, same_bits
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
 _NONFINITE = (torch.nan, torch.inf, -torch.inf)
@@ -75,6 +75,21 @@ def backward_backend(spec: OpSpec, backend: str, device: str = "cpu") -> str:
         return operator(spec).backward_backend(device)
 
 
+# CUDA kernels refuse every layout but channels_last.
+_USUAL = {"cuda": channels_last, "cuda_emu": channels_last}
+
+
+def usual_layout(backend: str) -> Arrangement | None:
+    """How inputs lie that no layout is asked for; None: as they are drawn."""
+    return _USUAL.get(backend)
+
+
+def _arranged(inputs: Inputs, arrange: Arrangement | None) -> Inputs:
+    if arrange is None:
+        return inputs
+    return {name: map_tensors(value, arrange) for name, value in inputs.items()}
+
+
 # Checks ------------------------------------------------------------------------------------------
 
 
@@ -93,9 +108,7 @@ def check_forward(
     Raises:
         CheckError: the kernel wrote outside of its outputs, or into its inputs.
     """
-    inputs = spec.inputs(case, dtype, device)
-    if arrange is not None:
-        inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
+    inputs = _arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
     return spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype, case.times)
 
 
@@ -109,7 +122,7 @@ def run_guarded(spec: OpSpec, inputs: Inputs, backend: str, seed: int = 0) -> li
 
 
 def _shuffled(seed: int) -> contextlib.AbstractContextManager[None]:
-    return _triton.shuffled(seed) if _triton.INTERPRET else contextlib.nullcontext()
+    return _triton.shuffled(seed) if _triton.INTERPRET else _cuda.emulated_order(seed)
 
 
 def _copies(inputs: Inputs) -> Inputs:
@@ -145,9 +158,7 @@ def check_gradient(
     Raises:
         CheckError: a kernel wrote outside of its outputs, or into its inputs or the outputs' gradients.
     """
-    inputs = spec.inputs(case, dtype, device)
-    if arrange is not None:
-        inputs = {name: map_tensors(value, arrange) for name, value in inputs.items()}
+    inputs = _arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
     inputs = _asking(spec, inputs)
     grads, found = run_backward_guarded(spec, case, inputs, backend, arrange_grads, parts, only)
     return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
@@ -164,6 +175,7 @@ def run_backward_guarded(
     seed: int = 0,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """The outputs' gradients, drawn, and those of the inputs, of a backward that is watched as ``run_guarded`` does."""
+    arrange_grads = arrange_grads or usual_layout(backend)
     leaves = [t for _, t in differentiable(spec, inputs)]
     found: list[Tensor] = [torch.empty(0)] * len(leaves)
     before = _copies(inputs)
@@ -270,7 +282,7 @@ def check_repeatable(
     Raises:
         CheckError: they do not.
     """
-    inputs = spec.inputs(case, dtype, device)
+    inputs = _arranged(spec.inputs(case, dtype, device), usual_layout(backend))
     runs = _runs(lambda seed: run_guarded(spec, inputs, backend, seed), backend, device)
     _refuse_differences(runs, "output")
 
@@ -283,7 +295,8 @@ def check_gradient_repeatable(
     Raises:
         CheckError: they do not.
     """
-    inputs = _asking(spec, spec.inputs(case, dtype, device))
+    drawn = _arranged(spec.inputs(case, dtype, device), usual_layout(backend))
+    inputs = _asking(spec, drawn)
 
     def run(seed: int) -> list[Tensor]:
         return run_backward_guarded(spec, case, inputs, backend, seed=seed)[1]
@@ -328,6 +341,7 @@ def check_nonfinite(
                 continue
             for j, value in enumerate(_NONFINITE):
                 flat[(i + j * max(1, flat.numel() // 3)) % flat.numel()] = value
+            inputs = _arranged(inputs, usual_layout(backend))
             worst = max(worst, spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype))
     return worst
 
@@ -350,7 +364,7 @@ def check_autocast(
     Raises:
         CheckError: they do not.
     """
-    inputs = spec.inputs(case, torch.float32, device)
+    inputs = _arranged(spec.inputs(case, torch.float32, device), usual_layout(backend))
     rule = operator(spec).autocast
     cast = {
         name: map_tensors(value, lambda t: t.to(low) if t.is_floating_point() else t)

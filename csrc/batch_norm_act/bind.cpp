@@ -1,7 +1,7 @@
 #include "common/bind.h"
 
 #include "batch_norm_act/params.h"
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 
 namespace effdet {
 namespace {

@@ -19,8 +19,8 @@ namespace effdet {
 // Reads the fields of a call from a dict; every complaint names the field.
 class Fields {
  public:
-  explicit Fields(const pybind11::dict& fields) : fields_(fields), dtype_(-1) {
-    if (fields_.contains("dtype")) dtype_ = integer("dtype", kFloat32, kBFloat16);
+  explicit Fields(const pybind11::dict& fields, Dtype last = kBFloat16) : fields_(fields), dtype_(-1) {
+    if (fields_.contains("dtype")) dtype_ = integer("dtype", kFloat32, last);
   }
 
   int dtype() const { return dtype_; }

@@ -5,9 +5,13 @@
 
 namespace effdet {
 
-enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
+enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+// The bits of numbers that C++ has no type for.
 struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
   std::uint16_t bits;
 };
 

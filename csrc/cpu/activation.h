@@ -1,7 +1,7 @@
 // Activations on vectors: those of effdet_kernels/ops/_activations.py.
 #pragma once
 
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 #include "cpu/simd.h"
 
 namespace effdet {

@@ -1,5 +1,5 @@
+#include "common/activation_codes.h"
 #include "common/bind.h"
-#include "cpu/activation_codes.h"
 #include "cpu/gradients.h"
 
 namespace effdet {

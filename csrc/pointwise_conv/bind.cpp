@@ -1,6 +1,6 @@
 #include "common/bind.h"
 
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 #include "pointwise_conv/params.h"
 
 namespace effdet {

@@ -1,6 +1,6 @@
 #include "common/bind.h"
 
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 #include "separable_conv/params.h"
 #include "weighted_fusion/bind.h"
 

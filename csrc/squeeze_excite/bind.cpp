@@ -1,6 +1,6 @@
 #include "common/bind.h"
 
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 #include "squeeze_excite/params.h"
 
 namespace effdet {

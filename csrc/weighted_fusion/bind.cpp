@@ -1,6 +1,6 @@
 #include "weighted_fusion/bind.h"
 
-#include "cpu/activation_codes.h"
+#include "common/activation_codes.h"
 #include "weighted_fusion/params.h"
 
 namespace effdet {

@@ -14,6 +14,7 @@ from effdet_kernels.spec import Inputs
 BENCH = frozenset({"bench"})  # a real shape, timed by benchmarks
 # More channels and pixels than a kernel takes at once, most often no multiple of what it takes.
 BLOCKS = frozenset({"blocks"})
+VECTORS = frozenset({"vectors"})
 GPU = frozenset({"bench", "gpu"})  # one that only a GPU has the memory or the speed for
 
 

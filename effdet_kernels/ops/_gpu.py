@@ -12,8 +12,10 @@ from torch import Tensor
 
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops._activations import accumulation_dtype
+from effdet_kernels.ops._walk import MULTIPROCESSORS
 
-MULTIPROCESSORS = 132  # of the GPU that launches are shaped for, an H100 or H200
+__all__ = ["MULTIPROCESSORS"]
+
 _ACCUMULATORS = {torch.float64: tl.float64}
 _MOST_INSIDE = 2**31 - 1  # offset inside an image that kernels compute in 32 bits
 

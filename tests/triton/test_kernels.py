@@ -35,7 +35,9 @@ def named(specs, blocks):
         pytest.param(spec, case, id=f"{spec.name}-{case.name}")
         for spec in specs
         for case in spec.cases
-        if "bench" not in case.tags and ("blocks" in case.tags) == blocks
+        if "bench" not in case.tags
+        and "vectors" not in case.tags
+        and ("blocks" in case.tags) == blocks
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _library, _native, _triton
+from effdet_kernels import _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients, _statistics
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -198,6 +198,7 @@ _depthwise_conv = _library.define(
     impls={
         "cpu": _statistics.after_kernel(run_cpu),
         "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.depthwise_conv.cuda"),
         "reference": reference.depthwise_conv,
     },
     backwards={

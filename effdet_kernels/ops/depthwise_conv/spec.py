@@ -16,6 +16,7 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    VECTORS,
     mutant,
     nbytes,
     normal,
@@ -163,6 +164,7 @@ def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, **opt
 
 
 _blocks = functools.partial(_real, tags=BLOCKS)
+_vectors = functools.partial(_case, tags=VECTORS)
 
 SPEC = OpSpec(
     name="depthwise_conv",
@@ -197,6 +199,15 @@ SPEC = OpSpec(
         _case("statistics_act", 2, 3, 7, 5, stride=2, padding=(0, 1, 1, 0), statistics=True),
         _case("eight_channels", 2, 8, 5, 6, squeeze=True),
         _case("eight_channels_stride2", 2, 8, 6, 7, stride=2, padding=(0, 1, 1, 0)),
+        _vectors("vectors_5x5", 1, 8, 9, 20, k=5, padding=(2, 2, 2, 2), squeeze=True),
+        _vectors("vectors_5x5_stride2", 2, 16, 9, 37, k=5, stride=2, padding=(1, 2, 2, 2)),
+        _vectors("vectors_stride2", 1, 24, 12, 35, stride=2, padding=(0, 1, 0, 1), squeeze=True),
+        _vectors("vectors_no_padding", 1, 8, 8, 19, padding=(0, 0, 0, 0), act="mish"),
+        _vectors("vectors_uneven_padding", 2, 8, 5, 4, padding=(2, 0, 1, 3), act="relu6"),
+        _vectors("vectors_raw", 1, 16, 7, 34, bn=False, act="none", squeeze=True),
+        _vectors("vectors_scale_only", 1, 8, 3, 3, act="hard_swish", shift=None),
+        _vectors("vectors_shift_only", 1, 8, 3, 3, act="leaky_relu", scale=None),
+        *[_vectors(f"vectors_far_{act}", 1, 8, 3, 5, act=act, std=FAR) for act in ACTS],
         _case("no_images", 0, 3, 4, 4, squeeze=True),
         _blocks("blocks", 2, 77, 19, 37),
         _blocks("blocks_5x5", 2, 80, 21, 33, k=5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effdet_kernels import _library, _triton
-from effdet_kernels.ops import _arguments, _gpu
+from effdet_kernels.ops import _arguments, _gpu, _walk
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops._tl import affine_act, merged_moments, store_merged_moments
 from effdet_kernels.ops.batch_norm_act.triton_fwd import statistics_of
@@ -266,27 +265,9 @@ def walk(
     tiles = triton.cdiv(columns, options["BLOCK_W"])
     blocks = triton.cdiv(channels, options["BLOCK_C"])
     others = batch * tiles * blocks
-    segments = _segments(rows, options["ROWS"], others, resident, options["num_warps"])
+    segments = _walk.segments(rows, options["ROWS"], others, resident, options["num_warps"])
     options["ROWS"] = triton.cdiv(rows, segments)
     return options, segments, tiles, blocks
-
-
-@functools.cache
-def _segments(rows: int, most: int, others: int, resident: int, warps: int) -> int:
-    """How many segments of at most ``most`` rows are done first: each ``others`` programs, ``resident`` of them at a
-    time on a multiprocessor.
-
-    What was measured on an H200: a program of 8 warps takes the time of its rows and of some six more (its weights, and
-    the rows around a segment), and each other one on its multiprocessor a third more.
-    """
-    more = warps / 24
-
-    def time(segments: int) -> float:
-        waves, last = divmod(triton.cdiv(segments * others, _gpu.MULTIPROCESSORS), resident)
-        crowds = waves * (1 + (resident - 1) * more) + (1 + (last - 1) * more if last else 0)
-        return (triton.cdiv(rows, segments) + 6) * crowds
-
-    return min(range(triton.cdiv(rows, most), rows + 1), key=time)
 
 
 def products(options: dict[str, Any], k: int, programs: int) -> int:

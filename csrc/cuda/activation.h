@@ -1,0 +1,72 @@
+// Activations and their derivatives on floats, of which effdet_kernels/ops/_activations.py is the definition.
+#pragma once
+
+#include "common/activation_codes.h"
+#include "cuda/platform.h"
+
+namespace effdet::cuda {
+
+// 2^x and 1 / x as the GPU approximates them: at most 2 units in the last place off, subnormals are 0.
+__device__ __forceinline__ float power_of_2(float x) {
+#ifndef EFFDET_EMULATED
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal(float x) {
+#ifndef EFFDET_EMULATED
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+__device__ __forceinline__ float exponential(float x) {
+  return power_of_2(x * 1.4426950408889634f);
+}
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal(1.0f + exponential(-x));
+}
+
+// tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x); 1 beyond 20.
+__device__ __forceinline__ float mish_ratio(float x) {
+  const float e = exponential(x > 20.0f ? 20.0f : x);
+  const float n = e * (e + 2.0f);
+  return n * reciprocal(n + 2.0f);
+}
+
+// x in [0, 6]; a NaN stays.
+__device__ __forceinline__ float clamped6(float x) {
+  return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x;
+}
+
+// Activates `kCount` values; all threads of a block have the same `act`.
+template <int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], int act) {
+  const auto each = [&](auto function) {
+    EFFDET_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = function(x[i]);
+  };
+  switch (act) {
+    case kSwish:
+      return each([](float v) { return v * sigmoid(v); });
+    case kRelu:
+      return each([](float v) { return v < 0.0f ? 0.0f : v; });
+    case kRelu6:
+      return each([](float v) { return clamped6(v); });
+    case kHardSwish:
+      return each([](float v) { return v * clamped6(v + 3.0f) * (1.0f / 6.0f); });
+    case kLeakyRelu:
+      return each([](float v) { return v < 0.0f ? 0.01f * v : v; });
+    case kMish:
+      return each([](float v) { return v * mish_ratio(v); });
+    default:
+      return;
+  }
+}
+
+}  // namespace effdet::cuda

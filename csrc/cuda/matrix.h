@@ -1,0 +1,106 @@
+// The product of a warp on 16-bit numbers: mma.sync.m16n8k16, and ldmatrix, which loads its operands.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/memory.h"
+#include "cuda/number.h"
+
+namespace effdet::cuda {
+
+// Operands as the instruction spreads them over a warp; with g = lane / 4 and t = lane % 4, pairs in 32 bits:
+//   A [16, 16]: word 0 = A[g, 2t..], 1 = A[g + 8, 2t..], 2 = A[g, 2t + 8..], 3 = A[g + 8, 2t + 8..]
+//   B [16, 8]:  word 0 = B[2t.., g], 1 = B[2t + 8.., g]
+//   C [16, 8]:  0, 1 = C[g, 2t..], 2, 3 = C[g + 8, 2t..]
+struct LeftOperand {
+  unsigned words[4];
+};
+struct RightOperand {
+  unsigned words[2];
+};
+struct Products {
+  float values[4];
+};
+
+// sum += left @ right, in float32.
+template <typename T>
+__device__ __forceinline__ void multiply_add(Products& sum, const LeftOperand& left,
+                                             const RightOperand& right EFFDET_CALLER) {
+#ifndef EFFDET_EMULATED
+  float (&c)[4] = sum.values;
+  const unsigned (&a)[4] = left.words;
+  const unsigned (&b)[2] = right.words;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#else
+  struct Mine {
+    LeftOperand left;
+    RightOperand right;
+  };
+  const auto lanes = emu::exchange(Mine{left, right}, "multiply_add", where);
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  float a[2][16], b[16][2];
+  for (int half = 0; half < 2; ++half) {
+    for (int source = 0; source < 4; ++source) {
+      const Mine of_row = lanes[4 * g + source], of_column = lanes[4 * (2 * t + half) + source];
+      for (int part = 0; part < 2; ++part) {
+        const float2 x = widen_pair<T>(of_row.left.words[2 * part + half]);
+        const float2 y = widen_pair<T>(of_column.right.words[part]);
+        a[half][8 * part + 2 * source] = x.x;
+        a[half][8 * part + 2 * source + 1] = x.y;
+        b[8 * part + 2 * source][half] = y.x;
+        b[8 * part + 2 * source + 1][half] = y.y;
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) sum.values[i] += a[i / 2][k] * b[k][i % 2];
+#endif
+}
+
+// Four matrices [8, 8] of 16-bit numbers, of which lane l gives the address of row l % 8 of matrix l / 8, 16 bytes in
+// shared memory. Word i of a thread is the pair [g, 2t..] of matrix i, with kTransposed [2t.., g].
+template <bool kTransposed>
+__device__ __forceinline__ LeftOperand load_matrices(const void* row EFFDET_CALLER) {
+  LeftOperand found;
+#ifndef EFFDET_EMULATED
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  unsigned (&w)[4] = found.words;
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
+  }
+#else
+  emu::check_aligned(row, 16, where);
+  struct Row {
+    std::uint16_t values[8];
+  };
+  Row mine;
+  std::memcpy(&mine, row, 16);
+  const auto rows = emu::exchange(mine, "load_matrices", where);
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned pair[2];
+    for (int i = 0; i < 2; ++i)
+      pair[i] = kTransposed ? rows[8 * matrix + 2 * t + i].values[g] : rows[8 * matrix + g].values[2 * t + i];
+    found.words[matrix] = pair[0] | pair[1] << 16;
+  }
+#endif
+  return found;
+}
+
+}  // namespace effdet::cuda

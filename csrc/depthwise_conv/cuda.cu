@@ -1,0 +1,366 @@
+// depthwise_conv, forward. 16-bit maps go through matrix units: the left operand is 16 pixels by 8 channels at two
+// taps next to each other, the right one those taps' weights on two diagonals, one above the other. An operand is one
+// ldmatrix, used for all the output rows that the input row is part of, whose sums stay in registers. What the design
+// costs, and what others would, is in effdet_kernels/ops/depthwise_conv/README.md.
+#include "cuda/activation.h"
+#include "cuda/launch.h"
+#include "cuda/matrix.h"
+#include "depthwise_conv/params.h"
+
+namespace effdet::cuda {
+namespace {
+
+constexpr int kGranule = 8;       // channels that a warp makes: 16 bytes
+constexpr int kMostGranules = 8;  // of a block, a warp each
+
+// What is fixed when a kernel is compiled.
+template <int kKernel, int kStride>
+struct Shape {
+  static constexpr int kTiles = kStride == 1 ? 2 : 1;  // of 16 output pixels, that a warp makes at a time
+  static constexpr int kColumns = 16 * kTiles;
+  static constexpr int kLive = divided(kKernel, kStride);                // output rows that an input row is part of
+  static constexpr int kPairs = divided(kKernel, 2);                     // of taps in a row
+  static constexpr int kRows = kLive * kStride;                          // input rows of a stage
+  static constexpr int kPixels = (kColumns - 1) * kStride + 2 * kPairs;  // of an input row; the last may have weight 0
+  static constexpr int kStages = 2;
+};
+
+// Distance between pixels in shared memory: an odd number of granules, so that ldmatrix meets no bank twice.
+__host__ __device__ constexpr int padded(int granules) {
+  return granules | 1;
+}
+
+template <typename S>
+std::size_t shared_bytes(int granules) {
+  return std::size_t{S::kStages} * S::kRows * S::kPixels * padded(granules) * 16;
+}
+
+// The sum of one output element, tap by tap, from global memory.
+template <typename T>
+__device__ float element(const DepthwiseParams& p, std::int64_t image, int row, int column, int channel) {
+  const T* x = static_cast<const T*>(p.x.data) + image * p.x.batch_stride + channel;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * p.kernel * p.kernel;
+  float sum = 0.0f;
+  EFFDET_NO_UNROLL
+  for (int tap = 0; tap < p.kernel * p.kernel; ++tap) {
+    const int h = row * p.stride - p.top + tap / p.kernel, w = column * p.stride - p.left + tap % p.kernel;
+    const bool exists = h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+    const float value = exists ? widen(x[h * p.x.row_stride + w * p.x.pixel_stride]) : 0.0f;
+    sum += value * widen(weight[tap]);
+  }
+  return sum;
+}
+
+template <typename T, int kKernel, int kStride>
+__global__ void __launch_bounds__(kWarp* kMostGranules)
+    depthwise_conv_fwd_matrix_kernel(const DepthwiseParams p, const DepthwiseCuts cuts) {
+  using S = Shape<kKernel, kStride>;
+  const int granules = cuts.channels / kGranule;
+  const int pitch = padded(granules);  // in 16 bytes
+  Shared shared;
+  uint4* const ring = shared.take<uint4>(S::kStages * S::kRows * S::kPixels * pitch);
+
+  const int part = static_cast<int>(blockIdx.x / cuts.blocks);
+  const int first_channel = static_cast<int>(blockIdx.x % cuts.blocks) * cuts.channels;
+  const std::int64_t image = part / (cuts.tiles * cuts.segments);
+  const int first_row = part / cuts.tiles % cuts.segments * p.rows;
+  const int first_column = part % cuts.tiles * S::kColumns;
+  const int rows = min(p.rows, p.out_height - first_row);
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int channel = first_channel + warp_id() * kGranule;  // the warp's first
+  const bool works = channel < p.channels;
+
+  // Where this thread copies: one granule of pixels that are 32 apart.
+  const int copied_granule = static_cast<int>(threadIdx.x) % granules;
+  const int copied_pixel = static_cast<int>(threadIdx.x) / granules;
+  const bool copies = first_channel + copied_granule * kGranule < p.channels;
+  const T* const source =
+      static_cast<const T*>(p.x.data) + image * p.x.batch_stride + first_channel + copied_granule * kGranule;
+  const int top = first_row * kStride - p.top, left = first_column * kStride - p.left;
+  const auto begin_stage = [&](int stage) {
+    uint4* const to = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + copied_granule;
+    for (int i = copied_pixel; i < S::kRows * S::kPixels; i += kWarp) {
+      const int h = top + stage * S::kRows + i / S::kPixels, w = left + i % S::kPixels;
+      const bool exists = copies && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+      const std::int64_t at = exists ? h * p.x.row_stride + w * p.x.pixel_stride : 0;
+      begin_copy16(to + i * pitch, source + at, exists);
+    }
+    end_copies();
+  };
+
+  wait_for_previous_kernel();
+  begin_stage(0);
+
+  RightOperand weights[kKernel][S::kPairs];
+  const T* const weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel + g) * kKernel * kKernel;
+  EFFDET_UNROLL
+  for (int i = 0; i < kKernel; ++i) {
+    EFFDET_UNROLL
+    for (int j = 0; j < 2 * S::kPairs; ++j) {
+      // Column g of the diagonal of tap (i, j) has its weight in row g, which is of the threads with t = g / 2.
+      unsigned bits = 0;
+      if (works && t == g / 2 && j < kKernel) bits = weight[i * kKernel + j].bits;
+      weights[i][j / 2].words[j % 2] = bits << 16 * (g % 2);
+    }
+  }
+  const int mine = channel + 2 * t;  // the first of this thread's two channels
+  float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
+  if (works) {
+    EFFDET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (p.scale) scale[i] = p.scale[mine + i];
+      if (p.shift) shift[i] = p.shift[mine + i];
+    }
+  }
+  T* const y = static_cast<T*>(p.y) + image * p.out_height * p.out_width * p.channels + mine;
+
+  Products sums[S::kLive][S::kTiles];
+  EFFDET_UNROLL
+  for (int i = 0; i < S::kLive; ++i) EFFDET_UNROLL
+  for (int tile = 0; tile < S::kTiles; ++tile) sums[i][tile] = Products{};
+  const int steps = rows + S::kLive - 1;
+  const int stages = divided(steps, S::kLive);
+  for (int stage = 0; stage < stages; ++stage) {
+    if (stage + 1 < stages) {
+      begin_stage(stage + 1);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    __syncthreads();
+    // This thread's row of ldmatrix: its lower 16 lanes give the pixels of the first tap, the upper those of the
+    // second.
+    const uint4* const stage_rows = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + warp_id() +
+                                    (lane_id() % 16 * kStride + lane_id() / 16) * pitch;
+    EFFDET_UNROLL
+    for (int phase = 0; phase < S::kLive; ++phase) {
+      const int step = stage * S::kLive + phase;
+      if (step < steps) {
+        EFFDET_UNROLL
+        for (int tile = 0; tile < S::kTiles; ++tile) sums[phase][tile] = Products{};
+        EFFDET_UNROLL
+        for (int q = 0; q < kStride; ++q) {
+          const uint4* const row = stage_rows + (phase * kStride + q) * S::kPixels * pitch;
+          EFFDET_UNROLL
+          for (int tile = 0; tile < S::kTiles; ++tile) {
+            EFFDET_UNROLL
+            for (int pair = 0; pair < S::kPairs; ++pair) {
+              const LeftOperand x = load_matrices<false>(row + (tile * 16 * kStride + 2 * pair) * pitch);
+              EFFDET_UNROLL
+              for (int d = 0; d < S::kLive; ++d) {  // output rows before the newest
+                const int i = d * kStride + q;
+                if (i < kKernel) multiply_add<T>(sums[(phase - d + S::kLive) % S::kLive][tile], x, weights[i][pair]);
+              }
+            }
+          }
+        }
+        const int row = first_row + step - (S::kLive - 1);  // whose sums are whole
+        if (works && row >= first_row && row < first_row + rows) {
+          EFFDET_UNROLL
+          for (int tile = 0; tile < S::kTiles; ++tile) {
+            float (&z)[4] = sums[(phase + 1) % S::kLive][tile].values;
+            const int column = first_column + tile * 16 + g;
+            // Zeros of the diagonals times a NaN or an infinity of another channel are NaN: once more, without them.
+            if (!finite(z[0] + z[1] + z[2] + z[3])) {
+              EFFDET_UNROLL
+              for (int i = 0; i < 4; ++i) z[i] = element<T>(p, image, row, column + i / 2 * 8, mine + i % 2);
+            }
+            float values[4];
+            EFFDET_UNROLL
+            for (int i = 0; i < 4; ++i) values[i] = z[i] * scale[i % 2] + shift[i % 2];
+            activate(values, p.act);
+            EFFDET_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              if (column + half * 8 < p.out_width) {
+                const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + half * 8) * p.channels;
+                store(y + at, narrow_pair<T>(values[2 * half], values[2 * half + 1]));
+                total[0] += values[2 * half];
+                total[1] += values[2 * half + 1];
+              }
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();  // before the next copies into what was read
+  }
+  let_next_kernel_start();
+  if (p.sums) {
+    EFFDET_UNROLL
+    for (int i = 0; i < 2; ++i) EFFDET_UNROLL
+    for (int bits = 4; bits < kWarp; bits *= 2) total[i] += __shfl_xor_sync(kAll, total[i], bits);
+    if (works && g == 0)
+      store(p.sums + static_cast<std::int64_t>(part) * p.channels + mine, float2{total[0], total[1]});
+  }
+}
+
+// float32: a thread makes four channels of kColumns output pixels, walking down, the weights in shared memory.
+template <int kKernel, int kStride>
+struct Taps {
+  static constexpr int kColumns = kStride == 1 ? 4 : 2;
+  static constexpr int kLive = divided(kKernel, kStride);
+  static constexpr int kPixels = (kColumns - 1) * kStride + kKernel;
+  static constexpr int kThreads = 128;
+  static constexpr int kChannels = 32;                            // of a block
+  static constexpr int kVectors = kChannels / 4;                  // a thread each
+  static constexpr int kAcross = kThreads / kVectors * kColumns;  // output columns of a block
+};
+
+template <int kKernel, int kStride>
+__global__ void __launch_bounds__(128)
+    depthwise_conv_fwd_taps_kernel(const DepthwiseParams p, const DepthwiseCuts cuts) {
+  using S = Taps<kKernel, kStride>;
+  Shared shared;
+  float* const weights = shared.take<float>(kKernel * kKernel * S::kChannels);
+  float* const totals = shared.take<float>(S::kThreads * 4);
+  const int part = static_cast<int>(blockIdx.x / cuts.blocks);
+  const int first_channel = static_cast<int>(blockIdx.x % cuts.blocks) * S::kChannels;
+  const std::int64_t image = part / (cuts.tiles * cuts.segments);
+  const int first_row = part / cuts.tiles % cuts.segments * p.rows;
+  const int rows = min(p.rows, p.out_height - first_row);
+  const int vector = static_cast<int>(threadIdx.x) % S::kVectors;
+  const int channel = first_channel + 4 * vector;
+  const int column = part % cuts.tiles * S::kAcross + static_cast<int>(threadIdx.x) / S::kVectors * S::kColumns;
+  const bool works = channel < p.channels && column < p.out_width;
+
+  wait_for_previous_kernel();
+  const float* const weight = static_cast<const float*>(p.weight);
+  for (int i = static_cast<int>(threadIdx.x); i < kKernel * kKernel * S::kChannels; i += S::kThreads) {
+    const int c = first_channel + i % S::kChannels, tap = i / S::kChannels;
+    weights[i] = c < p.channels ? weight[static_cast<std::int64_t>(c) * kKernel * kKernel + tap] : 0.0f;
+  }
+  __syncthreads();
+  float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (works) {
+    float scale[4] = {1.0f, 1.0f, 1.0f, 1.0f}, shift[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (p.scale) scale[i] = p.scale[channel + i];
+      if (p.shift) shift[i] = p.shift[channel + i];
+    }
+    const float* const x = static_cast<const float*>(p.x.data) + image * p.x.batch_stride + channel;
+    float* const y = static_cast<float*>(p.y) + image * p.out_height * p.out_width * p.channels + channel;
+    const int left = column * kStride - p.left;
+    float sums[S::kLive][S::kColumns][4];
+    EFFDET_UNROLL
+    for (int i = 0; i < S::kLive; ++i) EFFDET_UNROLL
+    for (int c = 0; c < S::kColumns; ++c) EFFDET_UNROLL
+    for (int k = 0; k < 4; ++k) sums[i][c][k] = 0.0f;
+    const int steps = rows + S::kLive - 1;
+    for (int first_step = 0; first_step < steps; first_step += S::kLive) {
+      EFFDET_UNROLL
+      for (int phase = 0; phase < S::kLive; ++phase) {
+        const int step = first_step + phase;
+        if (step < steps) {
+          EFFDET_UNROLL
+          for (int c = 0; c < S::kColumns; ++c) EFFDET_UNROLL
+          for (int k = 0; k < 4; ++k) sums[phase][c][k] = 0.0f;
+          EFFDET_UNROLL
+          for (int q = 0; q < kStride; ++q) {
+            const int h = (first_row + step) * kStride - p.top + q;
+            const bool exists = h >= 0 && h < p.x.height;
+            float values[S::kPixels][4];
+            EFFDET_UNROLL
+            for (int j = 0; j < S::kPixels; ++j) {
+              const int w = left + j;
+              float4 pixel{0.0f, 0.0f, 0.0f, 0.0f};
+              if (exists && w >= 0 && w < p.x.width)
+                pixel = load<float4>(x + h * p.x.row_stride + w * p.x.pixel_stride);
+              values[j][0] = pixel.x;
+              values[j][1] = pixel.y;
+              values[j][2] = pixel.z;
+              values[j][3] = pixel.w;
+            }
+            EFFDET_UNROLL
+            for (int d = 0; d < S::kLive; ++d) {
+              const int i = d * kStride + q;
+              if (i < kKernel) {
+                EFFDET_UNROLL
+                for (int j = 0; j < kKernel; ++j) {
+                  const float4 tap = load<float4>(weights + (i * kKernel + j) * S::kChannels + 4 * vector);
+                  const float four[4] = {tap.x, tap.y, tap.z, tap.w};
+                  EFFDET_UNROLL
+                  for (int c = 0; c < S::kColumns; ++c) EFFDET_UNROLL
+                  for (int k = 0; k < 4; ++k)
+                    sums[(phase - d + S::kLive) % S::kLive][c][k] += four[k] * values[c * kStride + j][k];
+                }
+              }
+            }
+          }
+          const int row = first_row + step - (S::kLive - 1);
+          if (row >= first_row && row < first_row + rows) {
+            EFFDET_UNROLL
+            for (int c = 0; c < S::kColumns; ++c) {
+              float values[4];
+              EFFDET_UNROLL
+              for (int k = 0; k < 4; ++k) values[k] = sums[(phase + 1) % S::kLive][c][k] * scale[k] + shift[k];
+              activate(values, p.act);
+              if (column + c < p.out_width) {
+                const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + c) * p.channels;
+                store(y + at, float4{values[0], values[1], values[2], values[3]});
+                EFFDET_UNROLL
+                for (int k = 0; k < 4; ++k) total[k] += values[k];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  let_next_kernel_start();
+  if (p.sums) {
+    EFFDET_UNROLL
+    for (int k = 0; k < 4; ++k) totals[static_cast<int>(threadIdx.x) * 4 + k] = total[k];
+    __syncthreads();
+    const int c = static_cast<int>(threadIdx.x);
+    if (c < S::kChannels && first_channel + c < p.channels) {
+      float sum = 0.0f;
+      for (int i = 0; i < S::kThreads / S::kVectors; ++i) sum += totals[(i * S::kVectors + c / 4) * 4 + c % 4];
+      p.sums[static_cast<std::int64_t>(part) * p.channels + first_channel + c] = sum;
+    }
+  }
+}
+
+template <int kKernel, int kStride>
+int launch_of(const DepthwiseParams& p, void* stream) {
+  const DepthwiseCuts cuts = depthwise_cuts(p);
+  Grid grid;
+  grid.blocks = p.batch * cuts.segments * cuts.tiles * cuts.blocks;
+  if (p.dtype == kFloat32) {
+    using S = Taps<kKernel, kStride>;
+    grid.threads = S::kThreads;
+    grid.shared_bytes = Shared::rounded(kKernel * kKernel * S::kChannels * 4) + Shared::rounded(S::kThreads * 16);
+    return launch(depthwise_conv_fwd_taps_kernel<kKernel, kStride>, grid, stream, p, cuts);
+  }
+  const int granules = cuts.channels / kGranule;
+  grid.threads = kWarp * granules;
+  grid.shared_bytes = shared_bytes<Shape<kKernel, kStride>>(granules);
+  if (p.dtype == kBFloat16)
+    return launch(depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride>, grid, stream, p, cuts);
+  return launch(depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride>, grid, stream, p, cuts);
+}
+
+}  // namespace
+
+DepthwiseCuts depthwise_cuts(const DepthwiseParams& p) {
+  DepthwiseCuts cuts{};
+  cuts.segments = divided(p.out_height, p.rows);
+  if (p.dtype == kFloat32) {
+    cuts.channels = Taps<3, 1>::kChannels;
+    cuts.tiles = divided(p.out_width, p.stride == 1 ? Taps<3, 1>::kAcross : Taps<3, 2>::kAcross);
+    cuts.blocks = divided(p.channels, cuts.channels);
+    return cuts;
+  }
+  const int granules = p.channels / kGranule;
+  cuts.blocks = divided(granules, kMostGranules);
+  cuts.channels = divided(granules, cuts.blocks) * kGranule;
+  cuts.tiles = divided(p.out_width, p.stride == 1 ? Shape<3, 1>::kColumns : Shape<3, 2>::kColumns);
+  return cuts;
+}
+
+int depthwise_conv(const DepthwiseParams& p, void* stream) {
+  if (p.kernel == 3) return p.stride == 1 ? launch_of<3, 1>(p, stream) : launch_of<3, 2>(p, stream);
+  return p.stride == 1 ? launch_of<5, 1>(p, stream) : launch_of<5, 2>(p, stream);
+}
+
+}  // namespace effdet::cuda

@@ -1,0 +1,170 @@
+"""The CUDA kernels of ``_C``: which calls they take and why not others, how they are launched; their emulator.
+
+For tests the same kernels run on CPU tensors, on an emulator of CUDA (csrc/common/emu) that ``load_emulator`` brings
+in: the backend ``cuda_emu``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _native
+
+OLDEST = (8, 0)  # compute capability that kernels are compiled for
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_BYTES = 16  # of a vector of channels
+_emulator: Any = None
+_EMULATOR_REASON = "the emulator of CUDA is not loaded: it is for tests (make emulate)"
+
+
+class Implementation:
+    """An op's forward or backward in CUDA: ``run`` and ``refusal`` of a module, imported at its first call."""
+
+    def __init__(self, module: str) -> None:
+        self._name = module
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        return importlib.import_module(self._name)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._module.run(*args)
+
+    def refuses(self, args: Sequence[Any]) -> str | None:
+        """Why the kernels do not take this call, naming the argument; None if they do."""
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        absent = device_reason(device.index) if device.type == "cuda" else None
+        return absent or self._module.refusal(*args)
+
+
+# Whether kernels can run -------------------------------------------------------------------------
+
+
+def reason() -> str | None:
+    """Why CUDA kernels cannot run in this process, or None when they can."""
+    if _native.REASON is not None:
+        return _native.REASON
+    if not _native.module().BUILT_WITH_CUDA:
+        return "this build of effdet_kernels._C has no CUDA kernels: nvcc was not found when it was built"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return _driver_reason(*_native.module().cuda_versions())
+
+
+def _driver_reason(runtime: int, driver: int) -> str | None:
+    """A driver serves every release of its major version and of those before."""
+    if driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"the driver is of CUDA {driver // 1000}.{driver % 1000 // 10}, the kernels need"
+        f" {runtime // 1000}.0: update the NVIDIA driver"
+    )
+
+
+@functools.cache
+def device_reason(index: int) -> str | None:
+    """Why CUDA kernels cannot run on this device, or None when they can."""
+    found = torch.cuda.get_device_capability(index)
+    if found >= OLDEST:
+        return None
+    return (
+        f"device {index} ({torch.cuda.get_device_name(index)}) has compute capability"
+        f" {found[0]}.{found[1]}, the kernels need {OLDEST[0]}.{OLDEST[1]}"
+    )
+
+
+def emulator_reason() -> str | None:
+    """Why ``cuda_emu`` cannot run in this process, or None when it can."""
+    return _EMULATOR_REASON if _emulator is None else None
+
+
+def load_emulator(path: Path) -> None:
+    """Makes ``cuda_emu`` a backend, of the module at ``path`` (built by ``make emulate``)."""
+    global _emulator
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"load_emulator: {path} is no Python module")
+    _emulator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(_emulator)
+
+
+@contextlib.contextmanager
+def emulated_order(seed: int) -> Iterator[None]:
+    """Inside, the emulator visits blocks, warps and threads in an order drawn with ``seed``; 0 ascending, 1 descending."""
+    if _emulator is None:
+        yield
+        return
+    _emulator.set_order(seed)
+    try:
+        yield
+    finally:
+        _emulator.set_order(0)
+
+
+@contextlib.contextmanager
+def emulated_shared_memory(kilobytes: int) -> Iterator[None]:
+    """Inside, a block has at most so much shared memory, as on a smaller GPU."""
+    _emulator.set_shared_limit(kilobytes * 1024)
+    try:
+        yield
+    finally:
+        _emulator.set_shared_limit(227 * 1024)
+
+
+# Calls -------------------------------------------------------------------------------------------
+
+
+def launch(name: str, like: Tensor, **fields: Any) -> None:
+    """Runs kernel ``name`` on the device of ``like`` and its current stream; ``fields`` are its parameters by name.
+
+    Raises:
+        RuntimeError: the launch failed; CUDA's error is in the message, and does not stay.
+    """
+    if not like.is_cuda:
+        _native.check(getattr(_emulator, f"{name}_cuda")(fields, 0), name)
+        return
+    with torch.cuda.device(like.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        status = getattr(_native.module(), f"{name}_cuda")(fields, stream)
+    if status < 0:
+        raise RuntimeError(f"{name}: CUDA: {_native.module().cuda_error(-status)}")
+    _native.check(status, name)
+
+
+def map_fields(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
+    """A map as kernels take it; x [B, C, H, W] that ``refused_map`` has nothing against."""
+    return x, x.shape[2], x.shape[3], x.stride(0), x.stride(2), x.stride(3)
+
+
+def refused_map(name: str, x: Tensor) -> str | None:
+    """Why kernels do not take a map: its dtype, its layout, its channels, its address."""
+    if x.dtype not in DTYPE_CODES:
+        return f"{name}: is {_short(x.dtype)}, takes float32, bfloat16 or float16"
+    unit = _BYTES // x.element_size()
+    if x.shape[1] % unit:
+        return f"{name}: has {x.shape[1]} channels, takes a multiple of {unit} in {_short(x.dtype)}"
+    if x.stride(1) != 1:
+        return f"{name}: has strides {tuple(x.stride())}, takes channels_last"
+    if x.stride(0) % unit or x.stride(2) % unit or x.stride(3) % unit:
+        return f"{name}: has strides {tuple(x.stride())}, takes multiples of {unit}"
+    return misaligned(name, x)
+
+
+def misaligned(name: str, x: Tensor) -> str | None:
+    """Why kernels do not take the address of a tensor that they read in vectors."""
+    if x.data_ptr() % _BYTES:
+        return f"{name}: its address is not a multiple of {_BYTES} bytes"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

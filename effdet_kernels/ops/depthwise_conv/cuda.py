@@ -1,0 +1,93 @@
+"""Launcher of the CUDA kernel of ``depthwise_conv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _cuda, _native
+from effdet_kernels.ops import _arguments, _walk
+
+_TILE = {
+    1: 32,
+    2: 16,
+}  # output columns of a block, by stride; csrc/depthwise_conv/cuda.cu has the same
+_CHANNELS = 64  # at most, of a block
+_MOST_ROWS = 64
+
+
+def refusal(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+    squeeze: bool,
+    statistics: bool = False,
+) -> str | None:
+    """Why the kernel does not take a call, or None."""
+    if weight.shape[2] not in (3, 5):
+        return f"weight: has a side of {weight.shape[2]}, takes 3 or 5"
+    if stride not in (1, 2):
+        return f"stride: got {stride}, takes 1 or 2"
+    if statistics:
+        return "statistics: got True, takes False"
+    return _cuda.refused_map("x", x)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    act: str,
+    squeeze: bool,
+    statistics: bool = False,
+) -> list[Tensor]:
+    batch, channels = x.shape[:2]
+    k = weight.shape[2]
+    height, width = _arguments.convolved_size("depthwise_conv", x, k, stride, padding)
+    y = torch.empty(
+        (batch, channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    tiles = -(-width // _TILE[stride])
+    others = batch * tiles * -(-channels // _CHANNELS)
+    segments = _walk.segments(height, _MOST_ROWS, max(1, others), 3, 8)
+    rows = -(-height // segments)
+    segments = -(-height // rows)
+    sums = None
+    if squeeze:
+        parts = segments * tiles
+        sums = torch.empty(batch, parts, channels, dtype=torch.float32, device=x.device)
+    left, _, top, _ = padding
+    _cuda.launch(
+        "depthwise_conv",
+        x,
+        dtype=_cuda.DTYPE_CODES[x.dtype],
+        batch=batch,
+        channels=channels,
+        out_height=height,
+        out_width=width,
+        kernel=k,
+        stride=stride,
+        left=left,
+        top=top,
+        act=_native.ACTIVATIONS.index(act),
+        rows=rows,
+        x=_cuda.map_fields(x),
+        weight=weight.contiguous(),
+        scale=None if scale is None else scale.contiguous(),
+        shift=None if shift is None else shift.contiguous(),
+        y=y,
+        sums=sums,
+    )
+    return [y] if sums is None else [y, sums.sum(1)]
