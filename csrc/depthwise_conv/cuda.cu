@@ -10,12 +10,15 @@
 namespace effdet::cuda {
 namespace {
 
-constexpr int kGranule = 8;       // channels that a warp makes: 16 bytes
-constexpr int kMostGranules = 8;  // of a block, a warp each
+constexpr int kGranule = 8;  // channels that a warp makes: 16 bytes
 
 // What is fixed when a kernel is compiled.
 template <int kKernel, int kStride>
 struct Shape {
+  static constexpr int kGranules = kKernel == 3 ? 8 : 4;  // at most, of a block, a warp each
+  [[maybe_unused]] static constexpr int kThreads = kWarp * kGranules;
+  [[maybe_unused]] static constexpr int kResident =
+      kKernel == 3 ? 2 : 3;                            // blocks of a multiprocessor that registers are left for
   static constexpr int kTiles = kStride == 1 ? 2 : 1;  // of 16 output pixels, that a warp makes at a time
   static constexpr int kColumns = 16 * kTiles;
   static constexpr int kLive = divided(kKernel, kStride);                // output rows that an input row is part of
@@ -52,7 +55,7 @@ __device__ float element(const DepthwiseParams& p, std::int64_t image, int row, 
 }
 
 template <typename T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kWarp* kMostGranules)
+__global__ void __launch_bounds__(Shape<kKernel, kStride>::kThreads, Shape<kKernel, kStride>::kResident)
     depthwise_conv_fwd_matrix_kernel(const DepthwiseParams p, const DepthwiseCuts cuts) {
   using S = Shape<kKernel, kStride>;
   const int granules = cuts.channels / kGranule;
@@ -70,6 +73,9 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
   const int channel = first_channel + warp_id() * kGranule;  // the warp's first
   const bool works = channel < p.channels;
 
+  // Offsets in an image have 32 bits.
+  const int x_row = static_cast<int>(p.x.row_stride), x_pixel = static_cast<int>(p.x.pixel_stride);
+  const int height = static_cast<int>(p.x.height), width = static_cast<int>(p.x.width);
   // Where this thread copies: one granule of pixels that are 32 apart.
   const int copied_granule = static_cast<int>(threadIdx.x) % granules;
   const int copied_pixel = static_cast<int>(threadIdx.x) / granules;
@@ -81,8 +87,8 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
     uint4* const to = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + copied_granule;
     for (int i = copied_pixel; i < S::kRows * S::kPixels; i += kWarp) {
       const int h = top + stage * S::kRows + i / S::kPixels, w = left + i % S::kPixels;
-      const bool exists = copies && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-      const std::int64_t at = exists ? h * p.x.row_stride + w * p.x.pixel_stride : 0;
+      const bool exists = copies && h >= 0 && h < height && w >= 0 && w < width;
+      const int at = exists ? h * x_row + w * x_pixel : 0;
       begin_copy16(to + i * pitch, source + at, exists);
     }
     end_copies();
@@ -172,7 +178,7 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
             EFFDET_UNROLL
             for (int half = 0; half < 2; ++half) {
               if (column + half * 8 < p.out_width) {
-                const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + half * 8) * p.channels;
+                const int at = (row * p.out_width + column + half * 8) * p.channels;
                 store(y + at, narrow_pair<T>(values[2 * half], values[2 * half + 1]));
                 total[0] += values[2 * half];
                 total[1] += values[2 * half + 1];
@@ -351,8 +357,8 @@ DepthwiseCuts depthwise_cuts(const DepthwiseParams& p) {
     cuts.blocks = divided(p.channels, cuts.channels);
     return cuts;
   }
-  const int granules = p.channels / kGranule;
-  cuts.blocks = divided(granules, kMostGranules);
+  const int granules = p.channels / kGranule, most = p.kernel == 3 ? Shape<3, 1>::kGranules : Shape<5, 1>::kGranules;
+  cuts.blocks = divided(granules, most);
   cuts.channels = divided(granules, cuts.blocks) * kGranule;
   cuts.tiles = divided(p.out_width, p.stride == 1 ? Shape<3, 1>::kColumns : Shape<3, 2>::kColumns);
   return cuts;
