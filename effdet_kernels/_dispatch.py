@@ -102,7 +102,8 @@ def choose(
     device's order decides: a forward in CUDA may have its backward in Triton.
     """
     name = requested()
-    if name is not None and or_next and (name not in impls or refusal(impls[name], args)):
+    refused = refusal(impls[name], args) if name in impls else None
+    if name is not None and or_next and (name not in impls or refused):
         name = None
     if name is None:
         for candidate in _ORDER[device]:
@@ -122,7 +123,6 @@ def choose(
         raise BackendError(
             f"{op}: backend {name!r} runs on {' and '.join(_DEVICES[name])}, tensors are on {device}"
         )
-    refused = refusal(impls[name], args)
     if refused:
         raise BackendError(f"{op}: backend {name!r} was asked for, but {refused}")
     return name
