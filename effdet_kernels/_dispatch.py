@@ -102,7 +102,7 @@ def choose(
     device's order decides: a forward in CUDA may have its backward in Triton.
     """
     name = requested()
-    refused = refusal(impls[name], args) if name in impls else None
+    refused = None if name is None or name not in impls else refusal(impls[name], args)
     if name is not None and or_next and (name not in impls or refused):
         name = None
     if name is None:

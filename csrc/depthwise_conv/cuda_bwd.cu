@@ -20,9 +20,7 @@ constexpr int kStages = 2;
 
 template <int kKernel, int kStride>
 struct Shape {
-  static constexpr int kGranules = 4;  // at most, of a block, a warp each
-  [[maybe_unused]] static constexpr int kResident =
-      kKernel == 3 ? 3 : 2;                                // blocks of a multiprocessor that registers are left for
+  static constexpr int kGranules = 4;                      // at most, of a block, a warp each
   static constexpr int kTaps = divided(kKernel, kStride);  // in a row, that a pixel of x meets at most
   static constexpr int kPairs = divided(kTaps, 2);
   static constexpr int kLeft = kStride == 1 ? 2 : 1;  // left operands of a gradient's row and pair: units share them
@@ -39,21 +37,28 @@ __host__ __device__ constexpr int padded(int granules) {
   return granules | 1;
 }  // see cuda.cu
 
-// The gradient of one element of x, tap by tap, from global memory; h and w in coordinates of the padded input.
+// The gradients of the pixels (h, w) and (h, w + 8 * stride) of x, two channels each, tap by tap, from global memory; h
+// and w in coordinates of the padded input.
 template <typename T>
-__device__ float element(const DepthwiseGradientParams& p, std::int64_t image, int h, int w, int channel) {
+__device__ void sum_taps(float (&sums)[4], const DepthwiseGradientParams& p, std::int64_t image, int h, int w,
+                         int channel) {
   const T* grad = static_cast<const T*>(p.grad.data) + image * p.grad.batch_stride + channel;
-  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * p.kernel * p.kernel;
-  float sum = 0.0f;
+  const int taps = p.kernel * p.kernel;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * taps;
+  EFFDET_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
   EFFDET_NO_UNROLL
-  for (int tap = 0; tap < p.kernel * p.kernel; ++tap) {
+  for (int tap = 0; tap < taps; ++tap) {
     const int row = h - tap / p.kernel, column = w - tap % p.kernel;
-    if (row < 0 || column < 0 || row % p.stride != 0 || column % p.stride != 0) continue;
-    const int r = row / p.stride, c = column / p.stride;
-    if (r < p.grad.height && c < p.grad.width)
-      sum += widen(grad[r * p.grad.row_stride + c * p.grad.pixel_stride]) * widen(weight[tap]);
+    if (row < 0 || row % p.stride != 0 || row / p.stride >= p.grad.height) continue;
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int of = column + i / 2 * 8 * p.stride;
+      if (of < 0 || of % p.stride != 0 || of / p.stride >= p.grad.width) continue;
+      const T* at = grad + row / p.stride * p.grad.row_stride + of / p.stride * p.grad.pixel_stride + i % 2;
+      sums[i] += widen(*at) * widen(weight[i % 2 * taps + tap]);
+    }
   }
-  return sum;
 }
 
 template <typename T, int kKernel, int kStride>
@@ -211,11 +216,7 @@ __global__ void __launch_bounds__(kWarp* Shape<kKernel, kStride>::kGranules)
               float (&z)[4] = dx[slot][u].values;
               const int column = first_column + (kStride == 1 ? u * 16 + g : 2 * g + u);
               constexpr int kApart = 8 * kStride;
-              if (!finite(z[0] + z[1] + z[2] + z[3])) {
-                EFFDET_UNROLL
-                for (int i = 0; i < 4; ++i)
-                  z[i] = element<T>(p, image, row, column + i / 2 * kApart, channel + 2 * t + i % 2);
-              }
+              if (!finite(z[0] + z[1] + z[2] + z[3])) sum_taps<T>(z, p, image, row, column, channel + 2 * t);
               EFFDET_UNROLL
               for (int half = 0; half < 2; ++half) {
                 const int w = column + half * kApart - p.left;
