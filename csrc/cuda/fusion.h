@@ -182,28 +182,19 @@ __device__ __forceinline__ void bilinear_vector(const FusedMaps& maps, const Map
   }
 }
 
-// r_i(x_i) at pixel (h, w) of the result; all threads of a warp have the same i.
+// The vector that stands for r_i(x_i) at pixel (h, w) of the result, of every resampling but kBilinear.
 template <typename T>
-__device__ __forceinline__ void resampled_vector(const FusedMaps& maps, int i, const T* x, int h, int w,
-                                                 float (&values)[kVector<T>]) {
+__device__ __forceinline__ uint4 taken_vector(const FusedMaps& maps, int i, const T* x, int h, int w) {
   const Map& map = maps.x[i];
-  switch (maps.resample[i]) {
-    case kBilinear:
-      return bilinear_vector<T>(maps, map, x, h, w, values);
-    case kMaxPool:
-      return widen_vector<T>(pooled_vector<T>(maps, map, x, h, w), values);
-    case kHalved:
-      h >>= 1;
-      w >>= 1;
-      break;
-    case kNearest:
-      h = nearest_place(h, static_cast<int>(map.height), maps.height);
-      w = nearest_place(w, static_cast<int>(map.width), maps.width);
-      break;
-    default:
-      break;
+  if (maps.resample[i] == kMaxPool) return pooled_vector<T>(maps, map, x, h, w);
+  if (maps.resample[i] == kHalved) {
+    h >>= 1;
+    w >>= 1;
+  } else if (maps.resample[i] == kNearest) {
+    h = nearest_place(h, static_cast<int>(map.height), maps.height);
+    w = nearest_place(w, static_cast<int>(map.width), maps.width);
   }
-  widen_vector<T>(load<uint4>(x + h * map.row_stride + w * map.pixel_stride), values);
+  return load<uint4>(x + h * map.row_stride + w * map.pixel_stride);
 }
 
 // The first pixel of an image of map i, at `channel`.
@@ -212,21 +203,47 @@ __device__ __forceinline__ const T* fused_image(const FusedMaps& maps, int i, st
   return static_cast<const T*>(maps.x[i].data) + image * maps.x[i].batch_stride + channel;
 }
 
-// sum_i a_i r_i(x_i), before an activation, of the channels from `channel`, a multiple of kVector<T>, at pixel (h, w)
-// of the result, which has it.
+// r_i(x_i) of all maps, of the channels from `channel`, a multiple of kVector<T>, at pixel (h, w) of the result, which
+// has it; 0 beyond the maps. All loads of single pixels are under way before the first is waited for.
 template <typename T>
-__device__ __forceinline__ void fused_vector(const FusedMaps& maps, const Shares& shares, std::int64_t image, int h,
-                                             int w, int channel, float (&sum)[kVector<T>]) {
+__device__ __forceinline__ void resampled_vectors(const FusedMaps& maps, std::int64_t image, int h, int w, int channel,
+                                                  float (&values)[kMaxFused][kVector<T>]) {
+  uint4 taken[kMaxFused];
+  EFFDET_UNROLL
+  for (int i = 0; i < kMaxFused; ++i) {
+    taken[i] = uint4{0, 0, 0, 0};
+    if (i < maps.count && maps.resample[i] != kBilinear)
+      taken[i] = taken_vector<T>(maps, i, fused_image<T>(maps, i, image, channel), h, w);
+  }
+  EFFDET_UNROLL
+  for (int i = 0; i < kMaxFused; ++i) {
+    widen_vector<T>(taken[i], values[i]);
+    if (i < maps.count && maps.resample[i] == kBilinear)
+      bilinear_vector<T>(maps, maps.x[i], fused_image<T>(maps, i, image, channel), h, w, values[i]);
+  }
+}
+
+// sum_i a_i values[i].
+template <int kCount>
+__device__ __forceinline__ void weighted_sum(const FusedMaps& maps, const Shares& shares,
+                                             const float (&values)[kMaxFused][kCount], float (&sum)[kCount]) {
   EFFDET_UNROLL
   for (int i = 0; i < kMaxFused; ++i) {
     if (i < maps.count) {
-      float values[kVector<T>];
-      resampled_vector<T>(maps, i, fused_image<T>(maps, i, image, channel), h, w, values);
       EFFDET_UNROLL
-      for (int k = 0; k < kVector<T>; ++k)
-        sum[k] = i == 0 ? values[k] * shares.values[i] : sum[k] + values[k] * shares.values[i];
+      for (int k = 0; k < kCount; ++k)
+        sum[k] = i == 0 ? values[i][k] * shares.values[i] : sum[k] + values[i][k] * shares.values[i];
     }
   }
+}
+
+// sum_i a_i r_i(x_i), before an activation; arguments as resampled_vectors has them.
+template <typename T>
+__device__ __forceinline__ void fused_vector(const FusedMaps& maps, const Shares& shares, std::int64_t image, int h,
+                                             int w, int channel, float (&sum)[kVector<T>]) {
+  float values[kMaxFused][kVector<T>];
+  resampled_vectors<T>(maps, image, h, w, channel, values);
+  weighted_sum(maps, shares, values, sum);
 }
 
 }  // namespace effdet::cuda
