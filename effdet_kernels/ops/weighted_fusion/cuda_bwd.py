@@ -68,14 +68,14 @@ def gradients(
     if batch == 0:
         return dx, torch.zeros(len(x), device=grad.device) if of_weight else None
     shape = channels * grad.element_size() // 16, height, width
-    names, later = resample.split(","), False
-    kernel = _kernel(names, x, dx, shape[1:])
+    kinds, later = cuda.kinds(x, resample, (height, width)), False
+    kernel = _kernel(kinds, dx)
     if kernel == "pooled":
         plan = _pooled(batch, *shape, tuple(x[-1].shape[2:]), tuple(pool_padding))
     else:
         plan = _each(batch, *shape, 2 if kernel == "halved" else 1)
         later = kernel == "each" and any(
-            d is not None and name != "identity" for d, name in zip(dx, names, strict=True)
+            d is not None and kind != "identity" for d, kind in zip(dx, kinds, strict=True)
         )
     rows, columns, vectors, blocks = plan
     found = parts = delta = None
@@ -105,20 +105,13 @@ def gradients(
     return dx, found
 
 
-def _kernel(
-    names: list[str], x: Sequence[Tensor], dx: list[Tensor | None], size: tuple[int, ...]
-) -> str:
+def _kernel(kinds: list[str], dx: list[Tensor | None]) -> str:
     """Which kernel looks at the result, as gradient_kernel in csrc/weighted_fusion/cuda_bwd.cu has it."""
-    kinds = [
-        "identity" if name == "nearest" and tuple(level.shape[2:]) == size else name
-        for name, level in zip(names, x, strict=True)
-    ]
     if any(kind != "identity" for kind in kinds[:-1]):
         return "each"
     if kinds[-1] == "max" and dx[-1] is not None:
         return "pooled"
-    halved = kinds[-1] == "nearest" and tuple(2 * extent for extent in x[-1].shape[2:]) == size
-    return "halved" if halved and len(x) == 2 else "each"
+    return "halved" if kinds == ["identity", "halved"] else "each"
 
 
 @functools.cache
@@ -142,9 +135,11 @@ def _pooled(
 ) -> tuple[int, int, int, int]:
     """The same of places under a max-pool of a map of ``size``."""
     height, width = (size[0] + pool_padding[2] + 1) // 2, (size[1] + pool_padding[0] + 1) // 2
+    # Pieces of 64 bytes at least, where there are as many channels.
+    choices = {*range(4, min(vectors, 32) + 1, 4), *([vectors] if vectors <= 32 else [])}
     columns, some, across = min(
-        (_tiles(vectors, width, some) for some in range(1, min(vectors, 32) + 1)),
-        key=lambda found: found[2] * _threads(*found[:2]) * (1 if found[1] % 8 == 0 else 1.1),
+        (_tiles(vectors, width, some) for some in sorted(choices, reverse=True)),
+        key=lambda found: found[2] * _threads(*found[:2]) * (1.1 if found[1] == 4 else 1),
     )
     segments = _walk.segments(
         height, _MOST_POOL_ROWS, batch * across, 2, _threads(columns, some) // 32
