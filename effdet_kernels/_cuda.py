@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,15 @@ class Implementation:
 
     def refuses(self, args: Sequence[Any]) -> str | None:
         """Why the kernels do not take this call, naming the argument; None if they do."""
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = _device_of(args)
         absent = device_reason(device.index) if device.type == "cuda" else None
         return absent or self._module.refusal(*args)
+
+
+def _device_of(args: Sequence[Any]) -> torch.device:
+    """That of the first tensor, which may be in a list."""
+    flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return next(a.device for a in flat if isinstance(a, Tensor))
 
 
 # Whether kernels can run -------------------------------------------------------------------------
