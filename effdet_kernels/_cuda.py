@@ -42,15 +42,15 @@ class Implementation:
 
     def refuses(self, args: Sequence[Any]) -> str | None:
         """Why the kernels do not take this call, naming the argument; None if they do."""
-        device = _device_of(args)
+        device = first_tensor(args).device
         absent = device_reason(device.index) if device.type == "cuda" else None
         return absent or self._module.refusal(*args)
 
 
-def _device_of(args: Sequence[Any]) -> torch.device:
-    """That of the first tensor, which may be in a list."""
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Of a call's arguments; it may be in a list."""
     flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
-    return next(a.device for a in flat if isinstance(a, Tensor))
+    return next(a for a in flat if isinstance(a, Tensor))
 
 
 # Whether kernels can run -------------------------------------------------------------------------
