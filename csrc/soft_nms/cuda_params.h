@@ -1,0 +1,36 @@
+// Arguments of the CUDA kernel of soft_nms, checked by bind_cuda.cpp; the op is documented in
+// effdet_kernels/ops/soft_nms/op.py.
+#pragma once
+
+#include <cstdint>
+
+#include "soft_nms/params.h"
+
+namespace effdet::cuda {
+
+// Candidates of an image; with more, the keys of all of them would not fit the shared memory of every GPU.
+constexpr int kMostCandidates = 12288;
+
+struct SoftNmsCudaParams {
+  const float* boxes;             // [batch, count, 4] xyxy, 16-byte aligned
+  const float* scores;            // [batch, count]
+  const std::int64_t* classes;    // [batch, count], or null: class-agnostic
+  const std::int64_t* num_valid;  // [batch], or null: all
+  std::int64_t* index;            // [batch, max_det]
+  float* score;                   // [batch, max_det]
+  std::int64_t* found;            // [batch]
+  std::int64_t* dropped;          // [batch]
+  void* spilled;                  // [batch, spilled_bytes]: candidates that registers do not hold; null: there are none
+  std::int64_t batch;
+  int count, max_det;
+  Method method;
+  float rate;  // -1 / (sigma ln 2): the gaussian factor is 2^(rate iou^2)
+  float iou_threshold, score_threshold;
+};
+
+// Of an image with `count` candidates.
+std::int64_t soft_nms_spilled_bytes(int count);
+
+int soft_nms(const SoftNmsCudaParams& params, void* stream);
+
+}  // namespace effdet::cuda
