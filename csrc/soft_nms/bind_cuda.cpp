@@ -23,8 +23,6 @@ SoftNmsCudaParams read(const Fields& f) {
   p.score = static_cast<float*>(array(f, "score", 4, no_picks));
   p.found = static_cast<std::int64_t*>(array(f, "found", 8, p.batch == 0));
   p.dropped = static_cast<std::int64_t*>(array(f, "dropped", 8, p.batch == 0));
-  p.spilled = array(f, "spilled", 16, p.batch == 0 || soft_nms_spilled_bytes(p.count) == 0);
-  f.integer("spilled_bytes", soft_nms_spilled_bytes(p.count), std::numeric_limits<std::int64_t>::max());
   p.method = static_cast<Method>(f.integer("method", 0, 2));
   const auto sigma = f.get("sigma").cast<double>();
   if (!(sigma > 0)) throw std::invalid_argument("sigma: takes more than 0");

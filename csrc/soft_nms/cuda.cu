@@ -1,8 +1,10 @@
-// soft_nms on a GPU: a block has an image. Candidates are put in order of their scores, coarsely, and taken up in
-// chunks, a candidate a thread: a chunk takes part once a pick could be in it, and then first catches up with the picks
-// that there were. Scores of candidates fall, or rise to 0 at most, so the chunks that wait are beneath what is picked.
-// A pick is one barrier: every warp gives its best candidate, every thread finds the best of them. What the design
+// soft_nms on a GPU: a block has an image. Candidates are sorted by class and, coarsely, by score, and cut into tiles
+// of 32; a lane of a warp keeps what is known of a tile: a bound on its scores, and its best candidate. Scores fall (or
+// rise to 0 at most), so a tile learns of the picks of its class, in their order, only when it could have the next
+// pick. A pick is one barrier: every warp offers its best candidate, every warp finds the best of them. What the design
 // costs, and what others would, is in effdet_kernels/ops/soft_nms/README.md.
+#include <algorithm>
+
 #include "cuda/launch.h"
 #include "cuda/memory.h"
 #include "cuda/number.h"
@@ -11,11 +13,20 @@
 namespace effdet::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // the candidates of a chunk
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLevels = 4 * kThreads;  // of scores, among which the order is not known
-constexpr int kPast = 256;             // picks that a new chunk catches up with at a time
-constexpr int kTogether = 4;           // chunks whose loads are in flight at the same time
+constexpr int kGroups = 128;  // classes modulo this; a tile is of one group
+constexpr int kBinBits = 12;  // a bin is a group and, finer, a level of scores, among which the order is not known
+constexpr int kBins = 1 << kBinBits;
+constexpr int kRead = 5;  // candidates that a thread reads at a time
+static_assert(kMostCandidates / kWarp + kGroups <= kThreads, "a tile for each thread");
+static_assert(kMostCandidates <= 1 << 16, "places are 16-bit numbers");
+
+// A tile that is this close beneath the best of its warp, in keys (a quarter to an eighth of its score), and does not
+// know of this many picks, is told of some of them before it must be.
+constexpr unsigned kNear = 1u << 21;
+constexpr int kBehind = 2;
+constexpr int kSome = 4;
 
 // A score as an integer in the order of the numbers; -0 is 0. kGone: of no candidate, less than any.
 constexpr unsigned kGone = 0;
@@ -27,19 +38,18 @@ __device__ __forceinline__ unsigned key_of(float score) {
 __device__ __forceinline__ float score_of(unsigned key) {
   return __uint_as_float(key & kZero ? key ^ kZero : ~key);
 }
+// What the key of a candidate will never be above.
+__device__ __forceinline__ unsigned bound_of(unsigned key) {
+  return key > kZero ? key : kZero;
+}
 
-struct Candidate {
-  float4 box;         // x_min, y_min, x_max, y_max
-  std::int64_t kind;  // its class
-  unsigned key;
-  int index;
-};
-
+// x_min, y_min, x_max, y_max
 __device__ __forceinline__ float area(const float4& box) {
   return __fmul_rn(__fsub_rn(box.z, box.x), __fsub_rn(box.w, box.y));
 }
 
 // The key of a candidate after a pick of its class. Operations are the reference's, in its order, none of them fused.
+template <Method kMethod>
 __device__ __forceinline__ unsigned decayed(unsigned key, const float4& box, const float4& pick,
                                             const SoftNmsCudaParams& p) {
   const float width = fmaxf(__fsub_rn(fminf(pick.z, box.z), fmaxf(pick.x, box.x)), 0.0f);
@@ -50,63 +60,89 @@ __device__ __forceinline__ unsigned decayed(unsigned key, const float4& box, con
   if (!(total > 0.0f)) return key;
   const float overlap = __fdiv_rn(intersection, total);
   float factor = 0.0f;
-  if (p.method == Method::kGaussian) {
+  if constexpr (kMethod == Method::kGaussian) {
     factor = exp2f(overlap * overlap * p.rate);
   } else {
     if (!(overlap > p.iou_threshold)) return key;
-    if (p.method == Method::kLinear) factor = 1.0f - overlap;
+    if constexpr (kMethod == Method::kLinear) factor = 1.0f - overlap;
   }
   const float score = score_of(key) * factor;
   return factor != 0.0f && score > p.score_threshold ? key_of(score) : kGone;
 }
 
-// Of an image in p.spilled: what its chunks have, without the first.
-struct Spilled {
-  float4* boxes;
-  std::int64_t* kinds;
-  uint2* keys;  // and indices
-};
-constexpr int kSpilledBytes = 32;
-
-// What the warps give for a pick, and then for the next, in turns.
-struct Offers {
-  uint2* keys;  // [kWarps], and indices
-  float4* boxes;
-  std::int64_t* kinds;
-};
-
-// The lane whose key is the highest; of equal ones the one whose index is the lowest. All lanes get the key.
-__device__ __forceinline__ int best_lane(unsigned key, unsigned index, unsigned* best) {
-  *best = __reduce_max_sync(kAll, key);
-  unsigned lanes = __ballot_sync(kAll, key == *best);
-  if (lanes & (lanes - 1)) {
-    const unsigned lowest = __reduce_min_sync(kAll, key == *best ? index : ~0u);
-    lanes = __ballot_sync(kAll, key == *best && index == lowest);
+// Of the lanes that `tie`, the one whose index is the lowest.
+__device__ __forceinline__ bool comes_first(bool ties, unsigned index) {
+  const unsigned lanes = __ballot_sync(kAll, ties);
+  if (lanes & (lanes - 1)) ties = index == __reduce_min_sync(kAll, ties ? index : ~0u) && ties;
+  return ties;
+}
+__device__ __forceinline__ int first_lane(bool is_it) {
+  return (__ffs(static_cast<int>(__ballot_sync(kAll, is_it))) - 1) & (kWarp - 1);
+}
+// The sum over the lanes before this one.
+__device__ __forceinline__ int sum_before(int value) {
+  int sum = value;
+  EFFDET_UNROLL
+  for (unsigned by = 1; by < kWarp; by *= 2) {
+    const int other = __shfl_up_sync(kAll, sum, by);
+    sum += lane_id() >= static_cast<int>(by) ? other : 0;
   }
-  return __ffs(static_cast<int>(lanes)) - 1;
+  return sum - value;
 }
 
-std::size_t shared_bytes(int count) {
-  return Shared::rounded(count * sizeof(unsigned)) + Shared::rounded(count * sizeof(std::uint16_t)) +
-         Shared::rounded(kLevels * sizeof(int)) + Shared::rounded(kWarps * sizeof(uint4)) +
-         Shared::rounded(kWarps * sizeof(int)) + kPast * (sizeof(float4) + sizeof(std::int64_t)) +
-         2 * kWarps * (sizeof(uint2) + sizeof(float4) + sizeof(std::int64_t));
+struct Tile {
+  int first, size;  // places of its candidates
+  int group;
+  unsigned bound;     // no key of it is higher
+  unsigned next;      // without the best candidate
+  unsigned index;     // of the best candidate
+  int place;          // of the best candidate
+  int seen, pending;  // its keys know of the first `seen` picks; of how many more of its group they do not
+  bool fresh;         // the bound and what is said of the best candidate are exact
+};
+
+// The block's shared memory; `count` candidates, `picks` at most.
+struct Memory {
+  unsigned* keys;            // [count] of the candidates, after the picks that their tiles know of
+  std::uint16_t* order;      // [count] indices, by place
+  int* places;               // [kBins] where a bin's next candidate goes
+  int* group_first;          // [kGroups + 1] places
+  int* tile_first;           // [kGroups + 1] tiles
+  uint4* offers;             // [2, kWarps] a key, an index, a group, a place; in turns
+  uint4* censuses;           // [kWarps]
+  int* sums;                 // [kWarps]
+  std::uint16_t* picks;      // [picks] places
+  unsigned char* of_groups;  // [picks]
+  float4* boxes;             // [count] by place, or null
+
+  template <typename Taker>
+  __device__ __forceinline__ void take(Taker& from, int count, int picks_, bool with_boxes) {
+    boxes = with_boxes ? from.template take<float4>(count) : nullptr;
+    keys = from.template take<unsigned>(count);
+    order = from.template take<std::uint16_t>(count);
+    places = from.template take<int>(kBins);
+    group_first = from.template take<int>(kGroups + 1);
+    tile_first = from.template take<int>(kGroups + 1);
+    offers = from.template take<uint4>(2 * kWarps);
+    censuses = from.template take<uint4>(kWarps);
+    sums = from.template take<int>(kWarps);
+    picks = from.template take<std::uint16_t>(picks_);
+    of_groups = from.template take<unsigned char>(picks_);
+  }
+};
+
+std::size_t shared_bytes(int count, int picks, bool with_boxes) {
+  return Shared::rounded((with_boxes ? sizeof(float4) : 0) * count) + Shared::rounded(sizeof(unsigned) * count) +
+         Shared::rounded(sizeof(std::uint16_t) * count) + sizeof(int) * kBins +
+         2 * Shared::rounded(sizeof(int) * (kGroups + 1)) + 3 * sizeof(uint4) * kWarps + sizeof(int) * kWarps +
+         Shared::rounded(sizeof(std::uint16_t) * picks) + Shared::rounded(picks);
 }
 
-__global__ void __launch_bounds__(kThreads) soft_nms_fwd_kernel(const SoftNmsCudaParams p) {
+template <Method kMethod>
+__global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNmsCudaParams p, bool boxes_in_shared) {
   Shared shared;
-  unsigned* const keys = shared.take<unsigned>(p.count);             // of all candidates, before any pick
-  std::uint16_t* const order = shared.take<std::uint16_t>(p.count);  // their indices, level by level
-  int* const places = shared.take<int>(kLevels);                     // in `order`, where a level's next one goes
-  uint4* const censuses = shared.take<uint4>(kWarps);
-  int* const sums = shared.take<int>(kWarps);
-  float4* const past_boxes = shared.take<float4>(kPast);
-  std::int64_t* const past_kinds = shared.take<std::int64_t>(kPast);
-  Offers offers{};
-  offers.keys = shared.take<uint2>(2 * kWarps);
-  offers.boxes = shared.take<float4>(2 * kWarps);
-  offers.kinds = shared.take<std::int64_t>(2 * kWarps);
-
+  Memory m{};
+  m.take(shared, p.count, min(p.max_det, p.count), boxes_in_shared);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
   const std::int64_t image = blockIdx.x;
   const float* const boxes = p.boxes + image * p.count * 4;
@@ -114,13 +150,8 @@ __global__ void __launch_bounds__(kThreads) soft_nms_fwd_kernel(const SoftNmsCud
   const std::int64_t* const classes = p.classes ? p.classes + image * p.count : nullptr;
   std::int64_t* const out_index = p.index + image * p.max_det;
   float* const out_score = p.score + image * p.max_det;
-  Spilled spilled{};
-  const std::int64_t spilled_count = (divided(p.count, kThreads) - 1) * kThreads;
-  if (spilled_count > 0) {
-    spilled.boxes = reinterpret_cast<float4*>(static_cast<char*>(p.spilled) + image * spilled_count * kSpilledBytes);
-    spilled.kinds = reinterpret_cast<std::int64_t*>(spilled.boxes + spilled_count);
-    spilled.keys = reinterpret_cast<uint2*>(spilled.kinds + spilled_count);
-  }
+  const auto group_of = [&](int index) { return classes ? static_cast<int>(classes[index] & (kGroups - 1)) : 0; };
+  const auto box_of = [&](int index) { return load<float4>(boxes + 4 * static_cast<std::int64_t>(index)); };
 
   wait_for_previous_kernel();
   int valid = p.count;
@@ -128,193 +159,232 @@ __global__ void __launch_bounds__(kThreads) soft_nms_fwd_kernel(const SoftNmsCud
     const std::int64_t given = p.num_valid[image];
     valid = given < 0 ? 0 : given < p.count ? static_cast<int>(given) : p.count;
   }
-  for (int i = thread; i < kLevels; i += kThreads) places[i] = 0;
+  for (int i = thread; i < kBins; i += kThreads) m.places[i] = 0;
 
-  // The keys, how many take part or are not finite, and between which keys the levels are.
+  // The keys; how many take part, and are not finite; between which keys the levels are; whether a group is a class.
   unsigned live = 0, dropped = 0, high = kZero, low = ~0u;
-  for (int i = thread; i < p.count; i += kThreads) {
-    unsigned key = kGone;
-    if (i < valid) {
-      const float4 box = load<float4>(boxes + 4 * i);
-      const float score = scores[i];
-      if (!(finite(box.x) && finite(box.y) && finite(box.z) && finite(box.w) && finite(score))) {
-        ++dropped;
-      } else if (score > p.score_threshold) {
-        key = key_of(score);
-        const unsigned bound = key > kZero ? key : kZero;
-        high = bound > high ? bound : high;
-        low = bound < low ? bound : low;
-        ++live;
-      }
+  std::int64_t kinds = 0;
+  EFFDET_NO_UNROLL
+  for (int first = thread; first < p.count; first += kThreads * kRead) {
+    float4 box[kRead];
+    float score[kRead];
+    std::int64_t kind[kRead];
+    EFFDET_UNROLL
+    for (int i = 0; i < kRead; ++i) {
+      const int at = min(first + i * kThreads, p.count - 1);
+      box[i] = box_of(at);
+      score[i] = scores[at];
+      kind[i] = classes ? classes[at] : 0;
     }
-    keys[i] = key;
+    EFFDET_UNROLL
+    for (int i = 0; i < kRead; ++i) {
+      const int at = first + i * kThreads;
+      const bool all_finite =
+          finite(box[i].x) & finite(box[i].y) & finite(box[i].z) & finite(box[i].w) & finite(score[i]);
+      const bool takes_part = all_finite && at < valid && score[i] > p.score_threshold;
+      const unsigned key = takes_part ? key_of(score[i]) : kGone;
+      dropped += !all_finite && at < valid;
+      if (takes_part) {
+        ++live;
+        high = bound_of(key) > high ? bound_of(key) : high;
+        low = bound_of(key) < low ? bound_of(key) : low;
+        kinds |= kind[i];
+      }
+      if (at < p.count) m.keys[at] = key;
+    }
   }
   live = __reduce_add_sync(kAll, live);
   dropped = __reduce_add_sync(kAll, dropped);
   high = __reduce_max_sync(kAll, high);
   low = __reduce_min_sync(kAll, low);
-  if (lane == 0) censuses[warp] = uint4{live, dropped, high, low};
+  const bool all_small = __all_sync(kAll, (kinds & ~std::int64_t{kGroups - 1}) == 0) != 0;
+  if (lane == 0) {
+    m.censuses[warp] = uint4{live, dropped, high, low};
+    m.sums[warp] = all_small;
+  }
   __syncthreads();
-  const uint4 census = lane < kWarps ? censuses[lane] : uint4{0, 0, kZero, ~0u};
+  const uint4 census = lane < kWarps ? m.censuses[lane] : uint4{0, 0, kZero, ~0u};
+  const bool by_class = __all_sync(kAll, m.sums[lane % kWarps]) != 0;
   live = __reduce_add_sync(kAll, census.x);
   dropped = __reduce_add_sync(kAll, census.y);
   high = __reduce_max_sync(kAll, census.z);
   low = __reduce_min_sync(kAll, census.w);
-  const int bits = 32 - __clz(static_cast<int>(high - (low < high ? low : high)));
-  const int shift = max(bits - 11, 0);
-  static_assert(kLevels == 1 << 11);
-  const auto level_of = [&](unsigned key) { return static_cast<int>((high - (key > kZero ? key : kZero)) >> shift); };
-
-  // Sorts by level: counts, adds up, places. In which order a level has its candidates is left open.
-  for (int i = thread; i < p.count; i += kThreads)
-    if (keys[i] != kGone) atomicAdd(&places[level_of(keys[i])], 1);
-  __syncthreads();
-  int four[4], sum = 0;
-  for (int i = 0; i < 4; ++i) {
-    four[i] = sum;
-    sum += places[4 * thread + i];
-  }
-  int before = sum;
-  for (unsigned by = 1; by < kWarp; by *= 2) {
-    const int other = __shfl_up_sync(kAll, before, by);
-    before += lane >= static_cast<int>(by) ? other : 0;
-  }
-  if (lane == kWarp - 1) sums[warp] = before;
-  __syncthreads();
-  before += __reduce_add_sync(kAll, lane < warp ? sums[lane % kWarps] : 0) - sum;
-  for (int i = 0; i < 4; ++i) places[4 * thread + i] = before + four[i];
-  __syncthreads();
-  for (int i = thread; i < p.count; i += kThreads)
-    if (keys[i] != kGone) order[atomicAdd(&places[level_of(keys[i])], 1)] = static_cast<std::uint16_t>(i);
-  __syncthreads();
-
-  const auto kind_of = [&](std::int64_t index) { return classes ? classes[index] : 0; };
-  const int candidates = static_cast<int>(live);
-  int found = 0, chunks = 0;
-  int next_level = 0;  // of the first candidate that waits
-  Candidate mine{};    // of the first chunk
-  // This thread's best candidate, and the chunk that it is of.
-  unsigned best_key = kGone, best_index = 0;
-  int best_chunk = 0;
-
-  const auto take_up_chunk = [&] {
-    const int place = chunks * kThreads + thread;
-    Candidate taken{};
-    if (place < candidates) {
-      taken.index = order[place];
-      taken.key = keys[taken.index];
-      taken.box = load<float4>(boxes + 4 * taken.index);
-      taken.kind = kind_of(taken.index);
-    }
-    for (int first = 0; first < found; first += kPast) {
-      const int size = min(kPast, found - first);
-      __syncthreads();
-      if (thread < size) {
-        const std::int64_t index = out_index[first + thread];
-        past_boxes[thread] = load<float4>(boxes + 4 * index);
-        past_kinds[thread] = kind_of(index);
-      }
-      __syncthreads();
-      for (int i = 0; i < size; ++i)
-        if (taken.key != kGone && taken.kind == past_kinds[i])
-          taken.key = decayed(taken.key, taken.box, past_boxes[i], p);
-    }
-    if (chunks == 0) {
-      mine = taken;
-    } else {
-      const int at = place - kThreads;
-      spilled.boxes[at] = taken.box;
-      spilled.kinds[at] = taken.kind;
-      spilled.keys[at] = uint2{taken.key, static_cast<unsigned>(taken.index)};
-    }
-    const auto index = static_cast<unsigned>(taken.index);
-    if (taken.key > best_key || (taken.key == best_key && index < best_index)) {
-      best_key = taken.key;
-      best_index = index;
-      best_chunk = chunks;
-    }
-    ++chunks;
-    if (chunks * kThreads < candidates) next_level = level_of(keys[order[chunks * kThreads]]);
+  const int groups = classes ? kGroups : 1;
+  const int level_bits = classes ? kBinBits - 7 : kBinBits;
+  static_assert(kGroups == 1 << 7);
+  const int shift = max(32 - __clz(static_cast<int>(high - (low < high ? low : high))) - level_bits, 0);
+  const auto level_of = [&](unsigned key) { return (high - bound_of(key)) >> shift; };
+  const auto bin_of = [&](int index) {
+    return group_of(index) << level_bits | static_cast<int>(level_of(m.keys[index]));
   };
 
-  if (p.max_det > 0 && candidates > 0) {
-    take_up_chunk();
-    bool changed = true;  // in this warp, since its last offer
-    bool offers_mine = false;
-    int turn = 0;
-    for (;;) {
-      if (changed) {
-        unsigned best;
-        offers_mine = lane == best_lane(best_key, best_index, &best);
-      }
-      if (offers_mine) {
-        const int at = turn + warp, from = (best_chunk - 1) * kThreads + thread;
-        offers.keys[at] = uint2{best_key, best_index};
-        offers.boxes[at] = best_chunk == 0 ? mine.box : spilled.boxes[from];
-        offers.kinds[at] = best_chunk == 0 ? mine.kind : spilled.kinds[from];
-      }
-      __syncthreads();
-      const uint2 offer = lane < kWarps ? offers.keys[turn + lane] : uint2{kGone, 0};
-      unsigned top;
-      const int winner = best_lane(offer.x, offer.y, &top);
-      const float4 pick = offers.boxes[turn + winner % kWarps];
-      const std::int64_t kind = offers.kinds[turn + winner % kWarps];
-      turn ^= kWarps;
-      if (chunks * kThreads < candidates && (top == kGone || level_of(top) >= next_level)) {
-        take_up_chunk();
-        changed = true;
-        continue;
-      }
-      if (top == kGone) break;
+  // Sorts by bin: counts, adds up, places. Where in its bin a candidate is changes nothing of the result.
+  for (int i = thread; i < p.count; i += kThreads)
+    if (m.keys[i] != kGone) atomicAdd(&m.places[bin_of(i)], 1);
+  __syncthreads();
+  constexpr int kOwnBins = kBins / kThreads;
+  int* const own_bins = m.places + kOwnBins * thread;
+  int in_bins[kOwnBins], before = 0;
+  EFFDET_UNROLL
+  for (int i = 0; i < kOwnBins; ++i) {
+    in_bins[i] = own_bins[i];
+    before += in_bins[i];
+  }
+  const int own = before;
+  before = sum_before(own);
+  if (lane == kWarp - 1) m.sums[warp] = before + own;
+  __syncthreads();
+  before += __reduce_add_sync(kAll, lane < warp ? m.sums[lane % kWarps] : 0);
+  const int first_bin = kOwnBins * thread;
+  if ((first_bin & ((1 << level_bits) - 1)) == 0) m.group_first[first_bin >> level_bits] = before;
+  if (thread == 0) m.group_first[groups] = static_cast<int>(live);
+  EFFDET_UNROLL
+  for (int i = 0; i < kOwnBins; ++i) {
+    own_bins[i] = before;
+    before += in_bins[i];
+  }
+  __syncthreads();
+  for (int i = thread; i < p.count; i += kThreads) {
+    if (m.keys[i] != kGone) {
+      const int place = atomicAdd(&m.places[bin_of(i)], 1);
+      m.order[place] = static_cast<std::uint16_t>(i);
+      if (boxes_in_shared) m.boxes[place] = box_of(i);
+    }
+  }
+  if (warp == 0) {
+    constexpr int kOwnGroups = kGroups / kWarp;
+    int tiles[kOwnGroups], of_lane = 0;
+    EFFDET_UNROLL
+    for (int i = 0; i < kOwnGroups; ++i) {
+      const int group = kOwnGroups * lane + i;
+      tiles[i] = group < groups ? divided(m.group_first[group + 1] - m.group_first[group], kWarp) : 0;
+      of_lane += tiles[i];
+    }
+    int sum = sum_before(of_lane);
+    EFFDET_UNROLL
+    for (int i = 0; i < kOwnGroups; ++i) {
+      m.tile_first[kOwnGroups * lane + i] = sum;
+      sum += tiles[i];
+    }
+    if (lane == kWarp - 1) m.tile_first[kGroups] = sum;
+  }
+  __syncthreads();
 
-      changed = winner == warp;
-      if (changed && offers_mine) {
-        out_index[found] = best_index;
-        out_score[found] = score_of(top);
-        if (best_chunk == 0) {
-          mine.key = kGone;
-        } else {
-          spilled.keys[(best_chunk - 1) * kThreads + thread].x = kGone;
-        }
-        best_key = kGone;
+  // Tiles are dealt out to the warps, so that those of a class are in as many as there are.
+  Tile tile{};
+  const int number = lane * kWarps + warp;
+  if (number < m.tile_first[kGroups]) {
+    EFFDET_UNROLL
+    for (int step = kGroups / 2; step > 0; step /= 2)
+      if (m.tile_first[tile.group + step] <= number) tile.group += step;
+    tile.first = m.group_first[tile.group] + (number - m.tile_first[tile.group]) * kWarp;
+    tile.size = min(m.group_first[tile.group + 1] - tile.first, kWarp);
+    tile.bound = high - (level_of(m.keys[m.order[tile.first]]) << shift);
+  }
+
+  int found = 0;
+  int last_group = -1, last_place = 0;  // of the last pick, which may not be in shared memory yet
+  const auto box_at = [&](int place) { return boxes_in_shared ? m.boxes[place] : box_of(m.order[place]); };
+
+  // Tells the tile of lane `which` of the picks of its group that it does not know of, at most `most` of them.
+  const auto tell = [&](int which, int most) {
+    const int first = __shfl_sync(kAll, tile.first, which), size = __shfl_sync(kAll, tile.size, which);
+    const int group = __shfl_sync(kAll, tile.group, which);
+    int seen = __shfl_sync(kAll, tile.seen, which), told = 0;
+    const int place = first + min(lane, size - 1);
+    const int index = m.order[place];
+    const unsigned before = lane < size ? m.keys[index] : kGone;
+    const float4 box = box_at(place);
+    const std::int64_t kind = by_class ? 0 : classes[index];
+    unsigned key = before;
+    for (int first_pick = seen; first_pick < found && told < most; first_pick += kWarp) {
+      const int at = first_pick + lane;
+      int of = -1, where = 0;
+      if (at < found - 1) {
+        of = m.of_groups[at];
+        where = m.picks[at];
+      } else if (at == found - 1) {
+        of = last_group;
+        where = last_place;
       }
-      if (++found == p.max_det) break;
-      if (mine.key != kGone && mine.kind == kind) mine.key = decayed(mine.key, mine.box, pick, p);
-      if (chunks == 1) {
-        changed |= __any_sync(kAll, mine.key != best_key) != 0;
-        best_key = mine.key;
-        continue;
-      }
-      changed = true;
-      best_key = mine.key;
-      best_index = static_cast<unsigned>(mine.index);
-      best_chunk = 0;
-      for (int first = 1; first < chunks; first += kTogether) {
-        uint2 many[kTogether];
-        std::int64_t kinds[kTogether];
-        EFFDET_UNROLL
-        for (int i = 0; i < kTogether; ++i) {
-          const int at = (first + i - 1) * kThreads + thread;
-          many[i] = first + i < chunks ? spilled.keys[at] : uint2{kGone, 0};
-          kinds[i] = first + i < chunks ? spilled.kinds[at] : 0;
-        }
-        EFFDET_UNROLL
-        for (int i = 0; i < kTogether; ++i) {
-          if (many[i].x == kGone) continue;
-          if (kinds[i] == kind) {
-            const int at = (first + i - 1) * kThreads + thread;
-            const unsigned key = decayed(many[i].x, spilled.boxes[at], pick, p);
-            if (key != many[i].x) spilled.keys[at].x = key;
-            many[i].x = key;
-          }
-          if (many[i].x > best_key || (many[i].x == best_key && many[i].y < best_index)) {
-            best_key = many[i].x;
-            best_index = many[i].y;
-            best_chunk = first + i;
-          }
+      seen = min(first_pick + kWarp, found);
+      for (unsigned matches = __ballot_sync(kAll, of == group); matches; matches &= matches - 1) {
+        const int source = __ffs(static_cast<int>(matches)) - 1;
+        const int from = __shfl_sync(kAll, where, source);
+        if (key != kGone && (by_class || classes[m.order[from]] == kind))
+          key = decayed<kMethod>(key, box, box_at(from), p);
+        if (++told == most) {
+          seen = first_pick + source + 1;
+          break;
         }
       }
     }
+    if (key != before) m.keys[index] = key;
+    const unsigned best = __reduce_max_sync(kAll, key);
+    const bool is_best = comes_first(key == best, static_cast<unsigned>(index));
+    const unsigned next = __reduce_max_sync(kAll, is_best ? kGone : key);
+    const int holder = first_lane(is_best);
+    const int best_index = __shfl_sync(kAll, index, holder);
+    if (lane == which) {
+      tile.next = next;
+      tile.index = static_cast<unsigned>(best_index);
+      tile.place = first + holder;
+      tile.seen = seen;
+      tile.pending -= told;
+      tile.fresh = tile.pending == 0;
+      tile.bound = tile.fresh || best == kGone ? best : bound_of(best);
+    }
+  };
+
+  int turn = 0;
+  unsigned top = kGone;  // the best key of the warp
+  bool offers = false;   // the tile of this lane has it
+  bool anew = true;      // it must be found again
+  while (found < p.max_det) {
+    while (anew) {
+      top = __reduce_max_sync(kAll, tile.bound);
+      const bool at_top = tile.bound == top;
+      const unsigned untold = __ballot_sync(kAll, at_top && !tile.fresh);
+      if (untold && top != kGone) {
+        tell(__ffs(static_cast<int>(untold)) - 1, p.max_det);
+      } else {
+        offers = comes_first(at_top, tile.index);
+        anew = false;
+      }
+    }
+    if (offers)
+      m.offers[turn + warp] =
+          uint4{top, tile.index, static_cast<unsigned>(tile.group), static_cast<unsigned>(tile.place)};
+    const bool waits = tile.pending >= kBehind && tile.bound != kGone && top - tile.bound <= kNear;
+    if (__any_sync(kAll, waits)) {
+      const unsigned bound = __reduce_max_sync(kAll, waits ? tile.bound : kGone);
+      tell(first_lane(waits && tile.bound == bound), kSome);
+    }
+    __syncthreads();
+    const uint4 offer = lane < kWarps ? m.offers[turn + lane] : uint4{kGone, 0, 0, 0};
+    const unsigned best = __reduce_max_sync(kAll, offer.x);
+    if (best == kGone) break;
+    const int winner = first_lane(comes_first(offer.x == best, offer.y));
+    last_group = static_cast<int>(__shfl_sync(kAll, offer.z, winner));
+    last_place = static_cast<int>(__shfl_sync(kAll, offer.w, winner));
+    turn ^= kWarps;
+    anew = winner == warp;
+    if (anew && offers) {
+      out_index[found] = tile.index;
+      out_score[found] = score_of(best);
+      m.keys[tile.index] = kGone;
+      m.of_groups[found] = static_cast<unsigned char>(last_group);
+      m.picks[found] = static_cast<std::uint16_t>(last_place);
+      tile.bound = tile.next;
+    }
+    ++found;
+    if (tile.group == last_group && tile.bound != kGone) {
+      ++tile.pending;
+      tile.fresh = false;
+      tile.bound = bound_of(tile.bound);
+    }
+    __syncwarp();
+    anew |= __any_sync(kAll, !tile.fresh && tile.bound >= top && tile.bound != kGone) != 0;
   }
   let_next_kernel_start();
   if (thread == 0) {
@@ -329,16 +399,18 @@ __global__ void __launch_bounds__(kThreads) soft_nms_fwd_kernel(const SoftNmsCud
 
 }  // namespace
 
-std::int64_t soft_nms_spilled_bytes(int count) {
-  return static_cast<std::int64_t>(max(divided(count, kThreads) - 1, 0)) * kThreads * kSpilledBytes;
-}
-
 int soft_nms(const SoftNmsCudaParams& p, void* stream) {
+  const int picks = std::min(p.max_det, p.count);
+  const bool boxes_in_shared = shared_bytes(p.count, picks, true) <= shared_limit();
   Grid grid;
   grid.blocks = p.batch;
   grid.threads = kThreads;
-  grid.shared_bytes = shared_bytes(p.count);
-  return launch(soft_nms_fwd_kernel, grid, stream, p);
+  grid.shared_bytes = shared_bytes(p.count, picks, boxes_in_shared);
+  if (p.method == Method::kGaussian)
+    return launch(soft_nms_fwd_kernel<Method::kGaussian>, grid, stream, p, boxes_in_shared);
+  if (p.method == Method::kLinear)
+    return launch(soft_nms_fwd_kernel<Method::kLinear>, grid, stream, p, boxes_in_shared);
+  return launch(soft_nms_fwd_kernel<Method::kHard>, grid, stream, p, boxes_in_shared);
 }
 
 }  // namespace effdet::cuda

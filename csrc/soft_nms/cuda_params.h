@@ -8,8 +8,8 @@
 
 namespace effdet::cuda {
 
-// Candidates of an image; with more, the keys of all of them would not fit the shared memory of every GPU.
-constexpr int kMostCandidates = 12288;
+// Candidates of an image; what is kept of more would not fit the shared memory of every GPU.
+constexpr int kMostCandidates = 8192;
 
 struct SoftNmsCudaParams {
   const float* boxes;             // [batch, count, 4] xyxy, 16-byte aligned
@@ -20,16 +20,12 @@ struct SoftNmsCudaParams {
   float* score;                   // [batch, max_det]
   std::int64_t* found;            // [batch]
   std::int64_t* dropped;          // [batch]
-  void* spilled;                  // [batch, spilled_bytes]: candidates that registers do not hold; null: there are none
   std::int64_t batch;
   int count, max_det;
   Method method;
   float rate;  // -1 / (sigma ln 2): the gaussian factor is 2^(rate iou^2)
   float iou_threshold, score_threshold;
 };
-
-// Of an image with `count` candidates.
-std::int64_t soft_nms_spilled_bytes(int count);
 
 int soft_nms(const SoftNmsCudaParams& params, void* stream);
 

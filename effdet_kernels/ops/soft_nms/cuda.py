@@ -9,10 +9,8 @@ from effdet_kernels import _cuda
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops.soft_nms import op
 
-# As in csrc/soft_nms/cuda_params.h and cuda.cu.
-_MOST_CANDIDATES = 12288
-_IN_REGISTERS = 512  # candidates of an image
-_SPILLED_BYTES = 32  # of a candidate that is not there
+# As in csrc/soft_nms/cuda_params.h.
+_MOST_CANDIDATES = 8192
 
 
 def refusal(
@@ -52,10 +50,6 @@ def run(
     batch, count = scores.shape
     outputs = _gpu.allocate(op._out_spec(boxes, scores, classes, num_valid, max_det))
     index, score, found, dropped = outputs
-    spilled_bytes = max(0, -(-count // _IN_REGISTERS) - 1) * _IN_REGISTERS * _SPILLED_BYTES
-    spilled = None
-    if spilled_bytes:
-        spilled = torch.empty(batch, spilled_bytes, dtype=torch.uint8, device=scores.device)
     _cuda.launch(
         "soft_nms",
         scores,
@@ -70,8 +64,6 @@ def run(
         score=score,
         found=found,
         dropped=dropped,
-        spilled=spilled,
-        spilled_bytes=spilled_bytes,
         method=op.METHODS.index(method),
         sigma=sigma,
         iou_threshold=iou_threshold,
