@@ -1,8 +1,9 @@
-// soft_nms on a GPU: a block has an image. Candidates are sorted by class and, coarsely, by score, and cut into tiles
-// of 32; a lane of a warp keeps what is known of a tile: a bound on its scores, and its best candidate. Scores fall (or
-// rise to 0 at most), so a tile learns of the picks of its class, in their order, only when it could have the next
-// pick. A pick is one barrier: every warp offers its best candidate, every warp finds the best of them. What the design
-// costs, and what others would, is in effdet_kernels/ops/soft_nms/README.md.
+// soft_nms on a GPU: a block has an image. Candidates are sorted, coarsely, by score and cut into chunks of one for
+// each thread; a chunk takes part once the next pick could be in it. It is then sorted by class and cut into tiles of a
+// warp, which catch up with the picks that there were. Scores fall (or rise to 0 at most), so chunks that wait are
+// beneath all picks. A pick is told to the tiles that have its class, and is one barrier: every warp offers its best
+// candidate, and every warp finds the best of them. What the design costs, and what others would, is in
+// effdet_kernels/ops/soft_nms/README.md.
 #include <algorithm>
 
 #include "cuda/launch.h"
@@ -15,18 +16,12 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kGroups = 128;  // classes modulo this; a tile is of one group
-constexpr int kBinBits = 12;  // a bin is a group and, finer, a level of scores, among which the order is not known
-constexpr int kBins = 1 << kBinBits;
-constexpr int kRead = 5;  // candidates that a thread reads at a time
-static_assert(kMostCandidates / kWarp + kGroups <= kThreads, "a tile for each thread");
+constexpr int kGroups = 128;           // classes modulo this
+constexpr int kLevels = 4 * kThreads;  // of scores, among which the order is not known
+constexpr int kChunks = kWarp;         // at most: a lane for each
+constexpr int kRead = 5;               // candidates that a thread reads at a time
+static_assert(kMostCandidates <= kChunks * kThreads);
 static_assert(kMostCandidates <= 1 << 16, "places are 16-bit numbers");
-
-// A tile that is this close beneath the best of its warp, in keys (a quarter to an eighth of its score), and does not
-// know of this many picks, is told of some of them before it must be.
-constexpr unsigned kNear = 1u << 21;
-constexpr int kBehind = 2;
-constexpr int kSome = 4;
 
 // A score as an integer in the order of the numbers; -0 is 0. kGone: of no candidate, less than any.
 constexpr unsigned kGone = 0;
@@ -90,52 +85,47 @@ __device__ __forceinline__ int sum_before(int value) {
   return sum - value;
 }
 
+// The candidates of a chunk that a warp has.
 struct Tile {
-  int first, size;  // places of its candidates
-  int group;
-  unsigned bound;     // no key of it is higher
-  unsigned next;      // without the best candidate
-  unsigned index;     // of the best candidate
-  int place;          // of the best candidate
-  int seen, pending;  // its keys know of the first `seen` picks; of how many more of its group they do not
-  bool fresh;         // the bound and what is said of the best candidate are exact
+  int first, size;   // places
+  int low, high;     // groups
+  unsigned key;      // of the best candidate; kGone: none is left
+  unsigned index;    // of the best candidate
+  int place, group;  // of the best candidate
 };
 
 // The block's shared memory; `count` candidates, `picks` at most.
 struct Memory {
-  unsigned* keys;            // [count] of the candidates, after the picks that their tiles know of
-  std::uint16_t* order;      // [count] indices, by place
-  int* places;               // [kBins] where a bin's next candidate goes
-  int* group_first;          // [kGroups + 1] places
-  int* tile_first;           // [kGroups + 1] tiles
-  uint4* offers;             // [2, kWarps] a key, an index, a group, a place; in turns
+  float4* boxes;             // [count] by place, or null
+  unsigned* keys;            // [count] by index; of candidates in chunks that take part, after all picks
+  int* levels;               // [kLevels] where a level's next candidate goes
+  int* groups;               // [kGroups] the same of the groups of a chunk
+  uint4* offers;             // [2, kWarps] a key, an index, a place, a group; in turns
   uint4* censuses;           // [kWarps]
   int* sums;                 // [kWarps]
+  std::uint16_t* order;      // [count] indices, by place
   std::uint16_t* picks;      // [picks] places
-  unsigned char* of_groups;  // [picks]
-  float4* boxes;             // [count] by place, or null
+  unsigned char* in_groups;  // [count] by place, of chunks that take part
 
-  template <typename Taker>
-  __device__ __forceinline__ void take(Taker& from, int count, int picks_, bool with_boxes) {
-    boxes = with_boxes ? from.template take<float4>(count) : nullptr;
-    keys = from.template take<unsigned>(count);
-    order = from.template take<std::uint16_t>(count);
-    places = from.template take<int>(kBins);
-    group_first = from.template take<int>(kGroups + 1);
-    tile_first = from.template take<int>(kGroups + 1);
-    offers = from.template take<uint4>(2 * kWarps);
-    censuses = from.template take<uint4>(kWarps);
-    sums = from.template take<int>(kWarps);
-    picks = from.template take<std::uint16_t>(picks_);
-    of_groups = from.template take<unsigned char>(picks_);
+  __device__ __forceinline__ void take(Shared& from, int count, int picks_, bool with_boxes) {
+    boxes = with_boxes ? from.take<float4>(count) : nullptr;
+    keys = from.take<unsigned>(count);
+    levels = from.take<int>(kLevels);
+    groups = from.take<int>(kGroups);
+    offers = from.take<uint4>(2 * kWarps);
+    censuses = from.take<uint4>(kWarps);
+    sums = from.take<int>(kWarps);
+    order = from.take<std::uint16_t>(count);
+    picks = from.take<std::uint16_t>(picks_);
+    in_groups = from.take<unsigned char>(count);
   }
 };
 
 std::size_t shared_bytes(int count, int picks, bool with_boxes) {
   return Shared::rounded((with_boxes ? sizeof(float4) : 0) * count) + Shared::rounded(sizeof(unsigned) * count) +
-         Shared::rounded(sizeof(std::uint16_t) * count) + sizeof(int) * kBins +
-         2 * Shared::rounded(sizeof(int) * (kGroups + 1)) + 3 * sizeof(uint4) * kWarps + sizeof(int) * kWarps +
-         Shared::rounded(sizeof(std::uint16_t) * picks) + Shared::rounded(picks);
+         sizeof(int) * (kLevels + kGroups + kWarps) + 3 * sizeof(uint4) * kWarps +
+         Shared::rounded(sizeof(std::uint16_t) * count) + Shared::rounded(sizeof(std::uint16_t) * picks) +
+         Shared::rounded(count);
 }
 
 template <Method kMethod>
@@ -150,7 +140,6 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   const std::int64_t* const classes = p.classes ? p.classes + image * p.count : nullptr;
   std::int64_t* const out_index = p.index + image * p.max_det;
   float* const out_score = p.score + image * p.max_det;
-  const auto group_of = [&](int index) { return classes ? static_cast<int>(classes[index] & (kGroups - 1)) : 0; };
   const auto box_of = [&](int index) { return load<float4>(boxes + 4 * static_cast<std::int64_t>(index)); };
 
   wait_for_previous_kernel();
@@ -159,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
     const std::int64_t given = p.num_valid[image];
     valid = given < 0 ? 0 : given < p.count ? static_cast<int>(given) : p.count;
   }
-  for (int i = thread; i < kBins; i += kThreads) m.places[i] = 0;
+  for (int i = thread; i < kLevels; i += kThreads) m.levels[i] = 0;
 
   // The keys; how many take part, and are not finite; between which keys the levels are; whether a group is a class.
   unsigned live = 0, dropped = 0, high = kZero, low = ~0u;
@@ -209,182 +198,173 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   dropped = __reduce_add_sync(kAll, census.y);
   high = __reduce_max_sync(kAll, census.z);
   low = __reduce_min_sync(kAll, census.w);
-  const int groups = classes ? kGroups : 1;
-  const int level_bits = classes ? kBinBits - 7 : kBinBits;
-  static_assert(kGroups == 1 << 7);
-  const int shift = max(32 - __clz(static_cast<int>(high - (low < high ? low : high))) - level_bits, 0);
-  const auto level_of = [&](unsigned key) { return (high - bound_of(key)) >> shift; };
-  const auto bin_of = [&](int index) {
-    return group_of(index) << level_bits | static_cast<int>(level_of(m.keys[index]));
-  };
+  const int shift = max(32 - __clz(static_cast<int>(high - (low < high ? low : high))) - 11, 0);
+  static_assert(kLevels == 1 << 11);
+  const auto level_of = [&](unsigned key) { return static_cast<int>((high - bound_of(key)) >> shift); };
 
-  // Sorts by bin: counts, adds up, places. Where in its bin a candidate is changes nothing of the result.
+  // Sorts by level: counts, adds up, places. Where in its level a candidate is changes nothing of the result.
   for (int i = thread; i < p.count; i += kThreads)
-    if (m.keys[i] != kGone) atomicAdd(&m.places[bin_of(i)], 1);
+    if (m.keys[i] != kGone) atomicAdd(&m.levels[level_of(m.keys[i])], 1);
   __syncthreads();
-  constexpr int kOwnBins = kBins / kThreads;
-  int* const own_bins = m.places + kOwnBins * thread;
-  int in_bins[kOwnBins], before = 0;
+  int* const own_levels = m.levels + kLevels / kThreads * thread;
+  int in_levels[kLevels / kThreads], own = 0;
   EFFDET_UNROLL
-  for (int i = 0; i < kOwnBins; ++i) {
-    in_bins[i] = own_bins[i];
-    before += in_bins[i];
+  for (int i = 0; i < kLevels / kThreads; ++i) {
+    in_levels[i] = own_levels[i];
+    own += in_levels[i];
   }
-  const int own = before;
-  before = sum_before(own);
+  int before = sum_before(own);
   if (lane == kWarp - 1) m.sums[warp] = before + own;
   __syncthreads();
   before += __reduce_add_sync(kAll, lane < warp ? m.sums[lane % kWarps] : 0);
-  const int first_bin = kOwnBins * thread;
-  if ((first_bin & ((1 << level_bits) - 1)) == 0) m.group_first[first_bin >> level_bits] = before;
-  if (thread == 0) m.group_first[groups] = static_cast<int>(live);
   EFFDET_UNROLL
-  for (int i = 0; i < kOwnBins; ++i) {
-    own_bins[i] = before;
-    before += in_bins[i];
+  for (int i = 0; i < kLevels / kThreads; ++i) {
+    own_levels[i] = before;
+    before += in_levels[i];
   }
   __syncthreads();
-  for (int i = thread; i < p.count; i += kThreads) {
-    if (m.keys[i] != kGone) {
-      const int place = atomicAdd(&m.places[bin_of(i)], 1);
-      m.order[place] = static_cast<std::uint16_t>(i);
-      if (boxes_in_shared) m.boxes[place] = box_of(i);
-    }
-  }
-  if (warp == 0) {
-    constexpr int kOwnGroups = kGroups / kWarp;
-    int tiles[kOwnGroups], of_lane = 0;
-    EFFDET_UNROLL
-    for (int i = 0; i < kOwnGroups; ++i) {
-      const int group = kOwnGroups * lane + i;
-      tiles[i] = group < groups ? divided(m.group_first[group + 1] - m.group_first[group], kWarp) : 0;
-      of_lane += tiles[i];
-    }
-    int sum = sum_before(of_lane);
-    EFFDET_UNROLL
-    for (int i = 0; i < kOwnGroups; ++i) {
-      m.tile_first[kOwnGroups * lane + i] = sum;
-      sum += tiles[i];
-    }
-    if (lane == kWarp - 1) m.tile_first[kGroups] = sum;
-  }
+  for (int i = thread; i < p.count; i += kThreads)
+    if (m.keys[i] != kGone) m.order[atomicAdd(&m.levels[level_of(m.keys[i])], 1)] = static_cast<std::uint16_t>(i);
   __syncthreads();
 
-  // Tiles are dealt out to the warps, so that those of a class are in as many as there are.
-  Tile tile{};
-  const int number = lane * kWarps + warp;
-  if (number < m.tile_first[kGroups]) {
-    EFFDET_UNROLL
-    for (int step = kGroups / 2; step > 0; step /= 2)
-      if (m.tile_first[tile.group + step] <= number) tile.group += step;
-    tile.first = m.group_first[tile.group] + (number - m.tile_first[tile.group]) * kWarp;
-    tile.size = min(m.group_first[tile.group + 1] - tile.first, kWarp);
-    tile.bound = high - (level_of(m.keys[m.order[tile.first]]) << shift);
-  }
-
-  int found = 0;
-  int last_group = -1, last_place = 0;  // of the last pick, which may not be in shared memory yet
+  const int candidates = static_cast<int>(live);
   const auto box_at = [&](int place) { return boxes_in_shared ? m.boxes[place] : box_of(m.order[place]); };
+  Tile tile{};  // of this warp and chunk `lane`
+  int chunks = 0, found = 0;
+  int next_level = 0;  // of the first candidate that waits
 
-  // Tells the tile of lane `which` of the picks of its group that it does not know of, at most `most` of them.
-  const auto tell = [&](int which, int most) {
+  // The key of a candidate after the pick at a place.
+  struct Candidate {
+    int index, group;
+    float4 box;
+    unsigned key;
+  };
+  const auto after = [&](const Candidate& c, int pick_place, int pick_group, const float4& pick_box) {
+    const bool same = c.group == pick_group && (by_class || classes[m.order[pick_place]] == classes[c.index]);
+    return same ? decayed<kMethod>(c.key, c.box, pick_box, p) : c.key;
+  };
+
+  // Changes the keys of tile `which` to what `changed` returns, and finds its best candidate.
+  const auto change = [&](int which, const auto& changed) {
     const int first = __shfl_sync(kAll, tile.first, which), size = __shfl_sync(kAll, tile.size, which);
-    const int group = __shfl_sync(kAll, tile.group, which);
-    int seen = __shfl_sync(kAll, tile.seen, which), told = 0;
     const int place = first + min(lane, size - 1);
-    const int index = m.order[place];
-    const unsigned before = lane < size ? m.keys[index] : kGone;
-    const float4 box = box_at(place);
-    const std::int64_t kind = by_class ? 0 : classes[index];
-    unsigned key = before;
-    for (int first_pick = seen; first_pick < found && told < most; first_pick += kWarp) {
-      const int at = first_pick + lane;
-      int of = -1, where = 0;
-      if (at < found - 1) {
-        of = m.of_groups[at];
-        where = m.picks[at];
-      } else if (at == found - 1) {
-        of = last_group;
-        where = last_place;
-      }
-      seen = min(first_pick + kWarp, found);
-      for (unsigned matches = __ballot_sync(kAll, of == group); matches; matches &= matches - 1) {
-        const int source = __ffs(static_cast<int>(matches)) - 1;
-        const int from = __shfl_sync(kAll, where, source);
-        if (key != kGone && (by_class || classes[m.order[from]] == kind))
-          key = decayed<kMethod>(key, box, box_at(from), p);
-        if (++told == most) {
-          seen = first_pick + source + 1;
-          break;
-        }
-      }
-    }
-    if (key != before) m.keys[index] = key;
+    Candidate c;
+    c.index = m.order[place];
+    c.group = m.in_groups[place];
+    c.box = box_at(place);
+    c.key = lane < size ? m.keys[c.index] : kGone;
+    const unsigned key = changed(c);
+    if (key != c.key) m.keys[c.index] = key;
     const unsigned best = __reduce_max_sync(kAll, key);
-    const bool is_best = comes_first(key == best, static_cast<unsigned>(index));
-    const unsigned next = __reduce_max_sync(kAll, is_best ? kGone : key);
-    const int holder = first_lane(is_best);
-    const int best_index = __shfl_sync(kAll, index, holder);
+    const int holder = first_lane(comes_first(key == best, static_cast<unsigned>(c.index)));
+    const int index = __shfl_sync(kAll, c.index, holder), group = __shfl_sync(kAll, c.group, holder);
     if (lane == which) {
-      tile.next = next;
-      tile.index = static_cast<unsigned>(best_index);
+      tile.key = best;
+      tile.index = static_cast<unsigned>(index);
       tile.place = first + holder;
-      tile.seen = seen;
-      tile.pending -= told;
-      tile.fresh = tile.pending == 0;
-      tile.bound = tile.fresh || best == kGone ? best : bound_of(best);
+      tile.group = group;
     }
   };
 
-  int turn = 0;
-  unsigned top = kGone;  // the best key of the warp
-  bool offers = false;   // the tile of this lane has it
-  bool anew = true;      // it must be found again
-  while (found < p.max_det) {
-    while (anew) {
-      top = __reduce_max_sync(kAll, tile.bound);
-      const bool at_top = tile.bound == top;
-      const unsigned untold = __ballot_sync(kAll, at_top && !tile.fresh);
-      if (untold && top != kGone) {
-        tell(__ffs(static_cast<int>(untold)) - 1, p.max_det);
-      } else {
-        offers = comes_first(at_top, tile.index);
-        anew = false;
-      }
+  // The next chunk takes part.
+  const auto take_up_chunk = [&] {
+    const int first = chunks * kThreads;
+    const bool exists = first + thread < candidates;
+    int index = 0, group = 0, place = first + thread;
+    float4 box{};
+    if (exists) {
+      index = m.order[place];
+      group = classes ? static_cast<int>(classes[index] & (kGroups - 1)) : 0;
+      box = box_of(index);
     }
-    if (offers)
-      m.offers[turn + warp] =
-          uint4{top, tile.index, static_cast<unsigned>(tile.group), static_cast<unsigned>(tile.place)};
-    const bool waits = tile.pending >= kBehind && tile.bound != kGone && top - tile.bound <= kNear;
-    if (__any_sync(kAll, waits)) {
-      const unsigned bound = __reduce_max_sync(kAll, waits ? tile.bound : kGone);
-      tell(first_lane(waits && tile.bound == bound), kSome);
+    if (classes) {
+      if (thread < kGroups) m.groups[thread] = 0;
+      __syncthreads();
+      if (exists) atomicAdd(&m.groups[group], 1);
+      __syncthreads();
+      if (warp == 0) {
+        constexpr int kOwn = kGroups / kWarp;
+        int sizes[kOwn], sum = 0;
+        EFFDET_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+          sizes[i] = m.groups[kOwn * lane + i];
+          sum += sizes[i];
+        }
+        sum = first + sum_before(sum);
+        EFFDET_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+          m.groups[kOwn * lane + i] = sum;
+          sum += sizes[i];
+        }
+      }
+      __syncthreads();
+      if (exists) place = atomicAdd(&m.groups[group], 1);
+    }
+    if (exists) {
+      m.order[place] = static_cast<std::uint16_t>(index);
+      m.in_groups[place] = static_cast<unsigned char>(group);
+      if (boxes_in_shared) m.boxes[place] = box;
     }
     __syncthreads();
+    // A class is at about the same place in each chunk: its tiles go to warps that are apart.
+    const int tile_first = first + (warp + 5 * chunks) % kWarps * kWarp;
+    const int size = max(min(candidates - tile_first, kWarp), 0);
+    if (lane == chunks) {
+      tile.first = tile_first;
+      tile.size = size;
+      tile.low = size > 0 ? m.in_groups[tile_first] : 0;
+      tile.high = size > 0 ? m.in_groups[tile_first + size - 1] : 0;
+    }
+    if (size > 0) {
+      change(chunks, [&](Candidate c) {
+        EFFDET_NO_UNROLL
+        for (int i = 0; i < found; ++i) {
+          const int at = m.picks[i];
+          c.key = after(c, at, m.in_groups[at], box_at(at));
+        }
+        return c.key;
+      });
+    }
+    ++chunks;
+    if (chunks * kThreads < candidates) next_level = level_of(m.keys[m.order[chunks * kThreads]]);
+  };
+
+  if (p.max_det > 0 && candidates > 0) take_up_chunk();
+  int turn = 0;
+  bool anew = true;     // the best candidate of the warp is another
+  bool offers = false;  // it is in the tile of this lane
+  while (found < p.max_det && candidates > 0) {
+    if (anew) offers = comes_first(tile.key == __reduce_max_sync(kAll, tile.key), tile.index);
+    if (offers)
+      m.offers[turn + warp] =
+          uint4{tile.key, tile.index, static_cast<unsigned>(tile.place), static_cast<unsigned>(tile.group)};
+    __syncthreads();
     const uint4 offer = lane < kWarps ? m.offers[turn + lane] : uint4{kGone, 0, 0, 0};
+    turn ^= kWarps;
     const unsigned best = __reduce_max_sync(kAll, offer.x);
+    if (chunks * kThreads < candidates && (best == kGone || level_of(best) >= next_level)) {
+      take_up_chunk();
+      anew = true;
+      continue;
+    }
     if (best == kGone) break;
     const int winner = first_lane(comes_first(offer.x == best, offer.y));
-    last_group = static_cast<int>(__shfl_sync(kAll, offer.z, winner));
-    last_place = static_cast<int>(__shfl_sync(kAll, offer.w, winner));
-    turn ^= kWarps;
-    anew = winner == warp;
-    if (anew && offers) {
+    const int place = static_cast<int>(__shfl_sync(kAll, offer.z, winner));
+    const int group = static_cast<int>(__shfl_sync(kAll, offer.w, winner));
+    if (winner == warp && offers) {
       out_index[found] = tile.index;
       out_score[found] = score_of(best);
       m.keys[tile.index] = kGone;
-      m.of_groups[found] = static_cast<unsigned char>(last_group);
-      m.picks[found] = static_cast<std::uint16_t>(last_place);
-      tile.bound = tile.next;
-    }
-    ++found;
-    if (tile.group == last_group && tile.bound != kGone) {
-      ++tile.pending;
-      tile.fresh = false;
-      tile.bound = bound_of(tile.bound);
+      m.picks[found] = static_cast<std::uint16_t>(place);
     }
     __syncwarp();
-    anew |= __any_sync(kAll, !tile.fresh && tile.bound >= top && tile.bound != kGone) != 0;
+    unsigned tiles = __ballot_sync(kAll, tile.key != kGone && tile.low <= group && group <= tile.high);
+    anew = tiles != 0;
+    const float4 box = box_at(place);
+    for (; tiles; tiles &= tiles - 1) {
+      change(__ffs(static_cast<int>(tiles)) - 1, [&](const Candidate& c) { return after(c, place, group, box); });
+    }
+    ++found;
   }
   let_next_kernel_start();
   if (thread == 0) {
