@@ -65,14 +65,17 @@ __device__ __forceinline__ unsigned decayed(unsigned key, const float4& box, con
   return factor != 0.0f && score > p.score_threshold ? key_of(score) : kGone;
 }
 
-// Of the lanes that `tie`, the one whose index is the lowest.
-__device__ __forceinline__ bool comes_first(bool ties, unsigned index) {
-  const unsigned lanes = __ballot_sync(kAll, ties);
-  if (lanes & (lanes - 1)) ties = index == __reduce_min_sync(kAll, ties ? index : ~0u) && ties;
-  return ties;
+// Of the lanes that tie, the one whose index is the lowest: its bit.
+__device__ __forceinline__ unsigned first_of(bool ties, unsigned index) {
+  unsigned lanes = __ballot_sync(kAll, ties);
+  if (lanes & (lanes - 1)) {
+    const unsigned lowest = __reduce_min_sync(kAll, ties ? index : ~0u);
+    lanes = __ballot_sync(kAll, ties && index == lowest);
+  }
+  return lanes;
 }
-__device__ __forceinline__ int first_lane(bool is_it) {
-  return (__ffs(static_cast<int>(__ballot_sync(kAll, is_it))) - 1) & (kWarp - 1);
+__device__ __forceinline__ int lane_of(unsigned bit) {
+  return kWarp - 1 - __clz(static_cast<int>(bit));
 }
 // The sum over the lanes before this one.
 __device__ __forceinline__ int sum_before(int value) {
@@ -84,6 +87,12 @@ __device__ __forceinline__ int sum_before(int value) {
   }
   return sum - value;
 }
+
+struct Candidate {
+  float4 box;
+  int index, place, group;
+  unsigned key;
+};
 
 // The candidates of a chunk that a warp has.
 struct Tile {
@@ -101,6 +110,7 @@ struct Memory {
   int* levels;               // [kLevels] where a level's next candidate goes
   int* groups;               // [kGroups] the same of the groups of a chunk
   uint4* offers;             // [2, kWarps] a key, an index, a place, a group; in turns
+  float4* offered_boxes;     // [2, kWarps]
   uint4* censuses;           // [kWarps]
   int* sums;                 // [kWarps]
   std::uint16_t* order;      // [count] indices, by place
@@ -113,6 +123,7 @@ struct Memory {
     levels = from.take<int>(kLevels);
     groups = from.take<int>(kGroups);
     offers = from.take<uint4>(2 * kWarps);
+    offered_boxes = from.take<float4>(2 * kWarps);
     censuses = from.take<uint4>(kWarps);
     sums = from.take<int>(kWarps);
     order = from.take<std::uint16_t>(count);
@@ -123,7 +134,7 @@ struct Memory {
 
 std::size_t shared_bytes(int count, int picks, bool with_boxes) {
   return Shared::rounded((with_boxes ? sizeof(float4) : 0) * count) + Shared::rounded(sizeof(unsigned) * count) +
-         sizeof(int) * (kLevels + kGroups + kWarps) + 3 * sizeof(uint4) * kWarps +
+         sizeof(int) * (kLevels + kGroups + kWarps) + 5 * sizeof(uint4) * kWarps +
          Shared::rounded(sizeof(std::uint16_t) * count) + Shared::rounded(sizeof(std::uint16_t) * picks) +
          Shared::rounded(count);
 }
@@ -233,12 +244,16 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   int chunks = 0, found = 0;
   int next_level = 0;  // of the first candidate that waits
 
-  // The key of a candidate after the pick at a place.
-  struct Candidate {
-    int index, group;
-    float4 box;
-    unsigned key;
+  Candidate mine{};  // of the first chunk, as long as it is the only one
+  const auto candidate_at = [&](int place) {
+    Candidate c;
+    c.index = m.order[place];
+    c.place = place;
+    c.group = m.in_groups[place];
+    c.box = box_at(place);
+    return c;
   };
+  // The key of a candidate after a pick.
   const auto after = [&](const Candidate& c, int pick_place, int pick_group, const float4& pick_box) {
     const bool same = c.group == pick_group && (by_class || classes[m.order[pick_place]] == classes[c.index]);
     return same ? decayed<kMethod>(c.key, c.box, pick_box, p) : c.key;
@@ -247,16 +262,12 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   // Changes the keys of tile `which` to what `changed` returns, and finds its best candidate.
   const auto change = [&](int which, const auto& changed) {
     const int first = __shfl_sync(kAll, tile.first, which), size = __shfl_sync(kAll, tile.size, which);
-    const int place = first + min(lane, size - 1);
-    Candidate c;
-    c.index = m.order[place];
-    c.group = m.in_groups[place];
-    c.box = box_at(place);
+    Candidate c = candidate_at(first + min(lane, size - 1));
     c.key = lane < size ? m.keys[c.index] : kGone;
     const unsigned key = changed(c);
     if (key != c.key) m.keys[c.index] = key;
     const unsigned best = __reduce_max_sync(kAll, key);
-    const int holder = first_lane(comes_first(key == best, static_cast<unsigned>(c.index)));
+    const int holder = lane_of(first_of(key == best, static_cast<unsigned>(c.index)));
     const int index = __shfl_sync(kAll, c.index, holder), group = __shfl_sync(kAll, c.group, holder);
     if (lane == which) {
       tile.key = best;
@@ -315,54 +326,80 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
       tile.low = size > 0 ? m.in_groups[tile_first] : 0;
       tile.high = size > 0 ? m.in_groups[tile_first + size - 1] : 0;
     }
-    if (size > 0) {
-      change(chunks, [&](Candidate c) {
-        EFFDET_NO_UNROLL
-        for (int i = 0; i < found; ++i) {
-          const int at = m.picks[i];
-          c.key = after(c, at, m.in_groups[at], box_at(at));
-        }
-        return c.key;
-      });
+    if (chunks == 0) {
+      if (lane < size) {
+        mine = candidate_at(tile_first + lane);
+        mine.key = m.keys[mine.index];
+      }
+    } else {
+      if (chunks == 1) {  // `mine` is no longer used
+        const int first_size = __shfl_sync(kAll, tile.size, 0);
+        if (lane < first_size) m.keys[mine.index] = mine.key;
+        __syncwarp();
+        if (first_size > 0) change(0, [](const Candidate& c) { return c.key; });
+      }
+      if (size > 0) {
+        change(chunks, [&](Candidate c) {
+          EFFDET_NO_UNROLL
+          for (int i = 0; i < found; ++i) {
+            const int at = m.picks[i];
+            c.key = after(c, at, m.in_groups[at], box_at(at));
+          }
+          return c.key;
+        });
+      }
     }
     ++chunks;
     if (chunks * kThreads < candidates) next_level = level_of(m.keys[m.order[chunks * kThreads]]);
   };
 
-  if (p.max_det > 0 && candidates > 0) take_up_chunk();
   int turn = 0;
   bool anew = true;     // the best candidate of the warp is another
-  bool offers = false;  // it is in the tile of this lane
+  bool offers = false;  // this lane has it
   while (found < p.max_det && candidates > 0) {
-    if (anew) offers = comes_first(tile.key == __reduce_max_sync(kAll, tile.key), tile.index);
-    if (offers)
-      m.offers[turn + warp] =
-          uint4{tile.key, tile.index, static_cast<unsigned>(tile.place), static_cast<unsigned>(tile.group)};
+    const bool one = chunks == 1;
+    uint4 offer{one ? mine.key : tile.key, static_cast<unsigned>(one ? mine.index : static_cast<int>(tile.index)),
+                static_cast<unsigned>(one ? mine.place : tile.place),
+                static_cast<unsigned>(one ? mine.group : tile.group)};
+    if (anew) offers = lane == lane_of(first_of(offer.x == __reduce_max_sync(kAll, offer.x), offer.y));
+    if (offers) {
+      m.offers[turn + warp] = offer;
+      if (offer.x != kGone) m.offered_boxes[turn + warp] = one ? mine.box : box_at(tile.place);
+    }
     __syncthreads();
-    const uint4 offer = lane < kWarps ? m.offers[turn + lane] : uint4{kGone, 0, 0, 0};
-    turn ^= kWarps;
+    offer = lane < kWarps ? m.offers[turn + lane] : uint4{kGone, 0, 0, 0};
     const unsigned best = __reduce_max_sync(kAll, offer.x);
     if (chunks * kThreads < candidates && (best == kGone || level_of(best) >= next_level)) {
       take_up_chunk();
       anew = true;
+      turn ^= kWarps;
       continue;
     }
     if (best == kGone) break;
-    const int winner = first_lane(comes_first(offer.x == best, offer.y));
-    const int place = static_cast<int>(__shfl_sync(kAll, offer.z, winner));
-    const int group = static_cast<int>(__shfl_sync(kAll, offer.w, winner));
-    if (winner == warp && offers) {
-      out_index[found] = tile.index;
+    const int winner = lane_of(first_of(offer.x == best, offer.y));
+    const float4 box = m.offered_boxes[turn + winner];
+    const int place = static_cast<int>(m.offers[turn + winner].z), group = static_cast<int>(m.offers[turn + winner].w);
+    turn ^= kWarps;
+    // Written by a warp that has less to do than the winner's.
+    if (warp == (winner + kWarps / 2) % kWarps && lane == winner) {
+      out_index[found] = offer.y;
       out_score[found] = score_of(best);
-      m.keys[tile.index] = kGone;
       m.picks[found] = static_cast<std::uint16_t>(place);
     }
-    __syncwarp();
-    unsigned tiles = __ballot_sync(kAll, tile.key != kGone && tile.low <= group && group <= tile.high);
-    anew = tiles != 0;
-    const float4 box = box_at(place);
-    for (; tiles; tiles &= tiles - 1) {
-      change(__ffs(static_cast<int>(tiles)) - 1, [&](const Candidate& c) { return after(c, place, group, box); });
+    if (one) {
+      unsigned key = winner == warp && offers ? kGone : mine.key;
+      const bool gone = key != mine.key;
+      mine.key = key;
+      key = after(mine, place, group, box);
+      anew = __any_sync(kAll, gone || key != mine.key) != 0;
+      mine.key = key;
+    } else {
+      if (winner == warp && offers) m.keys[tile.index] = kGone;
+      __syncwarp();
+      unsigned tiles = __ballot_sync(kAll, tile.key != kGone && tile.low <= group && group <= tile.high);
+      anew = tiles != 0;
+      for (; tiles; tiles ^= 1u << lane_of(tiles))
+        change(lane_of(tiles), [&](const Candidate& c) { return after(c, place, group, box); });
     }
     ++found;
   }
