@@ -96,13 +96,14 @@ def choose(
     *,
     or_next: bool = False,
 ) -> str:
-    """The backend among ``impls`` that serves ``op``, called with ``args``, for tensors on ``device`` ("cpu" or "cuda").
+    """The backend among ``impls`` that serves ``op``, called with ``args``, on ``device`` ("cpu" or "cuda").
 
     With ``or_next``, where the backend asked for by name has no implementation, or one that does not take ``args``, the
     device's order decides: a forward in CUDA may have its backward in Triton.
     """
     name = requested()
-    if name is not None and or_next and (name not in impls or refusal(impls[name], args)):
+    refused = None if name is None or name not in impls else refusal(impls[name], args)
+    if name is not None and or_next and (name not in impls or refused):
         name = None
     if name is None:
         for candidate in _ORDER[device]:
@@ -122,7 +123,6 @@ def choose(
         raise BackendError(
             f"{op}: backend {name!r} runs on {' and '.join(_DEVICES[name])}, tensors are on {device}"
         )
-    refused = refusal(impls[name], args)
     if refused:
         raise BackendError(f"{op}: backend {name!r} was asked for, but {refused}")
     return name

@@ -10,13 +10,13 @@
 namespace effdet::cuda {
 namespace {
 
-constexpr int kGranule = 8;       // channels that a warp makes: 16 bytes
-constexpr int kMostGranules = 8;  // of a block, a warp each
+constexpr int kGranule = 8;  // channels that a warp makes: 16 bytes
 
 // What is fixed when a kernel is compiled.
 template <int kKernel, int kStride>
 struct Shape {
-  static constexpr int kTiles = kStride == 1 ? 2 : 1;  // of 16 output pixels, that a warp makes at a time
+  static constexpr int kGranules = kKernel == 3 ? 8 : 4;  // at most, of a block, a warp each
+  static constexpr int kTiles = kStride == 1 ? 2 : 1;     // of 16 output pixels, that a warp makes at a time
   static constexpr int kColumns = 16 * kTiles;
   static constexpr int kLive = divided(kKernel, kStride);                // output rows that an input row is part of
   static constexpr int kPairs = divided(kKernel, 2);                     // of taps in a row
@@ -35,24 +35,30 @@ std::size_t shared_bytes(int granules) {
   return std::size_t{S::kStages} * S::kRows * S::kPixels * padded(granules) * 16;
 }
 
-// The sum of one output element, tap by tap, from global memory.
+// The sums of the output pixels (row, column) and (row, column + 8), two channels each, tap by tap, from global memory.
 template <typename T>
-__device__ float element(const DepthwiseParams& p, std::int64_t image, int row, int column, int channel) {
+__device__ void sum_taps(float (&sums)[4], const DepthwiseParams& p, std::int64_t image, int row, int column,
+                         int channel) {
   const T* x = static_cast<const T*>(p.x.data) + image * p.x.batch_stride + channel;
-  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * p.kernel * p.kernel;
-  float sum = 0.0f;
+  const int taps = p.kernel * p.kernel;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * taps;
+  EFFDET_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
   EFFDET_NO_UNROLL
-  for (int tap = 0; tap < p.kernel * p.kernel; ++tap) {
-    const int h = row * p.stride - p.top + tap / p.kernel, w = column * p.stride - p.left + tap % p.kernel;
-    const bool exists = h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-    const float value = exists ? widen(x[h * p.x.row_stride + w * p.x.pixel_stride]) : 0.0f;
-    sum += value * widen(weight[tap]);
+  for (int tap = 0; tap < taps; ++tap) {
+    const int h = row * p.stride - p.top + tap / p.kernel, first = column * p.stride - p.left + tap % p.kernel;
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int w = first + i / 2 * 8 * p.stride;
+      const bool exists = h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+      const T* at = x + h * p.x.row_stride + w * p.x.pixel_stride + i % 2;
+      sums[i] += (exists ? widen(*at) : 0.0f) * widen(weight[i % 2 * taps + tap]);
+    }
   }
-  return sum;
 }
 
-template <typename T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kWarp* kMostGranules)
+template <typename T, int kKernel, int kStride, int kAct>
+__global__ void __launch_bounds__(kWarp* Shape<kKernel, kStride>::kGranules, kKernel == 3 ? 2 : 3)
     depthwise_conv_fwd_matrix_kernel(const DepthwiseParams p, const DepthwiseCuts cuts) {
   using S = Shape<kKernel, kStride>;
   const int granules = cuts.channels / kGranule;
@@ -70,6 +76,9 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
   const int channel = first_channel + warp_id() * kGranule;  // the warp's first
   const bool works = channel < p.channels;
 
+  // Offsets in an image have 32 bits.
+  const int x_row = static_cast<int>(p.x.row_stride), x_pixel = static_cast<int>(p.x.pixel_stride);
+  const int height = static_cast<int>(p.x.height), width = static_cast<int>(p.x.width);
   // Where this thread copies: one granule of pixels that are 32 apart.
   const int copied_granule = static_cast<int>(threadIdx.x) % granules;
   const int copied_pixel = static_cast<int>(threadIdx.x) / granules;
@@ -81,8 +90,8 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
     uint4* const to = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + copied_granule;
     for (int i = copied_pixel; i < S::kRows * S::kPixels; i += kWarp) {
       const int h = top + stage * S::kRows + i / S::kPixels, w = left + i % S::kPixels;
-      const bool exists = copies && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-      const std::int64_t at = exists ? h * p.x.row_stride + w * p.x.pixel_stride : 0;
+      const bool exists = copies && h >= 0 && h < height && w >= 0 && w < width;
+      const int at = exists ? h * x_row + w * x_pixel : 0;
       begin_copy16(to + i * pitch, source + at, exists);
     }
     end_copies();
@@ -161,18 +170,15 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
             float (&z)[4] = sums[(phase + 1) % S::kLive][tile].values;
             const int column = first_column + tile * 16 + g;
             // Zeros of the diagonals times a NaN or an infinity of another channel are NaN: once more, without them.
-            if (!finite(z[0] + z[1] + z[2] + z[3])) {
-              EFFDET_UNROLL
-              for (int i = 0; i < 4; ++i) z[i] = element<T>(p, image, row, column + i / 2 * 8, mine + i % 2);
-            }
+            if (!finite(z[0] + z[1] + z[2] + z[3])) sum_taps<T>(z, p, image, row, column, mine);
             float values[4];
             EFFDET_UNROLL
             for (int i = 0; i < 4; ++i) values[i] = z[i] * scale[i % 2] + shift[i % 2];
-            activate(values, p.act);
+            activate<kAct>(values, p.act);
             EFFDET_UNROLL
             for (int half = 0; half < 2; ++half) {
               if (column + half * 8 < p.out_width) {
-                const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + half * 8) * p.channels;
+                const int at = (row * p.out_width + column + half * 8) * p.channels;
                 store(y + at, narrow_pair<T>(values[2 * half], values[2 * half + 1]));
                 total[0] += values[2 * half];
                 total[1] += values[2 * half + 1];
@@ -294,7 +300,7 @@ __global__ void __launch_bounds__(128)
               float values[4];
               EFFDET_UNROLL
               for (int k = 0; k < 4; ++k) values[k] = sums[(phase + 1) % S::kLive][c][k] * scale[k] + shift[k];
-              activate(values, p.act);
+              activate<kAny>(values, p.act);
               if (column + c < p.out_width) {
                 const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + c) * p.channels;
                 store(y + at, float4{values[0], values[1], values[2], values[3]});
@@ -335,9 +341,14 @@ int launch_of(const DepthwiseParams& p, void* stream) {
   const int granules = cuts.channels / kGranule;
   grid.threads = kWarp * granules;
   grid.shared_bytes = shared_bytes<Shape<kKernel, kStride>>(granules);
+  const bool swish = p.act == kSwish;
   if (p.dtype == kBFloat16)
-    return launch(depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride>, grid, stream, p, cuts);
-  return launch(depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride>, grid, stream, p, cuts);
+    return launch(swish ? depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride, kSwish>
+                        : depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride, kAny>,
+                  grid, stream, p, cuts);
+  return launch(swish ? depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride, kSwish>
+                      : depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride, kAny>,
+                grid, stream, p, cuts);
 }
 
 }  // namespace
@@ -351,8 +362,8 @@ DepthwiseCuts depthwise_cuts(const DepthwiseParams& p) {
     cuts.blocks = divided(p.channels, cuts.channels);
     return cuts;
   }
-  const int granules = p.channels / kGranule;
-  cuts.blocks = divided(granules, kMostGranules);
+  const int granules = p.channels / kGranule, most = p.kernel == 3 ? Shape<3, 1>::kGranules : Shape<5, 1>::kGranules;
+  cuts.blocks = divided(granules, most);
   cuts.channels = divided(granules, cuts.blocks) * kGranule;
   cuts.tiles = divided(p.out_width, p.stride == 1 ? Shape<3, 1>::kColumns : Shape<3, 2>::kColumns);
   return cuts;

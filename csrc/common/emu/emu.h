@@ -81,6 +81,7 @@ struct Lanes {
     std::memcpy(&value, slots + 64 * lane, sizeof(T));
     return value;
   }
+  const T& at(int lane) const { return *reinterpret_cast<const T*>(slots + 64 * lane); }
 };
 
 template <typename T>
