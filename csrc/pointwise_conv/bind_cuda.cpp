@@ -31,13 +31,8 @@ PointwiseParams read(const Fields& f) {
   const std::int64_t unit = 16 / size_of(p.dtype);
   if (p.in_channels % unit != 0) throw std::invalid_argument("in_channels: not a multiple of 16 bytes");
   if (p.out_channels % unit != 0) throw std::invalid_argument("out_channels: not a multiple of 16 bytes");
-  if (p.x.height * p.x.width > std::numeric_limits<int>::max() / 2)
-    throw std::invalid_argument("x: more than 2^30 pixels");
-  constexpr std::int64_t kMostSpan = std::int64_t{1} << 33;  // kernels count 16 bytes in 32 bits
-  if ((p.x.height - 1) * p.x.row_stride + (p.x.width - 1) * p.x.pixel_stride > kMostSpan)
-    throw std::invalid_argument("x: an image spans more than 2^33 elements");
-  if (std::int64_t{p.in_channels} * p.out_channels > kMostSpan)
-    throw std::invalid_argument("weight: more than 2^33 elements");
+  if (std::int64_t{p.in_channels} * p.out_channels > kMostInside)
+    throw std::invalid_argument("weight: more than 2^31 elements");
   return p;
 }
 

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       values[4 * i + half + 1] = values[4 * i + half + 1] * scale.y + shift.y;
     }
   }
-  activate(values, p.act);
+  activate<kAny>(values, p.act);
   EFFDET_UNROLL
   for (int i = 0; i < S::kWhole; ++i) {
     const int row = (down * S::kRowTiles + (i * S::kDeep + deep) / S::kColumnTiles) * 16 + g;

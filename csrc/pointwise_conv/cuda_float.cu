@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(S::kThreads)
     EFFDET_UNROLL
     for (int j = 0; j < S::kColumns; ++j)
       sums[i][j] = sums[i][j] * affine[column + 16 * j] + affine[S::kOut + column + 16 * j];
-    activate(sums[i], p.act);
+    activate<kAny>(sums[i], p.act);
     const int pixel = first + row + 8 * i;
     const std::int64_t at = pixel / width * p.residual.row_stride + pixel % width * p.residual.pixel_stride;
     EFFDET_UNROLL

@@ -9,8 +9,7 @@ from effdet_kernels import _cuda, _library, _native
 from effdet_kernels.ops import _walk
 
 _MOST_CHANNELS = 4032  # of x; csrc/pointwise_conv/cuda.h has the same
-_MOST_PIXELS = 2**30
-_MOST_SPAN = 2**33  # elements of an image, and of the weights
+_MOST_INSIDE = 2**31 - 1 - 2**16  # elements that an image spans, and of the weights
 
 
 def refusal(
@@ -38,13 +37,11 @@ def refusal(
         return f"weight: has {weight.shape[0]} output channels, takes a multiple of {unit}"
     if weight.shape[1] > _MOST_CHANNELS:
         return f"x: has {x.shape[1]} channels, takes at most {_MOST_CHANNELS}"
-    if x.shape[2:].numel() > _MOST_PIXELS:
-        return f"x: has {x.shape[2:].numel()} pixels, takes at most {_MOST_PIXELS}"
-    span = (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
-    if span > _MOST_SPAN:
-        return f"x: an image spans {span} elements, takes at most {_MOST_SPAN}"
-    if weight.numel() > _MOST_SPAN:
-        return f"weight: has {weight.numel()} elements, takes at most {_MOST_SPAN}"
+    for name, image in (("x", x), ("residual", residual)):
+        if image is not None and _span(image) > _MOST_INSIDE:
+            return f"{name}: an image spans {_span(image)} elements, takes at most {_MOST_INSIDE}"
+    if weight.numel() > _MOST_INSIDE:
+        return f"weight: has {weight.numel()} elements, takes at most {_MOST_INSIDE}"
     return _cuda.misaligned("weight", weight)
 
 
@@ -88,11 +85,15 @@ def run(
     return [y]
 
 
+def _span(x: Tensor) -> int:
+    """Elements from an image's first to its last."""
+    return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
+
+
 def _one_image(maps: list[Tensor]) -> bool:
     """Whether the pixels of all images lie one after another: then no tile ends with an image."""
-    pixels = maps[0].shape[0] * maps[0].shape[2:].numel()
     dense = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
-    return dense and pixels <= _MOST_PIXELS and maps[0].numel() <= _MOST_SPAN
+    return dense and max(m.numel() for m in maps) <= _MOST_INSIDE
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
