@@ -1,4 +1,4 @@
-# make demo | test | triton-quick | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
+# make demo | test | emulate | triton-quick | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,9 +10,12 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest $(if $(DATA),--data=$(DATA))
 # Shares hold neighbours, so that what the tests of a file share is made once; who is done takes half of the other's rest.
 PARALLEL := -n $(JOBS) --dist worksteal
+EMULATOR := build/emulator
+# AddressSanitizer must be there before anything else is loaded, and the C++ library for its exceptions.
+SANITIZED := ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test triton triton-quick parity lint types wheel verify check check-full peers bench clean
+.PHONY: demo test emulator emulate triton triton-quick parity lint types wheel verify check check-full peers bench clean
 
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
@@ -27,6 +30,14 @@ triton-quick: $(INSTALLED)  ## Triton kernels: a small case of each op interpret
 triton: $(INSTALLED)  ## the same of all small cases, and of all calls in the table of machine code
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow" tests/triton
 	$(PYTEST) $(PARALLEL) tests/test_aot.py
+
+emulator: $(INSTALLED)  ## the CUDA kernels built for a CPU, with the emulator of csrc/common/emu
+	$(BIN)/cmake -G Ninja -S csrc/common/emu -B $(EMULATOR) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(EMULATOR)
+
+emulate: emulator  ## CUDA kernels through the harness on the emulator, under AddressSanitizer
+	$(SANITIZED) $(PYTEST) $(PARALLEL) -m "not slow" tests/cuda --emulator=$(EMULATOR)
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
 	$(PYTEST) $(PARALLEL) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
@@ -45,7 +56,7 @@ wheel: $(INSTALLED)  ## build the wheel and use it where there is neither a comp
 verify: $(INSTALLED)  ## every op on every backend that is here, as a table
 	$(BIN)/python -m effdet_kernels.verify
 
-check: test triton-quick lint types parity wheel demo
+check: test emulate triton-quick lint types parity wheel demo
 
 check-full: check triton  ## also the tests that take minutes
 	$(PYTEST) -m slow
@@ -58,7 +69,7 @@ bench: $(INSTALLED)  ## each op's real shapes; see docs/benchmarks.md
 $(INSTALLED): constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy
-	$(BIN)/pip install -q -c constraints.txt -e ".[plot,hub,test]" ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt -e ".[plot,hub,test]" ruff mypy clang-format cmake ninja pybind11
 	touch $@
 
 $(ORACLE)/.installed: tests/oracle/requirements.txt

@@ -108,7 +108,7 @@ def load_emulator(path: Path) -> None:
 
 @contextlib.contextmanager
 def emulated_order(seed: int) -> Iterator[None]:
-    """Inside, the emulator visits blocks, warps and threads in an order drawn with ``seed``; 0 ascending, 1 descending."""
+    """Inside, the emulator visits blocks, warps and threads in an order drawn with ``seed``; 0 up, 1 down."""
     if _emulator is None:
         yield
         return
@@ -153,14 +153,18 @@ def launch(name: str, like: Tensor, **fields: Any) -> None:
         RuntimeError: the launch failed; CUDA's error is in the message, and does not stay.
     """
     if not like.is_cuda:
-        _native.check(getattr(_emulator, f"{name}_cuda")(fields, 0), name)
+        check(getattr(_emulator, f"{name}_cuda")(fields, 0), name)
         return
     with torch.cuda.device(like.device):
         stream = torch.cuda.current_stream().cuda_stream
-        status = getattr(_native.module(), f"{name}_cuda")(fields, stream)
+        check(getattr(_native.module(), f"{name}_cuda")(fields, stream), name)
+
+
+def check(status: int, op: str) -> None:
+    """Turns what a launch returned into an exception; a negative status is a CUDA error's."""
     if status < 0:
-        raise RuntimeError(f"{name}: CUDA: {_native.module().cuda_error(-status)}")
-    _native.check(status, name)
+        raise RuntimeError(f"{op}: CUDA: {_native.module().cuda_error(-status)}")
+    _native.check(status, op)
 
 
 def map_fields(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:

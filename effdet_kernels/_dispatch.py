@@ -96,7 +96,7 @@ def choose(
     *,
     or_next: bool = False,
 ) -> str:
-    """The backend among ``impls`` that serves ``op``, called with ``args``, for tensors on ``device`` ("cpu" or "cuda").
+    """The backend among ``impls`` that serves ``op``, called with ``args``, on ``device`` ("cpu" or "cuda").
 
     With ``or_next``, where the backend asked for by name has no implementation, or one that does not take ``args``, the
     device's order decides: a forward in CUDA may have its backward in Triton.

@@ -84,7 +84,8 @@ def usual_layout(backend: str) -> Arrangement | None:
     return _USUAL.get(backend)
 
 
-def _arranged(inputs: Inputs, arrange: Arrangement | None) -> Inputs:
+def arranged(inputs: Inputs, arrange: Arrangement | None) -> Inputs:
+    """``inputs`` with every tensor laid out by ``arrange``; None: as they are."""
     if arrange is None:
         return inputs
     return {name: map_tensors(value, arrange) for name, value in inputs.items()}
@@ -108,7 +109,7 @@ def check_forward(
     Raises:
         CheckError: the kernel wrote outside of its outputs, or into its inputs.
     """
-    inputs = _arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
+    inputs = arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
     return spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype, case.times)
 
 
@@ -158,7 +159,7 @@ def check_gradient(
     Raises:
         CheckError: a kernel wrote outside of its outputs, or into its inputs or the outputs' gradients.
     """
-    inputs = _arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
+    inputs = arranged(spec.inputs(case, dtype, device), arrange or usual_layout(backend))
     inputs = _asking(spec, inputs)
     grads, found = run_backward_guarded(spec, case, inputs, backend, arrange_grads, parts, only)
     return spec.gradient_ratio(inputs, grads, found, dtype, case.times)
@@ -282,7 +283,7 @@ def check_repeatable(
     Raises:
         CheckError: they do not.
     """
-    inputs = _arranged(spec.inputs(case, dtype, device), usual_layout(backend))
+    inputs = arranged(spec.inputs(case, dtype, device), usual_layout(backend))
     runs = _runs(lambda seed: run_guarded(spec, inputs, backend, seed), backend, device)
     _refuse_differences(runs, "output")
 
@@ -295,7 +296,7 @@ def check_gradient_repeatable(
     Raises:
         CheckError: they do not.
     """
-    drawn = _arranged(spec.inputs(case, dtype, device), usual_layout(backend))
+    drawn = arranged(spec.inputs(case, dtype, device), usual_layout(backend))
     inputs = _asking(spec, drawn)
 
     def run(seed: int) -> list[Tensor]:
@@ -341,7 +342,7 @@ def check_nonfinite(
                 continue
             for j, value in enumerate(_NONFINITE):
                 flat[(i + j * max(1, flat.numel() // 3)) % flat.numel()] = value
-            inputs = _arranged(inputs, usual_layout(backend))
+            inputs = arranged(inputs, usual_layout(backend))
             worst = max(worst, spec.error_ratio(inputs, run_guarded(spec, inputs, backend), dtype))
     return worst
 
@@ -364,7 +365,7 @@ def check_autocast(
     Raises:
         CheckError: they do not.
     """
-    inputs = _arranged(spec.inputs(case, torch.float32, device), usual_layout(backend))
+    inputs = arranged(spec.inputs(case, torch.float32, device), usual_layout(backend))
     rule = operator(spec).autocast
     cast = {
         name: map_tensors(value, lambda t: t.to(low) if t.is_floating_point() else t)

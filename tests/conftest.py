@@ -16,6 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data", type=Path, help="folder with bccd/, photos/ and detections/ (optional real data)"
     )
+    parser.addoption(
+        "--emulator",
+        type=Path,
+        help="folder of the emulator of CUDA (make emulator), for tests/cuda",
+    )
     parser.addoption("--oracle", type=Path, help="python of an environment with PyPI effdet 0.4.1")
 
 
