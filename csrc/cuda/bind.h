@@ -6,15 +6,16 @@
 namespace effdet::cuda {
 
 // A map whose channels are read in 16-byte vectors: the address and all strides are multiples of them.
-inline Map checked_vectors(const char* name, const Map& map, int dtype) {
-  const std::int64_t unit = 16 / size_of(dtype);
+inline Map as_vector_map(const Fields& f, const char* name, const pybind11::handle& value) {
+  const Map map = f.as_map(name, value);
+  const std::int64_t unit = 16 / size_of(f.dtype());
   if (reinterpret_cast<std::uintptr_t>(map.data) % 16 != 0 || map.batch_stride % unit != 0 ||
       map.row_stride % unit != 0 || map.pixel_stride % unit != 0)
     throw std::invalid_argument(std::string(name) + ": the address or a stride is not a multiple of 16 bytes");
   return map;
 }
 inline Map vector_map(const Fields& f, const char* name) {
-  return checked_vectors(name, f.map(name), f.dtype());
+  return as_vector_map(f, name, f.get(name));
 }
 
 inline int count(const Fields& f, const char* name, std::int64_t smallest = 1) {

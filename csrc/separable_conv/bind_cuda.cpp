@@ -26,7 +26,7 @@ SeparableLevel read_level(const Fields& f, const SeparableParams& p) {
   const auto scale = by_net(f, "scale", p.nets), shift = by_net(f, "shift", p.nets);
   for (int net = 0; net < p.nets; ++net) {
     Map& map = level.x[net];
-    map = checked_vectors("x", f.as_map("x", x[net]), p.dtype);
+    map = as_vector_map(f, "x", x[net]);
     check(map.height == level.height && map.width == level.width, "x: is not of the size of the level");
     check(map.row_stride >= 0 && map.pixel_stride >= 0 &&
               (level.height - 1) * map.row_stride + (level.width - 1) * map.pixel_stride + p.channels <= kLargest,
