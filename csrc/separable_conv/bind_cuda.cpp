@@ -1,5 +1,5 @@
 #include "common/activation_codes.h"
-#include "cuda/bind.h"
+#include "cuda/bind_fusion.h"
 #include "separable_conv/cuda.h"
 
 namespace effdet::cuda {
@@ -18,29 +18,31 @@ pybind11::list by_net(const Fields& f, const char* name, int nets) {
   return found;
 }
 
-SeparableLevel read_level(const Fields& f, const SeparableParams& p) {
+SeparableLevel read_level(const Fields& f, const SeparableParams& p, bool fused) {
   SeparableLevel level{};
   level.height = count(f, "height");
   level.width = count(f, "width");
-  const auto x = by_net(f, "x", p.nets), y = by_net(f, "y", p.nets);
-  const auto scale = by_net(f, "scale", p.nets), shift = by_net(f, "shift", p.nets);
+  const auto y = by_net(f, "y", p.nets), scale = by_net(f, "scale", p.nets), shift = by_net(f, "shift", p.nets);
   for (int net = 0; net < p.nets; ++net) {
-    Map& map = level.x[net];
-    map = as_vector_map(f, "x", x[net]);
-    check(map.height == level.height && map.width == level.width, "x: is not of the size of the level");
-    check(map.row_stride >= 0 && map.pixel_stride >= 0 &&
-              (level.height - 1) * map.row_stride + (level.width - 1) * map.pixel_stride + p.channels <= kLargest,
-          "x: an image has too many elements");
+    if (!fused) {
+      Map& map = level.x[net];
+      map = as_vector_map(f, "x", by_net(f, "x", p.nets)[net]);
+      check(map.height == level.height && map.width == level.width, "x: is not of the size of the level");
+      check(map.row_stride >= 0 && map.pixel_stride >= 0 &&
+                (level.height - 1) * map.row_stride + (level.width - 1) * map.pixel_stride + p.channels <= kLargest,
+            "x: an image has too many elements");
+    }
     level.y[net] = Fields::as_pointer("y", y[net], 16);
     check(level.y[net] != nullptr, "y: got a null address");
-    check(std::int64_t{level.height} * level.width <= kLargest, "y: an image has too many pixels");
+    check(std::int64_t{level.height} * level.width <= kLargest / p.out_channels[net],
+          "y: an image has too many elements");
     level.scale[net] = static_cast<const float*>(Fields::as_pointer("scale", scale[net], 4));
     level.shift[net] = static_cast<const float*>(Fields::as_pointer("shift", shift[net], 4));
   }
   return level;
 }
 
-SeparableParams read(const Fields& f) {
+SeparableParams read_rest(const Fields& f, bool fused) {
   SeparableParams p{};
   p.dtype = f.dtype();
   check(p.dtype != kFloat64, "dtype: got float64, takes float32, bfloat16 or float16");
@@ -76,8 +78,20 @@ SeparableParams read(const Fields& f) {
   for (int i = 0; i < p.count; ++i) {
     auto level = levels[i].cast<pybind11::dict>();
     level["dtype"] = p.dtype;
-    p.levels[i] = read_level(Fields(level, kFloat16), p);
+    p.levels[i] = read_level(Fields(level, kFloat16), p, fused);
   }
+  return p;
+}
+
+SeparableParams read(const Fields& f) {
+  return read_rest(f, false);
+}
+
+FusedSeparableParams read_fused(const Fields& f) {
+  FusedSeparableParams p{read_rest(f, true), read_fused_maps(f)};
+  check(p.rest.nets == 1 && p.rest.count == 1, "levels: takes one of one net");
+  const SeparableLevel& level = p.rest.levels[0];
+  check(p.maps.height == level.height && p.maps.width == level.width, "levels: is not of the size of the maps' sum");
   return p;
 }
 
@@ -85,6 +99,7 @@ SeparableParams read(const Fields& f) {
 
 void bind_cuda_separable_conv(pybind11::module_& module) {
   bind_kernel<SeparableParams>(module, "separable_conv", read, separable_conv);
+  bind_kernel<FusedSeparableParams>(module, "separable_conv_fused", read_fused, separable_conv_fused);
 }
 
 }  // namespace effdet::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/map.h"
+#include "cuda/fusion.h"
 
 namespace effdet::cuda {
 
@@ -43,9 +43,17 @@ struct SeparableParams {
 struct SeparableCuts {
   int vectors, pitch;  // of a pixel in shared memory: that are used, and to the next pixel
   int pieces;          // of the input channels, a stage of the ring each
+  int padded;          // output channels, of the net that has most, to whole groups
+};
+
+// A node: one net and one level, whose map is the weighted sum of maps; levels[0].x is not read.
+struct FusedSeparableParams {
+  SeparableParams rest;
+  FusedMaps maps;
 };
 
 int separable_conv(const SeparableParams& params, void* stream);
+int separable_conv_fused(const FusedSeparableParams& params, void* stream);
 
 // Whether a tile of the dtype may have `rows` rows, and of how many warps a block is a multiple then; 0: it may not.
 int separable_warps(int dtype, int rows);

@@ -10,7 +10,7 @@ namespace effdet::cuda {
 // A thread's results of a group: kChannels channels, channel(i), of kPixels pixels of each row, column(pixel).
 template <typename T, int kTiles>
 struct Product {
-  static constexpr int kPixels = 2, kChannels = 8;
+  static constexpr int kPixels = 2, kChannels = 8, kPair = 2;
   static constexpr int kStep = 2;  // 16-byte vectors of input channels that go at a time
   Products sums[2][kTiles][4];     // by group
 
@@ -54,10 +54,19 @@ struct Product {
   // With `wide` the 8 channels lie next to each other: then row r of a group of weights in shared memory is of
   // channel wide_channel(r).
   static __device__ __forceinline__ int channel(int i, bool wide) {
-    return wide ? lane_id() % 4 * 8 + i : i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+    return lane_id() % 4 * (wide ? 8 : 2) + i / 2 * (wide ? 2 : 8) + i % 2;
   }
   static __device__ __forceinline__ int channel_of_row(int row, bool wide) {
     return wide ? row / 32 * 32 + row / 2 % 4 * 8 + row / 8 % 4 * 2 + row % 2 : row;
+  }
+
+  // Scale and shift of kPair channels next to each other.
+  static __device__ __forceinline__ void load_affine(const float* affine, float (&factors)[2], float (&addends)[2]) {
+    const float4 found = load<float4>(affine);
+    factors[0] = found.x;
+    addends[0] = found.y;
+    factors[1] = found.z;
+    addends[1] = found.w;
   }
 
   // Writes the results of a pixel; `y`: its first channel of the group, of which `left` exist.
@@ -84,7 +93,7 @@ struct Product {
 // float32, with multiply-adds.
 template <>
 struct Product<float, 1> {
-  static constexpr int kPixels = 4, kChannels = 4;
+  static constexpr int kPixels = 4, kChannels = 4, kPair = 1;
   static constexpr int kStep = 1;
   float sums[kPixels][2 * kChannels];
 
@@ -120,6 +129,12 @@ struct Product<float, 1> {
   static __device__ __forceinline__ int column(int pixel) { return lane_id() / 8 + 4 * pixel; }
   static __device__ __forceinline__ int channel(int i, bool) { return lane_id() % 8 + 8 * i; }
   static __device__ __forceinline__ int channel_of_row(int row, bool) { return row; }
+
+  static __device__ __forceinline__ void load_affine(const float* affine, float (&factors)[1], float (&addends)[1]) {
+    const float2 found = load<float2>(affine);
+    factors[0] = found.x;
+    addends[0] = found.y;
+  }
 
   static __device__ __forceinline__ void write(float* y, const float* values, int left, bool) {
     EFFDET_UNROLL

@@ -130,6 +130,34 @@ CASES = (
         _vectors(f"vectors_far_{act}", [(3, 4)], [8], channels=8, pre_act=act, act=act, std=FAR)
         for act in ACTS
     ],
+    _node("fused_vectors", (4, 17, "identity"), (2, 9, "nearest"), channels=16, tags=VECTORS),
+    _node(
+        "fused_vectors_three",
+        (3, 4, "identity"),
+        (2, 2, "nearest"),
+        (5, 7, "max"),
+        channels=8,
+        act="relu",
+        tags=VECTORS,
+    ),
+    _node(
+        "fused_vectors_softmax",
+        (3, 5, "identity"),
+        (2, 2, "bilinear"),
+        channels=8,
+        method="attn",
+        tags=VECTORS,
+    ),
+    _node(
+        "fused_vectors_sum",
+        (2, 3, "identity"),
+        (4, 6, "max"),
+        channels=72,
+        batch=1,
+        method="sum",
+        scaled=False,
+        tags=VECTORS,
+    ),
     _case(
         "blocks",
         [(19, 37), (10, 19), (5, 10)],

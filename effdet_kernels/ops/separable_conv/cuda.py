@@ -12,12 +12,13 @@ from torch import Tensor
 from effdet_kernels import _cuda, _native
 from effdet_kernels.ops import _walk
 from effdet_kernels.ops.separable_conv import op
+from effdet_kernels.ops.weighted_fusion import cuda as fusion
 
 _KERNEL = 3
 _MOST_LEVELS = 8  # of a launch, csrc/separable_conv/cuda.h has the same
 _WIDTH = 16  # output pixels of a tile's row
 _GROUP = 32  # output channels
-_SLICE = 8  # 16-byte vectors
+_MOST_ELEMENTS = 2**31  # of an image
 _SHARED_KB = 227  # of a multiprocessor that blocks are to share
 
 
@@ -49,21 +50,36 @@ def refusal(
     """Why the kernel does not take a call, or None."""
     if statistics:
         return "statistics: got True, takes False"
-    if method != "none":
-        return f"method: got {method!r}, takes None"
     for i, weight in enumerate(dw_weight):
         if weight.shape[2] != _KERNEL:
             return f"dw_weight[{i}]: has a side of {weight.shape[2]}, takes {_KERNEL}"
-    for i, level in enumerate(x):
-        refused = _cuda.refused_map(f"x[{i}]", level)
+    if method != "none":
+        refused = fusion.refusal(x, fusion_weight, method, resample, size, pool_padding, "none")
+        if refused:
+            return refused.replace("weight:", "fusion_weight:")
+        widest = len(pw_weight[0])
+        if size[0] * size[1] * widest >= _MOST_ELEMENTS:
+            return f"size: got {tuple(size)}, takes less than 2^31 elements an image"
+    else:
+        refused = _refused_levels(x, pw_weight)
         if refused:
             return refused
-        if _extent(level) > 2**31 - 1:
-            return f"x[{i}]: an image has {_extent(level)} elements, takes less than 2^31"
     channels, kb = x[0].shape[1], _cuda.shared_kb(x[0])
     widest = max(len(weight) for weight in pw_weight)
     if _cut(x[0].element_size(), channels, widest, x[0].shape[0], (), kb) is None:
         return f"x[0]: has {channels} channels, whose smallest tile is more than {kb} KB of shared memory"
+    return None
+
+
+def _refused_levels(x: Sequence[Tensor], pw_weight: Sequence[Tensor]) -> str | None:
+    widest = max(len(weight) for weight in pw_weight)
+    for i, level in enumerate(x):
+        refused = _cuda.refused_map(f"x[{i}]", level)
+        if refused:
+            return refused
+        pixels = level.shape[2] * level.shape[3]
+        if max(_extent(level), pixels * widest) >= _MOST_ELEMENTS:
+            return f"x[{i}]: an image of it, or of a result, has 2^31 elements or more"
     return None
 
 
@@ -105,14 +121,18 @@ def run(
     pw_weight = [_aligned(weight) for weight in pw_weight]
     scale = [vector.contiguous() for vector in scale]
     shift = [vector.contiguous() for vector in shift]
+    name, fused = "separable_conv", {}
+    if method != "none":
+        name = "separable_conv_fused"
+        fused = fusion.fields(x, fusion_weight, method, resample, size, pool_padding)
     for begin in range(0, levels, _MOST_LEVELS):
         these = range(begin, min(begin + _MOST_LEVELS, levels))
         outputs = [[net * levels + level for net in range(nets)] for level in these]
-        sizes = tuple(tuple(y[of_nets[0]].shape[2:]) for of_nets in outputs for _ in of_nets)
+        sizes = tuple(tuple(y[i].shape[2:]) for of_nets in outputs for i in of_nets)
         cut = _cut(x[0].element_size(), channels, max(widths), batch, sizes, _cuda.shared_kb(x[0]))
         assert cut is not None
         _cuda.launch(
-            "separable_conv",
+            name,
             x[0],
             dtype=_cuda.DTYPE_CODES[x[0].dtype],
             batch=batch,
@@ -127,7 +147,7 @@ def run(
                 {
                     "height": y[of_nets[0]].shape[2],
                     "width": y[of_nets[0]].shape[3],
-                    "x": [_cuda.map_fields(x[i % len(x)]) for i in of_nets],
+                    "x": [] if fused else [_cuda.map_fields(x[i % len(x)]) for i in of_nets],
                     "y": [y[i] for i in of_nets],
                     "scale": [scale[i] if scale else None for i in of_nets],
                     "shift": [shift[i] if shift else None for i in of_nets],
@@ -135,6 +155,7 @@ def run(
                 for of_nets in outputs
             ],
             **cut._asdict(),
+            **fused,
         )
     return y
 
@@ -170,6 +191,7 @@ def _cut(
         groups = 1 if widest <= _GROUP * (warps // down) else 2
         panel = _GROUP * groups * (warps // down)
         fixed = 9 * channels * size + (rows + 2) * (_WIDTH + 2) * (vectors | 1) * 16
+        fixed += -(-widest // _GROUP) * _GROUP * 8
         fits = []
         for depth in dict.fromkeys((vectors, *(d for d in (8, 4) if d < vectors))):
             pieces = -(-widest // panel) * -(-vectors // depth)
