@@ -23,7 +23,9 @@ from effdet_kernels import _native
 OLDEST = (8, 0)  # compute capability that kernels are compiled for
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = 16  # of a vector of channels
+_LARGEST_KB = 227  # of shared memory, that a block may have on any device
 _emulator: Any = None
+_emulated_kb = _LARGEST_KB
 _EMULATOR_REASON = "the emulator of CUDA is not loaded: it is for tests (make emulate)"
 
 
@@ -120,11 +122,25 @@ def emulated_order(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def emulated_shared_memory(kilobytes: int) -> Iterator[None]:
     """Inside, a block has at most so much shared memory, as on a smaller GPU."""
+    global _emulated_kb
+    _emulated_kb = kilobytes
     _emulator.set_shared_limit(kilobytes * 1024)
     try:
         yield
     finally:
-        _emulator.set_shared_limit(227 * 1024)
+        _emulated_kb = _LARGEST_KB
+        _emulator.set_shared_limit(_LARGEST_KB * 1024)
+
+
+def shared_kb(x: Tensor) -> int:
+    """KB of shared memory that a block may have on the device of ``x``."""
+    return _device_shared_kb(x.device.index) if x.is_cuda else _emulated_kb
+
+
+@functools.cache
+def _device_shared_kb(index: int) -> int:
+    properties: Any = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin // 1024
 
 
 # Calls -------------------------------------------------------------------------------------------

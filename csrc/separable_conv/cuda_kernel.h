@@ -1,0 +1,277 @@
+// The kernel of separable_conv's forward: a block makes all output channels of a tile of a level. The patch around the
+// tile is copied into shared memory in slices of channels, convolved there in place, slice by slice, and is then the
+// left operand of the product with the pointwise weights, which pass through a ring. What the design costs, and what
+// others would, is in effdet_kernels/ops/separable_conv/README.md.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/fusion.h"
+#include "cuda/launch.h"
+#include "separable_conv/cuda_product.h"
+
+namespace effdet::cuda {
+
+struct NotFused {};
+
+// What is fixed when a kernel is compiled.
+template <typename T, int kRows>
+struct Shape {
+  static constexpr int kTiles = sizeof(T) == 2 && kRows == 8 ? 2 : 1;  // rows of a tile that a warp multiplies
+  static constexpr int kDown = kRows / kTiles;                         // warps, one below another
+  static constexpr int kPatch = (kRows + 2) * kPatchWidth;             // pixels
+  using Sums = Product<T, kTiles>;
+};
+
+// x, of which the compiler does not know that it is the same as in the last turn of a loop: what follows from it is
+// computed anew instead of kept in registers.
+__device__ __forceinline__ int fresh(int x) {
+#ifndef EFFDET_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Waits for all groups of copies but the newest `left`, or 8 of them.
+__device__ __forceinline__ void wait_for_all_but(int left) {
+  switch (left) {
+    case 0:
+      return wait_for_copies<0>();
+    case 1:
+      return wait_for_copies<1>();
+    case 2:
+      return wait_for_copies<2>();
+    case 3:
+      return wait_for_copies<3>();
+    case 4:
+      return wait_for_copies<4>();
+    case 5:
+      return wait_for_copies<5>();
+    case 6:
+      return wait_for_copies<6>();
+    case 7:
+      return wait_for_copies<7>();
+    default:
+      return wait_for_copies<8>();
+  }
+}
+
+// Maps: NotFused, or FusedMaps, whose weighted sum is the map that is convolved.
+template <typename T, int kRows, typename Maps>
+__global__ void __launch_bounds__(kWarp* kMostWarps, 2)
+    separable_conv_fwd_kernel(const SeparableParams p, const SeparableCuts cuts, const Maps maps) {
+  constexpr bool kFused = std::is_same_v<Maps, FusedMaps>;
+  using S = Shape<T, kRows>;
+  using Sums = typename S::Sums;
+  const int threads = kWarp * p.warps, thread = static_cast<int>(threadIdx.x);
+  const int across = p.warps / S::kDown;         // warps, side by side in the output channels
+  const int panel = kGroup * p.groups * across;  // output channels of a stage of the ring
+  const int stage_pitch = p.depth | 1;
+  Shared shared;
+  T* const taps = shared.take<T>(kTaps * p.channels);
+  uint4* const patch = shared.take<uint4>(S::kPatch * cuts.pitch);
+  uint4* const ring = shared.take<uint4>(p.stages * panel * stage_pitch);
+  float* const affine = shared.take<float>(2 * cuts.padded);  // scale and shift of each output channel
+
+  int at = 0;
+  while (at + 1 < p.count && static_cast<int>(blockIdx.x) >= p.levels[at + 1].first) ++at;
+  const int block = static_cast<int>(blockIdx.x) - p.levels[at].first;
+  const SeparableLevel& level = p.levels[at];
+  const int net = block % p.nets;
+  const int image = block / p.nets / level.tiles, tile = block / p.nets % level.tiles;
+  const int top = tile / level.across * kRows, left = tile % level.across * kTileWidth;
+  const int height = level.height, width = level.width, out_channels = p.out_channels[net];
+  const int existing = p.channels / kVector<T>;  // vectors of channels
+
+  wait_for_previous_kernel();
+  for (int i = thread; i < kTaps * existing; i += threads)
+    begin_copy16(taps + i * kVector<T>, static_cast<const T*>(p.dw_weight[net]) + i * kVector<T>, true);
+  // Visits this thread's vectors of a slice of the patch: f(vector of channels, pixel).
+  const auto each_of_slice = [&](int slice, auto&& f) {
+    const int count = min(kSliceVectors, cuts.vectors - slice * kSliceVectors), step = threads / count;
+    if (thread >= count * step) return;
+    for (int pixel = thread / count; pixel < S::kPatch; pixel += step) f(slice * kSliceVectors + thread % count, pixel);
+  };
+  const int slices = divided(cuts.vectors, kSliceVectors);
+  if constexpr (kFused) {
+    end_copies();
+  } else {
+    const T* const x = static_cast<const T*>(level.x[net].data) + image * level.x[net].batch_stride;
+    const int row_stride = static_cast<int>(level.x[net].row_stride);
+    const int pixel_stride = static_cast<int>(level.x[net].pixel_stride);
+    for (int slice = 0; slice < slices; ++slice) {
+      each_of_slice(slice, [&](int vector, int pixel) {
+        const int h = top - 1 + pixel / kPatchWidth, w = left - 1 + pixel % kPatchWidth;
+        const bool exists = vector < existing && h >= 0 && h < height && w >= 0 && w < width;
+        const int from = exists ? h * row_stride + w * pixel_stride + vector * kVector<T> : 0;
+        begin_copy16(patch + pixel * cuts.pitch + vector, x + from, exists);
+      });
+      end_copies();
+    }
+  }
+
+  const T* const pw_weight = static_cast<const T*>(p.pw_weight[net]);
+  const bool wide = out_channels % kVector<T> == 0;
+  const int stages = divided(out_channels, panel) * cuts.pieces;  // that pass through the ring
+  const auto begin_stage = [&](int stage) {
+    const int first_channel = stage / cuts.pieces * panel, first = stage % cuts.pieces * p.depth;
+    const int count = min(p.depth, cuts.vectors - first), step = threads / count;
+    const int vector = first + thread % count;
+    uint4* const to = ring + stage % p.stages * panel * stage_pitch + thread % count;
+    if (thread < count * step) {
+      for (int row = thread / count; row < panel; row += step) {
+        const int c = first_channel + Sums::channel_of_row(row, wide);
+        const bool exists = c < out_channels && vector < existing;
+        const std::int64_t from = exists ? static_cast<std::int64_t>(c) * p.channels + vector * kVector<T> : 0;
+        begin_copy16(to + row * stage_pitch, pw_weight + from, exists);
+      }
+    }
+    end_copies();
+  };
+  int begun = 0;  // stages
+  while (begun < min(p.stages, stages)) begin_stage(begun++);
+
+  for (int c = thread; c < cuts.padded; c += threads) {
+    const bool exists = c < out_channels;
+    store(affine + 2 * c, float2{exists && level.scale[net] ? level.scale[net][c] : 1.0f,
+                                 exists && level.shift[net] ? level.shift[net][c] : 0.0f});
+  }
+  Shares shares;
+  if constexpr (kFused) shares = fusion_shares(maps);
+
+  for (int slice = 0; slice < slices; ++slice) {
+    if constexpr (kFused) {
+      each_of_slice(slice, [&](int vector, int pixel) {
+        const int h = top - 1 + pixel / kPatchWidth, w = left - 1 + pixel % kPatchWidth;
+        float values[kVector<T>] = {};
+        if (vector < existing && h >= 0 && h < height && w >= 0 && w < width) {
+          fused_vector<T>(maps, shares, image, h, w, vector * kVector<T>, values);
+          activate(values, p.pre_act);
+        }
+        store(patch + pixel * cuts.pitch + vector, narrow_vector<T>(values));
+      });
+      if (slice == 0) wait_for_all_but(begun);  // the taps are there
+    } else {
+      wait_for_all_but(slices - 1 - slice + begun);
+      if (p.pre_act != kNone) {
+        each_of_slice(slice, [&](int vector, int pixel) {
+          uint4& place = patch[pixel * cuts.pitch + vector];
+          float values[kVector<T>];
+          widen_vector<T>(place, values);
+          activate(values, p.pre_act);
+          place = narrow_vector<T>(values);
+        });
+      }
+    }
+    __syncthreads();
+    const int first = slice * kSliceVectors, end = min(existing, first + kSliceVectors);
+    if constexpr (sizeof(T) == 2) {
+      for (int vector = first + warp_id(); vector < end; vector += p.warps)
+        convolve<T, kRows>(patch + vector, cuts.pitch, taps + vector * kVector<T> * kTaps);
+    } else {
+      for (int pair = first + 2 * warp_id(); pair < end; pair += 2 * p.warps) {
+        const int vector = pair + lane_id() / 16;
+        convolve<kRows>(reinterpret_cast<float4*>(patch) + vector, cuts.pitch, taps + vector * kVector<T> * kTaps,
+                        vector < end);
+      }
+    }
+  }
+
+  const std::int64_t first_pixel = static_cast<std::int64_t>(image) * height * width;
+  T* const y = static_cast<T*>(level.y[net]) + first_pixel * out_channels;
+  Sums sums;
+  for (int stage = 0; stage < stages; ++stage) {
+    wait_for_all_but(begun - 1 - stage);
+    __syncthreads();  // and before the next copies into what was read
+    if (stage > 0 && begun < stages) begin_stage(begun++);
+    const int warp = fresh(warp_id());
+    const int first_row = warp % S::kDown * S::kTiles, warp_channel = warp / S::kDown * kGroup * p.groups;
+    const int piece = stage % cuts.pieces, channel = stage / cuts.pieces * panel + warp_channel;
+    const int groups = min(p.groups, divided(out_channels - channel, kGroup));  // none: not positive
+    if (piece == 0) sums.clear();
+    if (groups > 0) {
+      const int first = piece * p.depth;
+      sums.add(patch + first_row * kPatchWidth * cuts.pitch + first, cuts.pitch,
+               ring + (stage % p.stages * panel + warp_channel) * stage_pitch, stage_pitch,
+               min(p.depth, cuts.vectors - first), groups);
+    }
+    if (piece < cuts.pieces - 1) continue;
+    if (stage == stages - 1) let_next_kernel_start();
+    EFFDET_UNROLL
+    for (int group = 0; group < 2; ++group) {
+      if (group >= groups) continue;
+      const int begin = fresh(channel + group * kGroup);
+      EFFDET_UNROLL
+      for (int t = 0; t < S::kTiles; ++t) {
+        float values[Sums::kPixels * Sums::kChannels];
+        EFFDET_UNROLL
+        for (int i = 0; i < Sums::kChannels; i += Sums::kPair) {
+          float factors[Sums::kPair], addends[Sums::kPair];
+          Sums::load_affine(affine + 2 * (begin + Sums::channel(i, wide)), factors, addends);
+          EFFDET_UNROLL
+          for (int k = 0; k < Sums::kPair * Sums::kPixels; ++k) {
+            const int pixel = k / Sums::kPair, c = k % Sums::kPair;
+            values[pixel * Sums::kChannels + i + c] = sums.value(group, t, pixel, i + c) * factors[c] + addends[c];
+          }
+        }
+        activate(values, p.act);
+        const int row = top + first_row + t;
+        EFFDET_UNROLL
+        for (int pixel = 0; pixel < Sums::kPixels; ++pixel) {
+          const int column = fresh(left) + Sums::column(pixel);
+          if (row < height && column < width)
+            Sums::write(y + ((row * width + column) * out_channels + begin), values + pixel * Sums::kChannels,
+                        out_channels - begin, wide);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kRows, typename Maps>
+int launch_separable(SeparableParams p, const Maps& maps, void* stream) {
+  using S = Shape<T, kRows>;
+  SeparableCuts cuts{};
+  std::int64_t blocks = 0;
+  for (int i = 0; i < p.count; ++i) {
+    SeparableLevel& level = p.levels[i];
+    level.first = static_cast<int>(blocks);
+    level.across = divided(level.width, kTileWidth);
+    level.tiles = level.across * divided(level.height, kRows);
+    blocks += p.batch * level.tiles * p.nets;
+    if (blocks > kMostBlocks) return kBadSize;
+  }
+  const int step = S::Sums::kStep;
+  cuts.vectors = divided(p.channels / kVector<T>, step) * step;
+  cuts.pitch = cuts.vectors | 1;  // odd, so that pixels next to each other lie in different banks
+  cuts.pieces = divided(cuts.vectors, p.depth);
+  const int panel = kGroup * p.groups * (p.warps / S::kDown);
+  for (int net = 0; net < p.nets; ++net) {
+    const int panels = divided(p.out_channels[net], panel);
+    if (p.stages < 2 && panels * cuts.pieces > 1) return kBadParameter;
+    cuts.padded = std::max(cuts.padded, divided(p.out_channels[net], kGroup) * kGroup);
+  }
+  Grid grid;
+  grid.blocks = blocks;
+  grid.threads = kWarp * p.warps;
+  grid.shared_bytes = Shared::rounded(kTaps * p.channels * sizeof(T)) + std::size_t{16} * S::kPatch * cuts.pitch +
+                      std::size_t{16} * p.stages * panel * (p.depth | 1) + std::size_t{8} * cuts.padded;
+  return launch(separable_conv_fwd_kernel<T, kRows, Maps>, grid, stream, p, cuts, maps);
+}
+
+template <typename Maps>
+int launch_separable(const SeparableParams& p, const Maps& maps, void* stream) {
+  if (p.dtype == kBFloat16) {
+    if (p.rows == 8) return launch_separable<BFloat16, 8>(p, maps, stream);
+    return p.rows == 4 ? launch_separable<BFloat16, 4>(p, maps, stream)
+                       : launch_separable<BFloat16, 2>(p, maps, stream);
+  }
+  if (p.dtype == kFloat16) {
+    if (p.rows == 8) return launch_separable<Float16, 8>(p, maps, stream);
+    return p.rows == 4 ? launch_separable<Float16, 4>(p, maps, stream) : launch_separable<Float16, 2>(p, maps, stream);
+  }
+  if (p.rows == 4) return launch_separable<float, 4>(p, maps, stream);
+  return p.rows == 2 ? launch_separable<float, 2>(p, maps, stream) : launch_separable<float, 1>(p, maps, stream);
+}
+
+}  // namespace effdet::cuda
