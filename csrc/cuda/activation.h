@@ -73,6 +73,11 @@ __device__ __forceinline__ void activate(float (&x)[kCount], int act) {
   }
 }
 
+template <int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], int act) {
+  activate<kAny>(x, act);
+}
+
 // Turns `kCount` arguments of the activation into its derivatives there, at a kink what torch takes.
 template <int kCount>
 __device__ __forceinline__ void slopes(float (&x)[kCount], int act) {
