@@ -7,137 +7,12 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
-#include "cuda/memory.h"
-#include "cuda/number.h"
-#include "soft_nms/cuda_params.h"
+#include "soft_nms/cuda_parts.h"
 
 namespace effdet::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kGroups = 128;           // classes modulo this
-constexpr int kLevels = 4 * kThreads;  // of scores, among which the order is not known
-constexpr int kChunks = kWarp;         // at most: a lane for each
-constexpr int kRead = 5;               // candidates that a thread reads at a time
-static_assert(kMostCandidates <= kChunks * kThreads);
-static_assert(kMostCandidates <= 1 << 16, "places are 16-bit numbers");
-
-// A score as an integer in the order of the numbers; -0 is 0. kGone: of no candidate, less than any.
-constexpr unsigned kGone = 0;
-constexpr unsigned kZero = 0x80000000u;
-__device__ __forceinline__ unsigned key_of(float score) {
-  const unsigned bits = __float_as_uint(__fadd_rn(score, 0.0f));
-  return bits & kZero ? ~bits : bits | kZero;
-}
-__device__ __forceinline__ float score_of(unsigned key) {
-  return __uint_as_float(key & kZero ? key ^ kZero : ~key);
-}
-// What the key of a candidate will never be above.
-__device__ __forceinline__ unsigned bound_of(unsigned key) {
-  return key > kZero ? key : kZero;
-}
-
-// x_min, y_min, x_max, y_max
-__device__ __forceinline__ float area(const float4& box) {
-  return __fmul_rn(__fsub_rn(box.z, box.x), __fsub_rn(box.w, box.y));
-}
-
-// The key of a candidate after a pick of its class. Operations are the reference's, in its order, none of them fused.
-template <Method kMethod>
-__device__ __forceinline__ unsigned decayed(unsigned key, const float4& box, const float4& pick,
-                                            const SoftNmsCudaParams& p) {
-  const float width = fmaxf(__fsub_rn(fminf(pick.z, box.z), fmaxf(pick.x, box.x)), 0.0f);
-  const float height = fmaxf(__fsub_rn(fminf(pick.w, box.w), fmaxf(pick.y, box.y)), 0.0f);
-  const float intersection = __fmul_rn(width, height);
-  if (!(intersection > 0.0f)) return key;
-  const float total = __fsub_rn(__fadd_rn(area(pick), area(box)), intersection);
-  if (!(total > 0.0f)) return key;
-  const float overlap = __fdiv_rn(intersection, total);
-  float factor = 0.0f;
-  if constexpr (kMethod == Method::kGaussian) {
-    factor = exp2f(overlap * overlap * p.rate);
-  } else {
-    if (!(overlap > p.iou_threshold)) return key;
-    if constexpr (kMethod == Method::kLinear) factor = 1.0f - overlap;
-  }
-  const float score = score_of(key) * factor;
-  return factor != 0.0f && score > p.score_threshold ? key_of(score) : kGone;
-}
-
-// Of the lanes that tie, the one whose index is the lowest: its bit.
-__device__ __forceinline__ unsigned first_of(bool ties, unsigned index) {
-  unsigned lanes = __ballot_sync(kAll, ties);
-  if (lanes & (lanes - 1)) {
-    const unsigned lowest = __reduce_min_sync(kAll, ties ? index : ~0u);
-    lanes = __ballot_sync(kAll, ties && index == lowest);
-  }
-  return lanes;
-}
-__device__ __forceinline__ int lane_of(unsigned bit) {
-  return kWarp - 1 - __clz(static_cast<int>(bit));
-}
-// The sum over the lanes before this one.
-__device__ __forceinline__ int sum_before(int value) {
-  int sum = value;
-  EFFDET_UNROLL
-  for (unsigned by = 1; by < kWarp; by *= 2) {
-    const int other = __shfl_up_sync(kAll, sum, by);
-    sum += lane_id() >= static_cast<int>(by) ? other : 0;
-  }
-  return sum - value;
-}
-
-struct Candidate {
-  float4 box;
-  int index, place, group;
-  unsigned key;
-};
-
-// The candidates of a chunk that a warp has.
-struct Tile {
-  int first, size;   // places
-  int low, high;     // groups
-  unsigned key;      // of the best candidate; kGone: none is left
-  unsigned index;    // of the best candidate
-  int place, group;  // of the best candidate
-};
-
-// The block's shared memory; `count` candidates, `picks` at most.
-struct Memory {
-  float4* boxes;             // [count] by place, or null
-  unsigned* keys;            // [count] by index; of candidates in chunks that take part, after all picks
-  int* levels;               // [kLevels] where a level's next candidate goes
-  int* groups;               // [kGroups] the same of the groups of a chunk
-  uint4* offers;             // [2, kWarps] a key, an index, a place, a group; in turns
-  float4* offered_boxes;     // [2, kWarps]
-  uint4* censuses;           // [kWarps]
-  int* sums;                 // [kWarps]
-  std::uint16_t* order;      // [count] indices, by place
-  std::uint16_t* picks;      // [picks] places
-  unsigned char* in_groups;  // [count] by place, of chunks that take part
-
-  __device__ __forceinline__ void take(Shared& from, int count, int picks_, bool with_boxes) {
-    boxes = with_boxes ? from.take<float4>(count) : nullptr;
-    keys = from.take<unsigned>(count);
-    levels = from.take<int>(kLevels);
-    groups = from.take<int>(kGroups);
-    offers = from.take<uint4>(2 * kWarps);
-    offered_boxes = from.take<float4>(2 * kWarps);
-    censuses = from.take<uint4>(kWarps);
-    sums = from.take<int>(kWarps);
-    order = from.take<std::uint16_t>(count);
-    picks = from.take<std::uint16_t>(picks_);
-    in_groups = from.take<unsigned char>(count);
-  }
-};
-
-std::size_t shared_bytes(int count, int picks, bool with_boxes) {
-  return Shared::rounded((with_boxes ? sizeof(float4) : 0) * count) + Shared::rounded(sizeof(unsigned) * count) +
-         sizeof(int) * (kLevels + kGroups + kWarps) + 5 * sizeof(uint4) * kWarps +
-         Shared::rounded(sizeof(std::uint16_t) * count) + Shared::rounded(sizeof(std::uint16_t) * picks) +
-         Shared::rounded(count);
-}
+constexpr int kRead = 5;  // candidates that a thread reads at a time
 
 template <Method kMethod>
 __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNmsCudaParams p, bool boxes_in_shared) {
@@ -204,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   }
   __syncthreads();
   const uint4 census = lane < kWarps ? m.censuses[lane] : uint4{0, 0, kZero, ~0u};
-  const bool by_class = __all_sync(kAll, m.sums[lane % kWarps]) != 0;
+  const bool by_class = __all_sync(kAll, m.sums[lane & (kWarps - 1)]) != 0;
   live = __reduce_add_sync(kAll, census.x);
   dropped = __reduce_add_sync(kAll, census.y);
   high = __reduce_max_sync(kAll, census.z);
@@ -227,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   int before = sum_before(own);
   if (lane == kWarp - 1) m.sums[warp] = before + own;
   __syncthreads();
-  before += __reduce_add_sync(kAll, lane < warp ? m.sums[lane % kWarps] : 0);
+  before += __reduce_add_sync(kAll, lane < warp ? m.sums[lane & (kWarps - 1)] : 0);
   EFFDET_UNROLL
   for (int i = 0; i < kLevels / kThreads; ++i) {
     own_levels[i] = before;
@@ -267,11 +142,11 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
     const unsigned key = changed(c);
     if (key != c.key) m.keys[c.index] = key;
     const unsigned best = __reduce_max_sync(kAll, key);
-    const int holder = lane_of(first_of(key == best, static_cast<unsigned>(c.index)));
+    const int holder = lane_of(first_of(key == best, c.index));
     const int index = __shfl_sync(kAll, c.index, holder), group = __shfl_sync(kAll, c.group, holder);
     if (lane == which) {
       tile.key = best;
-      tile.index = static_cast<unsigned>(index);
+      tile.index = index;
       tile.place = first + holder;
       tile.group = group;
     }
@@ -318,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
     }
     __syncthreads();
     // A class is at about the same place in each chunk: its tiles go to warps that are apart.
-    const int tile_first = first + (warp + 5 * chunks) % kWarps * kWarp;
+    const int tile_first = first + ((warp + 5 * chunks) & (kWarps - 1)) * kWarp;
     const int size = max(min(candidates - tile_first, kWarp), 0);
     if (lane == chunks) {
       tile.first = tile_first;
@@ -358,17 +233,16 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
   bool offers = false;  // this lane has it
   while (found < p.max_det && candidates > 0) {
     const bool one = chunks == 1;
-    uint4 offer{one ? mine.key : tile.key, static_cast<unsigned>(one ? mine.index : static_cast<int>(tile.index)),
-                static_cast<unsigned>(one ? mine.place : tile.place),
-                static_cast<unsigned>(one ? mine.group : tile.group)};
-    if (anew) offers = lane == lane_of(first_of(offer.x == __reduce_max_sync(kAll, offer.x), offer.y));
+    const unsigned key = one ? mine.key : tile.key;
+    const int index = one ? mine.index : tile.index;
+    if (anew) offers = lane == lane_of(first_of(key == __reduce_max_sync(kAll, key), index));
     if (offers) {
-      m.offers[turn + warp] = offer;
-      if (offer.x != kGone) m.offered_boxes[turn + warp] = one ? mine.box : box_at(tile.place);
+      m.offers[turn + warp] = Offer{key, index, one ? mine.place : tile.place, one ? mine.group : tile.group};
+      if (key != kGone) m.offered_boxes[turn + warp] = one ? mine.box : box_at(tile.place);
     }
     __syncthreads();
-    offer = lane < kWarps ? m.offers[turn + lane] : uint4{kGone, 0, 0, 0};
-    const unsigned best = __reduce_max_sync(kAll, offer.x);
+    const Offer offer = lane < kWarps ? m.offers[turn + lane] : Offer{kGone, 0, 0, 0};
+    const unsigned best = __reduce_max_sync(kAll, offer.key);
     if (chunks * kThreads < candidates && (best == kGone || level_of(best) >= next_level)) {
       take_up_chunk();
       anew = true;
@@ -376,23 +250,20 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_fwd_kernel(const SoftNms
       continue;
     }
     if (best == kGone) break;
-    const int winner = lane_of(first_of(offer.x == best, offer.y));
+    const int winner = lane_of(first_of(offer.key == best, offer.index));
     const float4 box = m.offered_boxes[turn + winner];
-    const int place = static_cast<int>(m.offers[turn + winner].z), group = static_cast<int>(m.offers[turn + winner].w);
+    const int place = m.offers[turn + winner].place, group = m.offers[turn + winner].group;
     turn ^= kWarps;
     // Written by a warp that has less to do than the winner's.
-    if (warp == (winner + kWarps / 2) % kWarps && lane == winner) {
-      out_index[found] = offer.y;
+    if (warp == ((winner + kWarps / 2) & (kWarps - 1)) && lane == winner) {
+      out_index[found] = offer.index;
       out_score[found] = score_of(best);
       m.picks[found] = static_cast<std::uint16_t>(place);
     }
     if (one) {
-      unsigned key = winner == warp && offers ? kGone : mine.key;
-      const bool gone = key != mine.key;
-      mine.key = key;
-      key = after(mine, place, group, box);
-      anew = __any_sync(kAll, gone || key != mine.key) != 0;
-      mine.key = key;
+      if (winner == warp && offers) mine.key = kGone;
+      mine.key = after(mine, place, group, box);
+      anew = __any_sync(kAll, mine.key != key) != 0;
     } else {
       if (winner == warp && offers) m.keys[tile.index] = kGone;
       __syncwarp();
