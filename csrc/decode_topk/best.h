@@ -47,46 +47,62 @@ class Best {
     unsigned masks[kRounds];  // of candidates that are not in the list yet
     EFFDET_UNROLL
     for (int j = 0; j < kRounds; ++j) masks[j] = ~0u;
-    count_ = 0;
+    count_ = known_ = 0;
     EFFDET_NO_UNROLL
-    for (int first = 0; first < vectors;) {
+    for (int first = 0; first < vectors && threshold_ <= kHighestKey<T>;) {
+      const unsigned bound = source.bound(threshold_);
       uint4 x[kRounds], next[kRounds];
       typename Source::Place places[kRounds];  // of those after the next
+      // All places are asked for before the first is waited for.
+      typename Source::Place now[kRounds], then[kRounds];
       EFFDET_UNROLL
       for (int j = 0; j < kRounds; ++j) {
         const int at = first + mine + j * kWarp;
-        x[j] = source.load(source.place(at));
-        next[j] = source.load(source.place(at + kStep));
+        now[j] = source.place(at);
+        then[j] = source.place(at + kStep);
         places[j] = source.place(at + 2 * kStep);
       }
+      EFFDET_UNROLL
+      for (int j = 0; j < kRounds; ++j) x[j] = source.load(now[j]);
+      EFFDET_UNROLL
+      for (int j = 0; j < kRounds; ++j) next[j] = source.load(then[j]);
       bool whole = true;
       EFFDET_NO_UNROLL
       while (whole && first < vectors) {
+        const bool all_exist = source.all_exist && first + kStep <= vectors;
+        EFFDET_UNROLL
+        for (int j = 0; j < kRounds; ++j) masks[j] &= source.passing(x[j], bound);
+        if (!all_exist) {
+          EFFDET_UNROLL
+          for (int j = 0; j < kRounds; ++j) masks[j] &= source.existing(first + mine + j * kWarp);
+        }
         EFFDET_UNROLL
         for (int j = 0; j < kRounds; ++j) {
-          masks[j] &= source.passing(x[j], threshold_);
-          if (masks[j]) masks[j] &= source.existing(first + mine + j * kWarp);
+          x[j] = next[j];
+          next[j] = source.load(places[j]);
         }
-        whole = append(source, x, masks, first + mine);
+        EFFDET_UNROLL
+        for (int j = 0; j < kRounds; ++j) places[j] = source.place(first + mine + 3 * kStep + j * kWarp);
+        whole = append<kVector<T>>(masks, first + mine);
         if (whole) {
           first += kStep;
           EFFDET_UNROLL
-          for (int j = 0; j < kRounds; ++j) {
-            masks[j] = ~0u;
-            x[j] = next[j];
-            next[j] = source.load(places[j]);
-            places[j] = source.place(first + mine + 2 * kStep + j * kWarp);
-          }
+          for (int j = 0; j < kRounds; ++j) masks[j] = ~0u;
         }
       }
+      __syncthreads();
+      look_up(source);
       // Seldom: what was loaded ahead is loaded again rather than kept in registers.
-      if (!whole || count_ >= kept_) {
-        __syncthreads();
-        select();
-      }
+      if (!whole || count_ >= kept_) select();
     }
     if (count_ >= kept_) --threshold_;  // equal ones are welcome in the next search
-    __syncthreads();
+  }
+
+  // The sum of `value` over the block.
+  __device__ __forceinline__ int sum(int value) {
+    int total;
+    before(value, total);
+    return total;
   }
 
   // Sorts the list, the largest keys first, equal ones in order: by one byte of the keys after the other.
@@ -166,10 +182,10 @@ class Best {
     return __shfl_sync(kAll, sum - mine, warp_id());
   }
 
-  // Appends the candidates of `masks`. False: the list is full, and `masks` has the rest.
-  template <typename Source>
-  __device__ __forceinline__ bool append(const Source& source, const uint4 (&x)[kRounds], unsigned (&masks)[kRounds],
-                                         int first) {
+  // Appends the candidates of `masks`, where a vector has kEach: at first where to find them. False: the list is full,
+  // and `masks` has the rest.
+  template <int kEach>
+  __device__ __forceinline__ bool append(unsigned (&masks)[kRounds], int first) {
     int to[kRounds];
     int of_warp = 0;
     EFFDET_UNROLL
@@ -185,21 +201,40 @@ class Best {
     int total;
     const int start = count_ + before_warp(of_warp, total);
     EFFDET_UNROLL
-    for (int j = 0; j < kRounds; ++j) to[j] += start;
-    EFFDET_UNROLL
     for (int j = 0; j < kRounds; ++j) {
-      if (masks[j]) {
-        const unsigned id = source.first_id(first + j * kWarp);
-        for (; masks[j] && to[j] < room_; ++to[j], masks[j] &= masks[j] - 1) {
-          const int i = __ffs(static_cast<int>(masks[j])) - 1;
-          keys[to[j]] = source.key(x[j], i);
-          ids[to[j]] = id + static_cast<unsigned>(i);
-        }
+      unsigned* at = ids + start + to[j];
+      const unsigned place = static_cast<unsigned>((first + j * kWarp) * kEach - 1);
+      EFFDET_NO_UNROLL
+      while (masks[j] != 0 && at < ids + room_) {
+        *at++ = place + static_cast<unsigned>(__ffs(static_cast<int>(masks[j])));
+        masks[j] &= masks[j] - 1;
       }
     }
     const bool whole = count_ + total <= room_;
     count_ = whole ? count_ + total : room_;
     return whole;
+  }
+
+  // Keys and numbers of the candidates that were appended.
+  template <typename Source>
+  __device__ __forceinline__ void look_up(const Source& source) {
+    constexpr int kAtOnce = 4;
+    EFFDET_NO_UNROLL
+    for (int first = known_ + static_cast<int>(threadIdx.x); first < count_; first += kAtOnce * kThreads) {
+      uint2 found[kAtOnce];
+      EFFDET_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        if (first + i * kThreads < count_) found[i] = source.key_and_id(static_cast<int>(ids[first + i * kThreads]));
+      EFFDET_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kThreads < count_) {
+          keys[first + i * kThreads] = found[i].x;
+          ids[first + i * kThreads] = found[i].y;
+        }
+      }
+    }
+    known_ = count_;
+    __syncthreads();
   }
 
   // Drops all but the `kept_` best of the list, of equal ones the last.
@@ -260,7 +295,7 @@ class Best {
       above += all & 0xffff;
       equal += all >> 16;
     }
-    count_ = kept_;
+    count_ = known_ = kept_;
     threshold_ = last + 1;
     __syncthreads();
   }
@@ -322,6 +357,7 @@ class Best {
   int* found_;
   int kept_, room_;
   int count_ = 0;
+  int known_ = 0;  // of them, that have keys and numbers
   int turn_ = 0;
   unsigned threshold_ = kLowestKey<T>;
 };

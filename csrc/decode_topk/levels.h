@@ -74,14 +74,14 @@ struct Logits {
 template <typename T>
 __device__ __forceinline__ uint4 part_of_vector(const T* at, int begin, int end) {
   constexpr unsigned kNone = std::is_same_v<T, float> ? 0xff800000u : kInfinity<T> | 0x8000u;
+  const auto bits = [&](int i) { return i >= begin && i < end ? bits_of(at[i]) : kNone; };
   unsigned words[4];
   EFFDET_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      words[i] = i >= begin && i < end ? __float_as_uint(at[i]) : kNone;
+      words[i] = bits(i);
     } else {
-      words[i] = 2 * i >= begin && 2 * i < end ? unsigned{at[2 * i].bits} : kNone;
-      words[i] |= (2 * i + 1 >= begin && 2 * i + 1 < end ? unsigned{at[2 * i + 1].bits} : kNone) << 16;
+      words[i] = bits(2 * i) | bits(2 * i + 1) << 16;
     }
   }
   return {words[0], words[1], words[2], words[3]};
