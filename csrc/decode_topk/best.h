@@ -17,16 +17,20 @@ template <typename T>
 class Best {
   static constexpr int kReplicas = 8;  // of the counts of digits
   static constexpr int kCounters = kDigits * kReplicas;
+  static constexpr std::size_t kFixedBytes = Shared::rounded(kCounters * 4) + Shared::rounded(kDigits * 4) +
+                                             Shared::rounded(2 * kWarps * 4) + Shared::rounded(8);
   static_assert(kCounters * 4 == kDigits * kWarps * 2);  // those of the sort take the same memory
 
  public:
-  static constexpr std::size_t kSharedBytes = 2 * Shared::rounded(kMostRoom * 4) + Shared::rounded(kCounters * 4) +
-                                              Shared::rounded(kDigits * 4) + Shared::rounded(2 * kWarps * 4) +
-                                              Shared::rounded(8);
+  // Shared memory with room for so many candidates, and the other way round.
+  static std::size_t shared_bytes(int room) { return kFixedBytes + 2 * Shared::rounded(std::size_t{4} * room); }
+  static int room(std::size_t bytes) {
+    return bytes < kFixedBytes ? 0 : static_cast<int>((bytes - kFixedBytes) / 32 * 4);
+  }
 
   __device__ __forceinline__ Best(Shared& shared, int kept, int room) : kept_(kept), room_(room) {
-    keys = shared.take<unsigned>(kMostRoom);
-    ids = shared.take<unsigned>(kMostRoom);
+    keys = shared.take<unsigned>(divided(room, 4) * 4);
+    ids = shared.take<unsigned>(divided(room, 4) * 4);
     counters_ = shared.take<int>(kCounters);
     counts_ = shared.take<int>(kDigits);
     totals_ = shared.take<int>(2 * kWarps);
@@ -38,10 +42,11 @@ class Best {
 
   __device__ __forceinline__ int count() const { return count_; }
 
-  // The list of the best of a source's candidates. Those of a call before are candidates' upper bounds, as many as are
-  // kept: what is below the last of them is not among the best.
+  // The list of the best of a source's candidates, `kept` or, where there are not more of them, `most`. Those of a call
+  // before are candidates' upper bounds, as many as are kept: what is below the last of them is not among the best.
   template <typename Source>
-  __device__ __forceinline__ void find(const Source& source, int vectors) {
+  __device__ __forceinline__ void find(const Source& source, int vectors, int most) {
+    bool dropped = false;
     constexpr int kStep = kThreads * kRounds;
     const int mine = warp_id() * kWarp * kRounds + lane_id();
     unsigned masks[kRounds];  // of candidates that are not in the list yet
@@ -93,9 +98,12 @@ class Best {
       __syncthreads();
       look_up(source);
       // Seldom: what was loaded ahead is loaded again rather than kept in registers.
-      if (!whole || count_ >= kept_) select();
+      if (!whole || count_ > most) {
+        select();
+        dropped = true;
+      }
     }
-    if (count_ >= kept_) --threshold_;  // equal ones are welcome in the next search
+    if (dropped) --threshold_;  // equal ones are welcome in the next search
   }
 
   // The sum of `value` over the block.
@@ -110,7 +118,8 @@ class Best {
     constexpr int kItems = kMostPicks / kThreads;
     auto* const places = reinterpret_cast<std::uint16_t*>(counters_);  // [warps, digits]
     std::uint16_t* const of_warp = places + warp_id() * kDigits;
-    const int mine = warp_id() * kWarp * kItems + lane_id();
+    const int rounds = divided(count_, kThreads);
+    const int mine = warp_id() * kWarp * rounds + lane_id();
     EFFDET_NO_UNROLL
     for (int shift = 0; shift < kKeyBits<T>; shift += 8) {
       for (int i = lane_id(); i < kDigits; i += kWarp) of_warp[i] = 0;
@@ -120,8 +129,8 @@ class Best {
       EFFDET_UNROLL
       for (int i = 0; i < kItems; ++i) {
         const int at = mine + i * kWarp;
-        if (at - lane_id() >= kept_) continue;  // all of the warp
-        const bool exists = at < kept_;
+        if (i >= rounds) continue;
+        const bool exists = at < count_;
         key[i] = exists ? keys[at] : 0;
         id[i] = exists ? ids[at] : 0;
         const unsigned digit = digit_of(key[i], shift);
@@ -142,7 +151,7 @@ class Best {
       EFFDET_UNROLL
       for (int i = 0; i < kItems; ++i) {
         const int at = mine + i * kWarp;
-        if (at < kept_) {
+        if (i < rounds && at < count_) {
           to[i] += of_warp[digit_of(key[i], shift)];
           keys[to[i]] = key[i];
           ids[to[i]] = id[i];
@@ -223,8 +232,10 @@ class Best {
     for (int first = known_ + static_cast<int>(threadIdx.x); first < count_; first += kAtOnce * kThreads) {
       uint2 found[kAtOnce];
       EFFDET_UNROLL
-      for (int i = 0; i < kAtOnce; ++i)
-        if (first + i * kThreads < count_) found[i] = source.key_and_id(static_cast<int>(ids[first + i * kThreads]));
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * kThreads;
+        found[i] = source.key_and_id(at < count_ ? static_cast<int>(ids[at]) : 0);
+      }
       EFFDET_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i * kThreads < count_) {
@@ -249,9 +260,14 @@ class Best {
       for (int i = thread; i < kCounters; i += kThreads) counters_[i] = 0;
       __syncthreads();
       EFFDET_NO_UNROLL
-      for (int at = thread; at < count_; at += kThreads) {
-        const unsigned begin = keys[at] >> shift;
-        if (begin >> 8 == last) atomicAdd(counters_ + (~begin & 255u) * kReplicas + lane_id() % kReplicas, 1);
+      for (int at = 4 * thread; at < count_; at += 4 * kThreads) {
+        const uint4 vector = load<uint4>(keys + at);
+        EFFDET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const unsigned begin = element_of<float>(vector, i) >> shift;
+          if (at + i < count_ && begin >> 8 == last)
+            atomicAdd(counters_ + (~begin & 255u) * kReplicas + lane_id() % kReplicas, 1);
+        }
       }
       __syncthreads();
       constexpr int kParts = kReplicas / 4;

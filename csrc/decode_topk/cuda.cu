@@ -179,24 +179,26 @@ struct Pick {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) decode_topk_pick_kernel(const DecodeTopkParams p, const Division d) {
+__global__ void __launch_bounds__(kThreads)
+    decode_topk_pick_kernel(const DecodeTopkParams p, const Division d, const int room) {
   const std::int64_t image = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   Shared shared;
-  Best<T> best(shared, p.kept, p.room);
+  Best<T> best(shared, p.kept, room);
+  const int most = most_chosen(p.kept);
   const Scratch<T> scratch(p, d.all_groups);
-  unsigned* const groups = scratch.groups + image * p.kept;
-  Run* const runs = scratch.runs + image * p.kept;
+  unsigned* const groups = scratch.groups + image * most;
+  Run* const runs = scratch.runs + image * most;
   const Key<T>* const run_keys = scratch.run_keys + image * d.all_groups * kVector<T>;
 
   wait_for_previous_kernel();
   const int vectors = d.all_groups / kVector<T>;
-  best.find(KeySource<T>{scratch.group_keys + image * d.all_groups, nullptr, vectors}, vectors);
+  best.find(KeySource<T>{scratch.group_keys + image * d.all_groups, nullptr, vectors}, vectors, most);
   const int group_count = best.count();
   for (int i = thread; i < group_count; i += kThreads) groups[i] = best.ids[i];
   __syncthreads();
 
-  best.find(KeySource<T>{run_keys, groups, group_count}, group_count);
+  best.find(KeySource<T>{run_keys, groups, group_count}, group_count, most);
   const int run_count = best.count();
   int partial = 0;  // runs
   for (int i = thread; i < run_count; i += kThreads) {
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) decode_topk_pick_kernel(const Decode
   }
   const bool all_exist = best.sum(partial) == 0;  // and a barrier
 
-  best.find(LogitSource<T>{runs, run_count, all_exist}, run_count * kRunVectors<T>);
+  best.find(LogitSource<T>{runs, run_count, all_exist}, run_count * kRunVectors<T>, kMostPicks);
   best.sort();
   let_next_kernel_start();
   float limits[2] = {0.0f, 0.0f};
@@ -251,8 +253,10 @@ int launch_of(const DecodeTopkParams& p, void* stream) {
   if (status != kOk) return status;
   grid.blocks = p.batch;
   grid.threads = kThreads;
-  grid.shared_bytes = Best<T>::kSharedBytes;
-  return launch(decode_topk_pick_kernel<T>, grid, stream, p, d);
+  const int room = p.room != 0 ? p.room : Best<T>::room(shared_limit());
+  if (room <= p.kept) return kBadSize;
+  grid.shared_bytes = Best<T>::shared_bytes(room);
+  return launch(decode_topk_pick_kernel<T>, grid, stream, p, d, room);
 }
 
 }  // namespace

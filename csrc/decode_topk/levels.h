@@ -94,25 +94,32 @@ struct alignas(16) Run {
   short begin, end;       // those of its logits that exist
 };
 
+// Runs, or groups, of an image at most that are searched further: a few more than are needed, where dropping them would
+// take longer.
+__host__ __device__ __forceinline__ int most_chosen(int kept) {
+  return kept + kept / 8;
+}
+
 // Memory between the kernels, and between the steps of one.
 template <typename T>
 struct Scratch {
-  Run* runs;           // [batch, kept]
+  Run* runs;           // [batch, most_chosen(kept)]
   T* ends;             // [batch, levels, 2, kRun]: copies of the first and the last run, where they are not whole
   Key<T>* run_keys;    // [batch, all_groups, runs of a group]
   Key<T>* group_keys;  // [batch, all_groups]
-  unsigned* groups;    // [batch, kept]
+  unsigned* groups;    // [batch, most_chosen(kept)]
 
   __host__ __device__ __forceinline__ Scratch(const DecodeTopkParams& p, int all_groups) {
     const std::int64_t all = p.batch * all_groups;
     runs = static_cast<Run*>(p.scratch);
-    ends = reinterpret_cast<T*>(runs + p.batch * p.kept);
+    ends = reinterpret_cast<T*>(runs + p.batch * most_chosen(p.kept));
     run_keys = reinterpret_cast<Key<T>*>(ends + p.batch * p.level_count * 2 * kRun);
     group_keys = run_keys + all * kVector<T>;
     groups = reinterpret_cast<unsigned*>(group_keys + all);
   }
   std::int64_t bytes(const DecodeTopkParams& p) const {
-    return reinterpret_cast<unsigned char*>(groups + p.batch * p.kept) - static_cast<unsigned char*>(p.scratch);
+    return reinterpret_cast<unsigned char*>(groups + p.batch * most_chosen(p.kept)) -
+           static_cast<unsigned char*>(p.scratch);
   }
 };
 
