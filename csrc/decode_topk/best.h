@@ -17,16 +17,20 @@ template <typename T>
 class Best {
   static constexpr int kReplicas = 8;  // of the counts of digits
   static constexpr int kCounters = kDigits * kReplicas;
+  static constexpr std::size_t kFixedBytes = Shared::rounded(kCounters * 4) + Shared::rounded(kDigits * 4) +
+                                             Shared::rounded(2 * kWarps * 4) + Shared::rounded(8);
   static_assert(kCounters * 4 == kDigits * kWarps * 2);  // those of the sort take the same memory
 
  public:
-  static constexpr std::size_t kSharedBytes = 2 * Shared::rounded(kMostRoom * 4) + Shared::rounded(kCounters * 4) +
-                                              Shared::rounded(kDigits * 4) + Shared::rounded(2 * kWarps * 4) +
-                                              Shared::rounded(8);
+  // Shared memory with room for so many candidates, and the other way round.
+  static std::size_t shared_bytes(int room) { return kFixedBytes + 2 * Shared::rounded(std::size_t{4} * room); }
+  static int room(std::size_t bytes) {
+    return bytes < kFixedBytes ? 0 : static_cast<int>((bytes - kFixedBytes) / 32 * 4);
+  }
 
   __device__ __forceinline__ Best(Shared& shared, int kept, int room) : kept_(kept), room_(room) {
-    keys = shared.take<unsigned>(kMostRoom);
-    ids = shared.take<unsigned>(kMostRoom);
+    keys = shared.take<unsigned>(divided(room, 4) * 4);
+    ids = shared.take<unsigned>(divided(room, 4) * 4);
     counters_ = shared.take<int>(kCounters);
     counts_ = shared.take<int>(kDigits);
     totals_ = shared.take<int>(2 * kWarps);
@@ -38,55 +42,75 @@ class Best {
 
   __device__ __forceinline__ int count() const { return count_; }
 
-  // The list of the best of a source's candidates. Those of a call before are candidates' upper bounds, as many as are
-  // kept: what is below the last of them is not among the best.
+  // The list of the best of a source's candidates, `kept` or, where there are not more of them, `most`. Those of a call
+  // before are candidates' upper bounds, as many as are kept: what is below the last of them is not among the best.
   template <typename Source>
-  __device__ __forceinline__ void find(const Source& source, int vectors) {
+  __device__ __forceinline__ void find(const Source& source, int vectors, int most) {
+    bool dropped = false;
     constexpr int kStep = kThreads * kRounds;
     const int mine = warp_id() * kWarp * kRounds + lane_id();
     unsigned masks[kRounds];  // of candidates that are not in the list yet
     EFFDET_UNROLL
     for (int j = 0; j < kRounds; ++j) masks[j] = ~0u;
-    count_ = 0;
+    count_ = known_ = 0;
     EFFDET_NO_UNROLL
-    for (int first = 0; first < vectors;) {
+    for (int first = 0; first < vectors && threshold_ <= kHighestKey<T>;) {
+      const unsigned bound = source.bound(threshold_);
       uint4 x[kRounds], next[kRounds];
       typename Source::Place places[kRounds];  // of those after the next
+      // All places are asked for before the first is waited for.
+      typename Source::Place now[kRounds], then[kRounds];
       EFFDET_UNROLL
       for (int j = 0; j < kRounds; ++j) {
         const int at = first + mine + j * kWarp;
-        x[j] = source.load(source.place(at));
-        next[j] = source.load(source.place(at + kStep));
+        now[j] = source.place(at);
+        then[j] = source.place(at + kStep);
         places[j] = source.place(at + 2 * kStep);
       }
+      EFFDET_UNROLL
+      for (int j = 0; j < kRounds; ++j) x[j] = source.load(now[j]);
+      EFFDET_UNROLL
+      for (int j = 0; j < kRounds; ++j) next[j] = source.load(then[j]);
       bool whole = true;
       EFFDET_NO_UNROLL
       while (whole && first < vectors) {
+        const bool all_exist = source.all_exist && first + kStep <= vectors;
+        EFFDET_UNROLL
+        for (int j = 0; j < kRounds; ++j) masks[j] &= source.passing(x[j], bound);
+        if (!all_exist) {
+          EFFDET_UNROLL
+          for (int j = 0; j < kRounds; ++j) masks[j] &= source.existing(first + mine + j * kWarp);
+        }
         EFFDET_UNROLL
         for (int j = 0; j < kRounds; ++j) {
-          masks[j] &= source.passing(x[j], threshold_);
-          if (masks[j]) masks[j] &= source.existing(first + mine + j * kWarp);
+          x[j] = next[j];
+          next[j] = source.load(places[j]);
         }
-        whole = append(source, x, masks, first + mine);
+        EFFDET_UNROLL
+        for (int j = 0; j < kRounds; ++j) places[j] = source.place(first + mine + 3 * kStep + j * kWarp);
+        whole = append<kVector<T>>(masks, first + mine);
         if (whole) {
           first += kStep;
           EFFDET_UNROLL
-          for (int j = 0; j < kRounds; ++j) {
-            masks[j] = ~0u;
-            x[j] = next[j];
-            next[j] = source.load(places[j]);
-            places[j] = source.place(first + mine + 2 * kStep + j * kWarp);
-          }
+          for (int j = 0; j < kRounds; ++j) masks[j] = ~0u;
         }
       }
+      __syncthreads();
+      look_up(source);
       // Seldom: what was loaded ahead is loaded again rather than kept in registers.
-      if (!whole || count_ >= kept_) {
-        __syncthreads();
+      if (!whole || count_ > most) {
         select();
+        dropped = true;
       }
     }
-    if (count_ >= kept_) --threshold_;  // equal ones are welcome in the next search
-    __syncthreads();
+    if (dropped) --threshold_;  // equal ones are welcome in the next search
+  }
+
+  // The sum of `value` over the block.
+  __device__ __forceinline__ int sum(int value) {
+    int total;
+    before(value, total);
+    return total;
   }
 
   // Sorts the list, the largest keys first, equal ones in order: by one byte of the keys after the other.
@@ -94,7 +118,8 @@ class Best {
     constexpr int kItems = kMostPicks / kThreads;
     auto* const places = reinterpret_cast<std::uint16_t*>(counters_);  // [warps, digits]
     std::uint16_t* const of_warp = places + warp_id() * kDigits;
-    const int mine = warp_id() * kWarp * kItems + lane_id();
+    const int rounds = divided(count_, kThreads);
+    const int mine = warp_id() * kWarp * rounds + lane_id();
     EFFDET_NO_UNROLL
     for (int shift = 0; shift < kKeyBits<T>; shift += 8) {
       for (int i = lane_id(); i < kDigits; i += kWarp) of_warp[i] = 0;
@@ -104,8 +129,8 @@ class Best {
       EFFDET_UNROLL
       for (int i = 0; i < kItems; ++i) {
         const int at = mine + i * kWarp;
-        if (at - lane_id() >= kept_) continue;  // all of the warp
-        const bool exists = at < kept_;
+        if (i >= rounds) continue;
+        const bool exists = at < count_;
         key[i] = exists ? keys[at] : 0;
         id[i] = exists ? ids[at] : 0;
         const unsigned digit = digit_of(key[i], shift);
@@ -126,7 +151,7 @@ class Best {
       EFFDET_UNROLL
       for (int i = 0; i < kItems; ++i) {
         const int at = mine + i * kWarp;
-        if (at < kept_) {
+        if (i < rounds && at < count_) {
           to[i] += of_warp[digit_of(key[i], shift)];
           keys[to[i]] = key[i];
           ids[to[i]] = id[i];
@@ -166,10 +191,10 @@ class Best {
     return __shfl_sync(kAll, sum - mine, warp_id());
   }
 
-  // Appends the candidates of `masks`. False: the list is full, and `masks` has the rest.
-  template <typename Source>
-  __device__ __forceinline__ bool append(const Source& source, const uint4 (&x)[kRounds], unsigned (&masks)[kRounds],
-                                         int first) {
+  // Appends the candidates of `masks`, where a vector has kEach: at first where to find them. False: the list is full,
+  // and `masks` has the rest.
+  template <int kEach>
+  __device__ __forceinline__ bool append(unsigned (&masks)[kRounds], int first) {
     int to[kRounds];
     int of_warp = 0;
     EFFDET_UNROLL
@@ -185,21 +210,42 @@ class Best {
     int total;
     const int start = count_ + before_warp(of_warp, total);
     EFFDET_UNROLL
-    for (int j = 0; j < kRounds; ++j) to[j] += start;
-    EFFDET_UNROLL
     for (int j = 0; j < kRounds; ++j) {
-      if (masks[j]) {
-        const unsigned id = source.first_id(first + j * kWarp);
-        for (; masks[j] && to[j] < room_; ++to[j], masks[j] &= masks[j] - 1) {
-          const int i = __ffs(static_cast<int>(masks[j])) - 1;
-          keys[to[j]] = source.key(x[j], i);
-          ids[to[j]] = id + static_cast<unsigned>(i);
-        }
+      unsigned* at = ids + start + to[j];
+      const unsigned place = static_cast<unsigned>((first + j * kWarp) * kEach - 1);
+      EFFDET_NO_UNROLL
+      while (masks[j] != 0 && at < ids + room_) {
+        *at++ = place + static_cast<unsigned>(__ffs(static_cast<int>(masks[j])));
+        masks[j] &= masks[j] - 1;
       }
     }
     const bool whole = count_ + total <= room_;
     count_ = whole ? count_ + total : room_;
     return whole;
+  }
+
+  // Keys and numbers of the candidates that were appended.
+  template <typename Source>
+  __device__ __forceinline__ void look_up(const Source& source) {
+    constexpr int kAtOnce = 4;
+    EFFDET_NO_UNROLL
+    for (int first = known_ + static_cast<int>(threadIdx.x); first < count_; first += kAtOnce * kThreads) {
+      uint2 found[kAtOnce];
+      EFFDET_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * kThreads;
+        found[i] = source.key_and_id(at < count_ ? static_cast<int>(ids[at]) : 0);
+      }
+      EFFDET_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kThreads < count_) {
+          keys[first + i * kThreads] = found[i].x;
+          ids[first + i * kThreads] = found[i].y;
+        }
+      }
+    }
+    known_ = count_;
+    __syncthreads();
   }
 
   // Drops all but the `kept_` best of the list, of equal ones the last.
@@ -214,9 +260,14 @@ class Best {
       for (int i = thread; i < kCounters; i += kThreads) counters_[i] = 0;
       __syncthreads();
       EFFDET_NO_UNROLL
-      for (int at = thread; at < count_; at += kThreads) {
-        const unsigned begin = keys[at] >> shift;
-        if (begin >> 8 == last) atomicAdd(counters_ + (~begin & 255u) * kReplicas + lane_id() % kReplicas, 1);
+      for (int at = 4 * thread; at < count_; at += 4 * kThreads) {
+        const uint4 vector = load<uint4>(keys + at);
+        EFFDET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const unsigned begin = element_of<float>(vector, i) >> shift;
+          if (at + i < count_ && begin >> 8 == last)
+            atomicAdd(counters_ + (~begin & 255u) * kReplicas + lane_id() % kReplicas, 1);
+        }
       }
       __syncthreads();
       constexpr int kParts = kReplicas / 4;
@@ -260,7 +311,7 @@ class Best {
       above += all & 0xffff;
       equal += all >> 16;
     }
-    count_ = kept_;
+    count_ = known_ = kept_;
     threshold_ = last + 1;
     __syncthreads();
   }
@@ -322,6 +373,7 @@ class Best {
   int* found_;
   int kept_, room_;
   int count_ = 0;
+  int known_ = 0;  // of them, that have keys and numbers
   int turn_ = 0;
   unsigned threshold_ = kLowestKey<T>;
 };

@@ -36,7 +36,8 @@ DecodeTopkParams read(const Fields& f) {
     throw std::invalid_argument("levels: got " + std::to_string(all) + " logits of an image, takes " +
                                 std::to_string(kMostLogits));
   p.kept = static_cast<int>(f.integer("kept", 1, all < kMostPicks ? all : kMostPicks));
-  p.room = static_cast<int>(f.integer("room", p.kept + 1, kMostRoom));
+  p.room = static_cast<int>(f.integer("room", 0, 1 << 20));
+  if (p.room != 0 && p.room <= p.kept) throw std::invalid_argument("room: takes more than are kept");
   p.anchors = static_cast<const float*>(f.pointer("anchors", 16));
   p.limits = static_cast<const float*>(f.optional("limits", 4));
   p.boxes = static_cast<float*>(f.pointer("boxes", 16));

@@ -64,62 +64,52 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp)
   let_next_kernel_start();
 }
 
-// What is searched: vectors of keys or logits. Of a vector: which elements are at least as large as a key (`passing`;
-// never keys that are 0), which of these there are (`existing`), and the number of the first.
+// What is searched: vectors of keys or logits. Of a vector, where those beyond the end are taken for the last one: its
+// place, what is there, which elements are at least as large as a key (`passing`, as `bound` has it; never keys that
+// are 0), and which of them there are (`existing`, where not all do). Of an element: its key and number.
 template <typename T>
 struct KeySource {
-  using Place = int;  // of a vector of keys; -1: there is none
+  using Place = int;  // of a vector of keys
+  static constexpr bool all_exist = true;
   const Key<T>* keys;
   const unsigned* chosen;  // the vectors' numbers, or null: all
   int count;
 
   __device__ __forceinline__ Place place(int vector) const {
-    if (vector >= count) return -1;
+    vector = min(vector, count - 1);
     return chosen ? static_cast<int>(chosen[vector]) : vector;
   }
   __device__ __forceinline__ uint4 load(Place place) const {
-    if (place < 0) return {0, 0, 0, 0};
     return cuda::load<uint4>(keys + static_cast<std::int64_t>(place) * kVector<T>);
   }
-  __device__ __forceinline__ unsigned passing(const uint4& x, unsigned threshold) const {
+  __device__ __forceinline__ unsigned bound(unsigned threshold) const { return threshold; }
+  __device__ __forceinline__ unsigned passing(const uint4& x, unsigned bound) const {
     unsigned mask = 0;
     EFFDET_UNROLL
-    for (int i = 0; i < kVector<T>; ++i) mask |= element_of<T>(x, i) >= threshold ? 1u << i : 0u;
+    for (int i = 0; i < kVector<T>; ++i) mask |= element_of<T>(x, i) >= bound ? 1u << i : 0u;
     return mask;
   }
-  __device__ __forceinline__ unsigned existing(int) const { return ~0u; }
-  __device__ __forceinline__ unsigned key(const uint4& x, int i) const { return element_of<T>(x, i); }
-  __device__ __forceinline__ unsigned first_id(int vector) const {
-    return static_cast<unsigned>(place(vector)) * kVector<T>;
+  __device__ __forceinline__ unsigned existing(int vector) const { return vector < count ? ~0u : 0u; }
+  __device__ __forceinline__ uint2 key_and_id(int at) const {
+    const int id = place(at / kVector<T>) * kVector<T> + at % kVector<T>;
+    return {keys[id], static_cast<unsigned>(id)};
   }
 };
 
 template <typename T>
 struct LogitSource {
-  using Place = const T*;  // null: there is none
+  using Place = const T*;
   const Run* runs;
   int count;
+  bool all_exist;
 
   __device__ __forceinline__ static int in_run(int vector) { return vector % kRunVectors<T> * kVector<T>; }
   __device__ __forceinline__ Place place(int vector) const {
-    if (vector >= count * kRunVectors<T>) return nullptr;
-    const uint2 address = cuda::load<uint2>(&runs[vector / kRunVectors<T>].address);
-    return reinterpret_cast<const T*>(address.x | std::uint64_t{address.y} << 32) + in_run(vector);
+    return first_of(runs[min(vector / kRunVectors<T>, count - 1)]) + in_run(vector);
   }
-  __device__ __forceinline__ uint4 load(Place place) const {
-    if (!place) return {0, 0, 0, 0};
-    return cuda::load<uint4>(place);
-  }
-  __device__ __forceinline__ unsigned passing(const uint4& x, unsigned threshold) const {
-    if (threshold > kHighestKey<T>) return 0;
-    const float least = number_of<T>(threshold);
-    float values[kVector<T>];
-    widen_vector<T>(x, values);
-    unsigned mask = 0;
-    EFFDET_UNROLL
-    for (int i = 0; i < kVector<T>; ++i) mask |= values[i] < least ? 0u : 1u << i;  // a NaN passes
-    return mask;
-  }
+  __device__ __forceinline__ uint4 load(Place place) const { return cuda::load<uint4>(place); }
+  __device__ __forceinline__ unsigned bound(unsigned threshold) const { return word_of<T>(threshold); }
+  __device__ __forceinline__ unsigned passing(const uint4& x, unsigned bound) const { return at_least<T>(x, bound); }
   __device__ __forceinline__ unsigned existing(int vector) const {
     if (vector >= count * kRunVectors<T>) return 0;
     const Run& run = runs[vector / kRunVectors<T>];
@@ -128,9 +118,15 @@ struct LogitSource {
     const unsigned below_begin = begin <= 0 ? 0u : (1u << begin) - 1;
     return below_end & ~below_begin;
   }
-  __device__ __forceinline__ unsigned key(const uint4& x, int i) const { return key_of<T>(element_of<T>(x, i)); }
-  __device__ __forceinline__ unsigned first_id(int vector) const {
-    return static_cast<unsigned>(runs[vector / kRunVectors<T>].first_logit + in_run(vector));
+  __device__ __forceinline__ uint2 key_and_id(int at) const {
+    const Run& run = runs[at / kRun];
+    const unsigned bits = bits_of(first_of(run)[at % kRun]);
+    return {key_of<T>(bits), static_cast<unsigned>(run.first_logit + at % kRun)};
+  }
+
+ private:
+  __device__ __forceinline__ static const T* first_of(const Run& run) {
+    return reinterpret_cast<const T*>(static_cast<std::uintptr_t>(run.address));
   }
 };
 
@@ -183,25 +179,28 @@ struct Pick {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) decode_topk_pick_kernel(const DecodeTopkParams p, const Division d) {
+__global__ void __launch_bounds__(kThreads)
+    decode_topk_pick_kernel(const DecodeTopkParams p, const Division d, const int room) {
   const std::int64_t image = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   Shared shared;
-  Best<T> best(shared, p.kept, p.room);
+  Best<T> best(shared, p.kept, room);
+  const int most = most_chosen(p.kept);
   const Scratch<T> scratch(p, d.all_groups);
-  unsigned* const groups = scratch.groups + image * p.kept;
-  Run* const runs = scratch.runs + image * p.kept;
+  unsigned* const groups = scratch.groups + image * most;
+  Run* const runs = scratch.runs + image * most;
   const Key<T>* const run_keys = scratch.run_keys + image * d.all_groups * kVector<T>;
 
   wait_for_previous_kernel();
   const int vectors = d.all_groups / kVector<T>;
-  best.find(KeySource<T>{scratch.group_keys + image * d.all_groups, nullptr, vectors}, vectors);
+  best.find(KeySource<T>{scratch.group_keys + image * d.all_groups, nullptr, vectors}, vectors, most);
   const int group_count = best.count();
   for (int i = thread; i < group_count; i += kThreads) groups[i] = best.ids[i];
   __syncthreads();
 
-  best.find(KeySource<T>{run_keys, groups, group_count}, group_count);
+  best.find(KeySource<T>{run_keys, groups, group_count}, group_count, most);
   const int run_count = best.count();
+  int partial = 0;  // runs
   for (int i = thread; i < run_count; i += kThreads) {
     const int number = static_cast<int>(best.ids[i]);
     const int level = level_of(d.first_group, p.level_count, number / kVector<T>);
@@ -213,6 +212,7 @@ __global__ void __launch_bounds__(kThreads) decode_topk_pick_kernel(const Decode
     run.end = static_cast<short>(min(kRun, logits.end - at));
     const T* address = logits.at + at;
     if (run.begin != 0 || run.end != kRun) {  // seldom: so that it can be read in whole vectors
+      ++partial;
       T* const copy = scratch.ends + ((image * p.level_count + level) * 2 + (at == 0 ? 0 : 1)) * kRun;
       EFFDET_NO_UNROLL
       for (int j = 0; j < kRun; ++j) copy[j] = address[j >= run.begin && j < run.end ? j : run.begin];
@@ -221,9 +221,9 @@ __global__ void __launch_bounds__(kThreads) decode_topk_pick_kernel(const Decode
     run.address = reinterpret_cast<std::uintptr_t>(address);
     runs[i] = run;
   }
-  __syncthreads();
+  const bool all_exist = best.sum(partial) == 0;  // and a barrier
 
-  best.find(LogitSource<T>{runs, run_count}, run_count * kRunVectors<T>);
+  best.find(LogitSource<T>{runs, run_count, all_exist}, run_count * kRunVectors<T>, kMostPicks);
   best.sort();
   let_next_kernel_start();
   float limits[2] = {0.0f, 0.0f};
@@ -253,8 +253,10 @@ int launch_of(const DecodeTopkParams& p, void* stream) {
   if (status != kOk) return status;
   grid.blocks = p.batch;
   grid.threads = kThreads;
-  grid.shared_bytes = Best<T>::kSharedBytes;
-  return launch(decode_topk_pick_kernel<T>, grid, stream, p, d);
+  const int room = p.room != 0 ? p.room : Best<T>::room(shared_limit());
+  if (room <= p.kept) return kBadSize;
+  grid.shared_bytes = Best<T>::shared_bytes(room);
+  return launch(decode_topk_pick_kernel<T>, grid, stream, p, d, room);
 }
 
 }  // namespace

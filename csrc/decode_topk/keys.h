@@ -23,6 +23,14 @@ constexpr unsigned kLowestKey = kZeroKey<T> - kInfinity<T>;  // of -infinity
 template <typename T>
 constexpr unsigned kHighestKey = kZeroKey<T> + kInfinity<T>;
 
+__device__ __forceinline__ unsigned bits_of(float x) {
+  return __float_as_uint(x);
+}
+template <typename T>
+__device__ __forceinline__ unsigned bits_of(T x) {
+  return x.bits;
+}
+
 template <typename T>
 __device__ __forceinline__ unsigned key_of(unsigned bits) {
   const unsigned magnitude = bits & (kZeroKey<T> - 1);
@@ -30,15 +38,11 @@ __device__ __forceinline__ unsigned key_of(unsigned bits) {
   return bits & kZeroKey<T> ? kZeroKey<T> - magnitude : kZeroKey<T> + magnitude;
 }
 
-// The number of a key.
+// The bits of a key's number, in all of a word.
 template <typename T>
-__device__ __forceinline__ float number_of(unsigned key) {
+__device__ __forceinline__ unsigned word_of(unsigned key) {
   const unsigned bits = key < kZeroKey<T> ? kZeroKey<T> | (kZeroKey<T> - key) : key - kZeroKey<T>;
-  if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(bits);
-  } else {
-    return widen(T{static_cast<std::uint16_t>(bits)});
-  }
+  return sizeof(T) == 4 ? bits : bits | bits << 16;
 }
 
 // The larger ones of a word's numbers, one or two; NaN is larger than all.
@@ -62,6 +66,39 @@ __device__ __forceinline__ unsigned larger(unsigned a, unsigned b) {
     return of_two(a & 0xffffu, b & 0xffffu) | of_two(a >> 16, b >> 16) << 16;
   }
 #endif
+}
+
+// Which of a word's numbers are not less than those of another: bits 0 to 15, and 16 to 31; a NaN is not less.
+template <typename T>
+__device__ __forceinline__ unsigned not_less(unsigned a, unsigned b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned mask;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("set.geu.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+  } else {
+    asm("set.geu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+  }
+  return mask;
+#else
+  const float2 x = widen_pair<T>(a), y = widen_pair<T>(b);
+  return (x.x < y.x ? 0u : 0xffffu) | (x.y < y.y ? 0u : 0xffff0000u);
+#endif
+}
+
+// Which numbers of a vector are at least those of `word`, a bit each.
+template <typename T>
+__device__ __forceinline__ unsigned at_least(const uint4& vector, unsigned word) {
+  const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+  unsigned mask = 0;
+  if constexpr (sizeof(T) == 4) {
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) mask |= __uint_as_float(words[i]) < __uint_as_float(word) ? 0u : 1u << i;
+    return mask;
+  } else {
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) mask |= not_less<T>(words[i], word) & (1u << 2 * i | 2u << (2 * i + 16));
+    return (mask | mask >> 16) & 0xffu;
+  }
 }
 
 // Element i of a vector, its bits.

@@ -74,14 +74,14 @@ struct Logits {
 template <typename T>
 __device__ __forceinline__ uint4 part_of_vector(const T* at, int begin, int end) {
   constexpr unsigned kNone = std::is_same_v<T, float> ? 0xff800000u : kInfinity<T> | 0x8000u;
+  const auto bits = [&](int i) { return i >= begin && i < end ? bits_of(at[i]) : kNone; };
   unsigned words[4];
   EFFDET_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      words[i] = i >= begin && i < end ? __float_as_uint(at[i]) : kNone;
+      words[i] = bits(i);
     } else {
-      words[i] = 2 * i >= begin && 2 * i < end ? unsigned{at[2 * i].bits} : kNone;
-      words[i] |= (2 * i + 1 >= begin && 2 * i + 1 < end ? unsigned{at[2 * i + 1].bits} : kNone) << 16;
+      words[i] = bits(2 * i) | bits(2 * i + 1) << 16;
     }
   }
   return {words[0], words[1], words[2], words[3]};
@@ -94,25 +94,32 @@ struct alignas(16) Run {
   short begin, end;       // those of its logits that exist
 };
 
+// Runs, or groups, of an image at most that are searched further: a few more than are needed, where dropping them would
+// take longer.
+__host__ __device__ __forceinline__ int most_chosen(int kept) {
+  return kept + kept / 8;
+}
+
 // Memory between the kernels, and between the steps of one.
 template <typename T>
 struct Scratch {
-  Run* runs;           // [batch, kept]
+  Run* runs;           // [batch, most_chosen(kept)]
   T* ends;             // [batch, levels, 2, kRun]: copies of the first and the last run, where they are not whole
   Key<T>* run_keys;    // [batch, all_groups, runs of a group]
   Key<T>* group_keys;  // [batch, all_groups]
-  unsigned* groups;    // [batch, kept]
+  unsigned* groups;    // [batch, most_chosen(kept)]
 
   __host__ __device__ __forceinline__ Scratch(const DecodeTopkParams& p, int all_groups) {
     const std::int64_t all = p.batch * all_groups;
     runs = static_cast<Run*>(p.scratch);
-    ends = reinterpret_cast<T*>(runs + p.batch * p.kept);
+    ends = reinterpret_cast<T*>(runs + p.batch * most_chosen(p.kept));
     run_keys = reinterpret_cast<Key<T>*>(ends + p.batch * p.level_count * 2 * kRun);
     group_keys = run_keys + all * kVector<T>;
     groups = reinterpret_cast<unsigned*>(group_keys + all);
   }
   std::int64_t bytes(const DecodeTopkParams& p) const {
-    return reinterpret_cast<unsigned char*>(groups + p.batch * p.kept) - static_cast<unsigned char*>(p.scratch);
+    return reinterpret_cast<unsigned char*>(groups + p.batch * most_chosen(p.kept)) -
+           static_cast<unsigned char*>(p.scratch);
   }
 };
 

@@ -7,7 +7,6 @@
 namespace effdet::cuda {
 
 constexpr int kMostLevels = 16;
-constexpr int kMostRoom = 11264;  // of an image's list of candidates
 constexpr int kMostPicks = 8192;  // of an image
 
 // One level of all images: dense, channels inside.
@@ -29,7 +28,8 @@ struct DecodeTopkParams {
   std::int64_t* classes_of;    // [batch, kept]
   std::int64_t batch;
   int level_count, classes, kept;
-  int room;  // candidates that are collected before the worst are dropped: more than `kept`
+  int room;  // candidates that are collected before the worst are dropped, more than `kept`; 0: what there is memory
+             // for
   int dtype;
 };
 

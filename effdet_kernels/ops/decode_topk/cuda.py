@@ -13,7 +13,7 @@ from effdet_kernels.ops.decode_topk import op
 # csrc/decode_topk has the same
 _LEVELS = 16
 _PICKS = 8192
-_ROOM = 11264  # candidates of an image that a block collects before it drops the worst
+_ROOM = 0  # candidates that a block collects before it drops the worst; 0: what there is memory for
 _RUN = 32  # logits
 _VECTORS = 32  # of 16 bytes, of logits: a group
 _LOGITS = 2**31 - 2**16  # of an image
@@ -63,7 +63,8 @@ def run(
     unit = 16 // size
     groups = sum(-(-(length + unit - 1) // (_VECTORS * unit)) for length in lengths)
     groups = -(-groups // unit) * unit
-    of_image = groups * (16 + size) + len(maps) * 2 * _RUN * size + kept * (16 + 4)
+    chosen = kept + kept // 8
+    of_image = groups * (16 + size) + len(maps) * 2 * _RUN * size + chosen * (16 + 4)
     scratch = torch.empty(batch * of_image, dtype=torch.uint8, device=logits.device)
     anchors = anchors.to(torch.float32).contiguous()
     if anchors.data_ptr() % 16:
