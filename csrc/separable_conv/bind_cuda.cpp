@@ -6,6 +6,7 @@ namespace effdet::cuda {
 namespace {
 
 constexpr std::int64_t kLargest = 0x7fffffff;  // element of an image, counted from its first
+constexpr std::int64_t kBeyond = 32;           // rows and columns that a tile may have beyond the map
 
 void check(bool fine, const char* complaint) {
   if (!fine) throw std::invalid_argument(complaint);
@@ -28,13 +29,14 @@ SeparableLevel read_level(const Fields& f, const SeparableParams& p, bool fused)
       Map& map = level.x[net];
       map = as_vector_map(f, "x", by_net(f, "x", p.nets)[net]);
       check(map.height == level.height && map.width == level.width, "x: is not of the size of the level");
-      check(map.row_stride >= 0 && map.pixel_stride >= 0 &&
-                (level.height - 1) * map.row_stride + (level.width - 1) * map.pixel_stride + p.channels <= kLargest,
+      check(map.row_stride >= 0 && map.row_stride <= kLargest && map.pixel_stride >= 0 &&
+                map.pixel_stride <= kLargest &&
+                (level.height + kBeyond) * map.row_stride + (level.width + kBeyond) * map.pixel_stride <= kLargest,
             "x: an image has too many elements");
     }
     level.y[net] = Fields::as_pointer("y", y[net], 16);
     check(level.y[net] != nullptr, "y: got a null address");
-    check(std::int64_t{level.height} * level.width <= kLargest / p.out_channels[net],
+    check((level.height + kBeyond) * (level.width + kBeyond) <= kLargest / p.out_channels[net],
           "y: an image has too many elements");
     level.scale[net] = static_cast<const float*>(Fields::as_pointer("scale", scale[net], 4));
     level.shift[net] = static_cast<const float*>(Fields::as_pointer("shift", shift[net], 4));
@@ -60,7 +62,7 @@ SeparableParams read_rest(const Fields& f, bool fused) {
     p.pw_weight[net] = Fields::as_pointer("pw_weight", pw_weight[net], 16);
     check(p.dw_weight[net] && p.pw_weight[net], "dw_weight, pw_weight: got a null address");
     p.out_channels[net] = out_channels[net].cast<int>();
-    check(p.out_channels[net] >= 1 && p.out_channels[net] <= 1 << 20, "out_channels: out of range");
+    check(p.out_channels[net] >= 1 && p.out_channels[net] <= 1 << 16, "out_channels: out of range");
   }
   p.rows = static_cast<int>(f.integer("rows", 1, 8));
   const int multiple = separable_warps(p.dtype, p.rows);

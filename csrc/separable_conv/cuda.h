@@ -42,7 +42,9 @@ struct SeparableParams {
 // What follows from the parameters.
 struct SeparableCuts {
   int vectors, pitch;  // of a pixel in shared memory: that are used, and to the next pixel
+  int slices;          // of a pixel's vectors, that are copied and convolved at a time
   int pieces;          // of the input channels, a stage of the ring each
+  int ring_step;       // rows of a stage that a block's threads copy at once
   int padded;          // output channels, of the net that has most, to whole groups
 };
 

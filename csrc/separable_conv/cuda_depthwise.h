@@ -22,9 +22,8 @@ __device__ __forceinline__ float sum_of_taps(const uint4* corner, int pitch, int
   return sum;
 }
 
-// 16-bit numbers, 8 channels: products with diagonal matrices, of two taps one above the other, whose weights are
-// [2 x 8, 8]. Taps that share an operand lie side by side in the columns 0 and 1, one above the other in column 2: 5
-// products for 9 taps. `patch`: the channels' vector of the first pixel; `taps` [8, 9].
+// 16-bit numbers, 8 channels: a row of taps is a product with two diagonal matrices, one above the other, for columns 0
+// and 1, and one of half the depth for column 2. `patch`: the channels' vector of the first pixel; `taps` [8, 9].
 template <typename T, int kRows>
 __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps) {
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -37,7 +36,7 @@ __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps)
   RightOperand beside[3];
   EFFDET_UNROLL
   for (int i = 0; i < 3; ++i) beside[i] = {diagonal(i, 0), diagonal(i, 1)};
-  const RightOperand above{diagonal(0, 2), diagonal(1, 2)}, below{0, diagonal(2, 2)};
+  const unsigned last[3] = {diagonal(0, 2), diagonal(1, 2), diagonal(2, 2)};
 
   struct Rows {                  // two of the patch
     LeftOperand left[2], right;  // columns 0 and 1 of each; column 2 of both
@@ -54,34 +53,29 @@ __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps)
 
   Products sums[kRows];
   Rows rows = load_rows(0);
-  LeftOperand between{};  // column 2 of the row before and of the first of `rows`
   EFFDET_UNROLL
   for (int r = 0; r <= kRows; r += 2) {
     Rows next{};
     if (r < kRows) {
       next = load_rows(r + 2);
       sums[r] = sums[r + 1] = Products{};
-      multiply_add<T>(sums[r], rows.left[0], beside[0]);
-      multiply_add<T>(sums[r + 1], rows.left[1], beside[0]);
     }
-    if (r > 0) {
-      between.words[2] = rows.right.words[0];
-      between.words[3] = rows.right.words[1];
-      multiply_add<T>(sums[r - 2], rows.left[0], beside[2]);
-      multiply_add<T>(sums[r - 1], rows.left[0], beside[1]);
-      multiply_add<T>(sums[r - 2], between, below);
-      multiply_add<T>(sums[r - 1], between, above);
-      multiply_add<T>(sums[r - 1], rows.left[1], beside[2]);
-      multiply_add<T>(sums[r - 1], rows.right, below);
-    }
-    if (r < kRows) {
-      multiply_add<T>(sums[r], rows.left[1], beside[1]);
-      multiply_add<T>(sums[r], rows.right, above);
-    }
-    if (r > 0) {
-      float check = 0.0f;
+    EFFDET_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      // Of the row r + k: columns 0 and 1, then column 2, in the sums of three rows, the oldest first.
       EFFDET_UNROLL
-      for (int i = 0; i < 8; ++i) check += sums[r - 2 + i / 4].values[i % 4];
+      for (int i = 2; i >= 0; --i)
+        if (r + k - i >= 0 && r + k - i < kRows) multiply_add<T>(sums[r + k - i], rows.left[k], beside[i]);
+      EFFDET_UNROLL
+      for (int i = 2; i >= 0; --i) {
+        if (r + k - i >= 0 && r + k - i < kRows)
+          multiply_add<T>(sums[r + k - i], rows.right.words[2 * k], rows.right.words[2 * k + 1], last[i]);
+      }
+    }
+    if (r > 0) {
+      float check = sums[r - 2].values[0];
+      EFFDET_UNROLL
+      for (int i = 1; i < 8; ++i) check += sums[r - 2 + i / 4].values[i % 4];
       // Zeros of the diagonals times a NaN or an infinity of another channel are NaN: once more, without them.
       if (__any_sync(kAll, !finite(check))) {
         EFFDET_UNROLL
@@ -97,8 +91,6 @@ __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps)
         store(reinterpret_cast<unsigned*>(pixel) + t, narrow_pair<T>(z[i % 2 * 2], z[i % 2 * 2 + 1]));
       }
     }
-    between.words[0] = rows.right.words[2];
-    between.words[1] = rows.right.words[3];
     rows = next;
   }
 }

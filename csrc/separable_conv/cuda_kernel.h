@@ -32,6 +32,11 @@ __device__ __forceinline__ int fresh(int x) {
   return x;
 }
 
+// Whether 0 <= place < size.
+__device__ __forceinline__ bool within(int place, int size) {
+  return static_cast<unsigned>(place) < static_cast<unsigned>(size);
+}
+
 // Waits for all groups of copies but the newest `left`, or 8 of them.
 __device__ __forceinline__ void wait_for_all_but(int left) {
   switch (left) {
@@ -74,37 +79,45 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   float* const affine = shared.take<float>(2 * cuts.padded);  // scale and shift of each output channel
 
   int at = 0;
-  while (at + 1 < p.count && static_cast<int>(blockIdx.x) >= p.levels[at + 1].first) ++at;
+  while (!kFused && at + 1 < p.count && static_cast<int>(blockIdx.x) >= p.levels[at + 1].first) ++at;
   const int block = static_cast<int>(blockIdx.x) - p.levels[at].first;
   const SeparableLevel& level = p.levels[at];
-  const int net = block % p.nets;
-  const int image = block / p.nets / level.tiles, tile = block / p.nets % level.tiles;
-  const int top = tile / level.across * kRows, left = tile % level.across * kTileWidth;
+  const int nets = kFused ? 1 : p.nets, net = nets == 1 ? 0 : block % kMostNets;
+  const unsigned of_net = nets == 1 ? block : block / kMostNets, tiles = level.tiles, across_tiles = level.across;
+  const int image = static_cast<int>(of_net / tiles);
+  const unsigned tile = of_net % tiles;
+  const int top = static_cast<int>(tile / across_tiles) * kRows;
+  const int left = static_cast<int>(tile % across_tiles) * kTileWidth;
   const int height = level.height, width = level.width, out_channels = p.out_channels[net];
   const int existing = p.channels / kVector<T>;  // vectors of channels
 
   wait_for_previous_kernel();
   for (int i = thread; i < kTaps * existing; i += threads)
     begin_copy16(taps + i * kVector<T>, static_cast<const T*>(p.dw_weight[net]) + i * kVector<T>, true);
-  // Visits this thread's vectors of a slice of the patch: f(vector of channels, pixel).
+  // Visits this thread's vectors of a slice of the patch: f(vector of channels, pixel, row, column), of the map.
   const auto each_of_slice = [&](int slice, auto&& f) {
-    const int count = min(kSliceVectors, cuts.vectors - slice * kSliceVectors), step = threads / count;
-    if (thread >= count * step) return;
-    for (int pixel = thread / count; pixel < S::kPatch; pixel += step) f(slice * kSliceVectors + thread % count, pixel);
+    const int count = min(kSliceVectors, cuts.vectors - slice * kSliceVectors);
+    const unsigned lane = count == kSliceVectors ? thread % kSliceVectors : thread % count;
+    const int first = count == kSliceVectors ? thread / kSliceVectors : thread / count;
+    const int step = count == kSliceVectors ? threads / kSliceVectors : threads / count;
+    if (first >= step) return;
+    const int vector = slice * kSliceVectors + static_cast<int>(lane);
+    for (int pixel = first; pixel < S::kPatch; pixel += step) {
+      const int row = static_cast<int>(static_cast<unsigned>(pixel) / kPatchWidth);
+      f(vector, pixel, top - 1 + row, left - 1 + pixel - row * kPatchWidth);
+    }
   };
-  const int slices = divided(cuts.vectors, kSliceVectors);
   if constexpr (kFused) {
     end_copies();
   } else {
     const T* const x = static_cast<const T*>(level.x[net].data) + image * level.x[net].batch_stride;
     const int row_stride = static_cast<int>(level.x[net].row_stride);
     const int pixel_stride = static_cast<int>(level.x[net].pixel_stride);
-    for (int slice = 0; slice < slices; ++slice) {
-      each_of_slice(slice, [&](int vector, int pixel) {
-        const int h = top - 1 + pixel / kPatchWidth, w = left - 1 + pixel % kPatchWidth;
-        const bool exists = vector < existing && h >= 0 && h < height && w >= 0 && w < width;
-        const int from = exists ? h * row_stride + w * pixel_stride + vector * kVector<T> : 0;
-        begin_copy16(patch + pixel * cuts.pitch + vector, x + from, exists);
+    for (int slice = 0; slice < cuts.slices; ++slice) {
+      each_of_slice(slice, [&](int vector, int pixel, int h, int w) {
+        const bool exists = vector < existing && within(h, height) && within(w, width);
+        begin_copy16(patch + pixel * cuts.pitch + vector, x + (h * row_stride + w * pixel_stride + vector * kVector<T>),
+                     exists);
       });
       end_copies();
     }
@@ -113,23 +126,36 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   const T* const pw_weight = static_cast<const T*>(p.pw_weight[net]);
   const bool wide = out_channels % kVector<T> == 0;
   const int stages = divided(out_channels, panel) * cuts.pieces;  // that pass through the ring
-  const auto begin_stage = [&](int stage) {
-    const int first_channel = stage / cuts.pieces * panel, first = stage % cuts.pieces * p.depth;
-    const int count = min(p.depth, cuts.vectors - first), step = threads / count;
-    const int vector = first + thread % count;
-    uint4* const to = ring + stage % p.stages * panel * stage_pitch + thread % count;
-    if (thread < count * step) {
-      for (int row = thread / count; row < panel; row += step) {
-        const int c = first_channel + Sums::channel_of_row(row, wide);
-        const bool exists = c < out_channels && vector < existing;
-        const std::int64_t from = exists ? static_cast<std::int64_t>(c) * p.channels + vector * kVector<T> : 0;
-        begin_copy16(to + row * stage_pitch, pw_weight + from, exists);
+  const int ring_vector = static_cast<int>(static_cast<unsigned>(thread) % static_cast<unsigned>(p.depth));
+  const int ring_row = static_cast<int>(static_cast<unsigned>(thread) / static_cast<unsigned>(p.depth));
+  struct Place {  // of a stage
+    int slot, piece, channel;
+  };
+  const auto next = [&](Place place) {
+    place.slot = place.slot + 1 < p.stages ? place.slot + 1 : 0;
+    if (++place.piece == cuts.pieces) {
+      place.piece = 0;
+      place.channel += panel;
+    }
+    return place;
+  };
+  Place begins{0, 0, 0};
+  const auto begin_stage = [&] {
+    const int vector = begins.piece * p.depth + ring_vector;
+    if (ring_row < cuts.ring_step && vector < cuts.vectors) {
+      uint4* to = ring + (begins.slot * panel + ring_row) * stage_pitch + ring_vector;
+      const T* const from = pw_weight + vector * kVector<T>;
+      for (int row = ring_row; row < panel; row += cuts.ring_step) {
+        const int c = begins.channel + static_cast<int>(Sums::channel_of_row(static_cast<unsigned>(row), wide));
+        begin_copy16(to, from + c * p.channels, c < out_channels && vector < existing);
+        to += cuts.ring_step * stage_pitch;
       }
     }
     end_copies();
+    begins = next(begins);
   };
   int begun = 0;  // stages
-  while (begun < min(p.stages, stages)) begin_stage(begun++);
+  for (; begun < min(p.stages, stages); ++begun) begin_stage();
 
   for (int c = thread; c < cuts.padded; c += threads) {
     const bool exists = c < out_channels;
@@ -139,12 +165,11 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   Shares shares;
   if constexpr (kFused) shares = fusion_shares(maps);
 
-  for (int slice = 0; slice < slices; ++slice) {
+  for (int slice = 0; slice < cuts.slices; ++slice) {
     if constexpr (kFused) {
-      each_of_slice(slice, [&](int vector, int pixel) {
-        const int h = top - 1 + pixel / kPatchWidth, w = left - 1 + pixel % kPatchWidth;
+      each_of_slice(slice, [&](int vector, int pixel, int h, int w) {
         float values[kVector<T>] = {};
-        if (vector < existing && h >= 0 && h < height && w >= 0 && w < width) {
+        if (vector < existing && within(h, height) && within(w, width)) {
           fused_vector<T>(maps, shares, image, h, w, vector * kVector<T>, values);
           activate(values, p.pre_act);
         }
@@ -152,9 +177,9 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
       });
       if (slice == 0) wait_for_all_but(begun);  // the taps are there
     } else {
-      wait_for_all_but(slices - 1 - slice + begun);
+      wait_for_all_but(cuts.slices - 1 - slice + begun);
       if (p.pre_act != kNone) {
-        each_of_slice(slice, [&](int vector, int pixel) {
+        each_of_slice(slice, [&](int vector, int pixel, int, int) {
           uint4& place = patch[pixel * cuts.pitch + vector];
           float values[kVector<T>];
           widen_vector<T>(place, values);
@@ -180,49 +205,54 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   const std::int64_t first_pixel = static_cast<std::int64_t>(image) * height * width;
   T* const y = static_cast<T*>(level.y[net]) + first_pixel * out_channels;
   Sums sums;
-  for (int stage = 0; stage < stages; ++stage) {
+  Place place{0, 0, 0};
+  for (int stage = 0; stage < stages; ++stage, place = next(place)) {
     wait_for_all_but(begun - 1 - stage);
     __syncthreads();  // and before the next copies into what was read
-    if (stage > 0 && begun < stages) begin_stage(begun++);
+    if (stage > 0 && begun < stages) {
+      begin_stage();
+      ++begun;
+    }
     const int warp = fresh(warp_id());
     const int first_row = warp % S::kDown * S::kTiles, warp_channel = warp / S::kDown * kGroup * p.groups;
-    const int piece = stage % cuts.pieces, channel = stage / cuts.pieces * panel + warp_channel;
+    const int channel = place.channel + warp_channel;
     const int groups = min(p.groups, divided(out_channels - channel, kGroup));  // none: not positive
-    if (piece == 0) sums.clear();
+    if (place.piece == 0) sums.clear();
     if (groups > 0) {
-      const int first = piece * p.depth;
+      const int first = place.piece * p.depth;
       sums.add(patch + first_row * kPatchWidth * cuts.pitch + first, cuts.pitch,
-               ring + (stage % p.stages * panel + warp_channel) * stage_pitch, stage_pitch,
+               ring + (place.slot * panel + warp_channel) * stage_pitch, stage_pitch,
                min(p.depth, cuts.vectors - first), groups);
     }
-    if (piece < cuts.pieces - 1) continue;
+    if (place.piece < cuts.pieces - 1) continue;
     if (stage == stages - 1) let_next_kernel_start();
+    const int row = top + first_row, column = fresh(left) + Sums::column(0);
     EFFDET_UNROLL
     for (int group = 0; group < 2; ++group) {
       if (group >= groups) continue;
-      const int begin = fresh(channel + group * kGroup);
+      const int begin = channel + group * kGroup;
+      constexpr int kMine = Sums::kPixels * Sums::kChannels;
+      float values[S::kTiles * kMine];
       EFFDET_UNROLL
-      for (int t = 0; t < S::kTiles; ++t) {
-        float values[Sums::kPixels * Sums::kChannels];
+      for (int i = 0; i < Sums::kChannels; i += Sums::kPair) {
+        float factors[Sums::kPair], addends[Sums::kPair];
+        Sums::load_affine(affine + 2 * (begin + Sums::channel(i, wide)), factors, addends);
         EFFDET_UNROLL
-        for (int i = 0; i < Sums::kChannels; i += Sums::kPair) {
-          float factors[Sums::kPair], addends[Sums::kPair];
-          Sums::load_affine(affine + 2 * (begin + Sums::channel(i, wide)), factors, addends);
-          EFFDET_UNROLL
-          for (int k = 0; k < Sums::kPair * Sums::kPixels; ++k) {
-            const int pixel = k / Sums::kPair, c = k % Sums::kPair;
-            values[pixel * Sums::kChannels + i + c] = sums.value(group, t, pixel, i + c) * factors[c] + addends[c];
-          }
+        for (int k = 0; k < S::kTiles * Sums::kPixels * Sums::kPair; ++k) {
+          const int pixel = k / Sums::kPair, c = k % Sums::kPair;
+          const float sum = sums.value(group, pixel / Sums::kPixels, pixel % Sums::kPixels, i + c);
+          values[pixel * Sums::kChannels + i + c] = sum * factors[c] + addends[c];
         }
-        activate(values, p.act);
-        const int row = top + first_row + t;
-        EFFDET_UNROLL
-        for (int pixel = 0; pixel < Sums::kPixels; ++pixel) {
-          const int column = fresh(left) + Sums::column(pixel);
-          if (row < height && column < width)
-            Sums::write(y + ((row * width + column) * out_channels + begin), values + pixel * Sums::kChannels,
-                        out_channels - begin, wide);
-        }
+      }
+      activate(values, p.act);
+      const int c = begin + Sums::channel(0, wide);
+      T* const first = y + ((row * width + column) * out_channels + c);
+      EFFDET_UNROLL
+      for (int k = 0; k < S::kTiles * Sums::kPixels; ++k) {
+        const int down = k / Sums::kPixels, right = Sums::column(k % Sums::kPixels) - Sums::column(0);
+        if (row + down < height && column + right < width)
+          Sums::write(first + (down * width + right) * out_channels, values + k * Sums::kChannels, out_channels - c,
+                      wide);
       }
     }
   }
@@ -243,8 +273,10 @@ int launch_separable(SeparableParams p, const Maps& maps, void* stream) {
   }
   const int step = S::Sums::kStep;
   cuts.vectors = divided(p.channels / kVector<T>, step) * step;
+  cuts.slices = divided(cuts.vectors, kSliceVectors);
   cuts.pitch = cuts.vectors | 1;  // odd, so that pixels next to each other lie in different banks
   cuts.pieces = divided(cuts.vectors, p.depth);
+  cuts.ring_step = kWarp * p.warps / p.depth;
   const int panel = kGroup * p.groups * (p.warps / S::kDown);
   for (int net = 0; net < p.nets; ++net) {
     const int panels = divided(p.out_channels[net], panel);

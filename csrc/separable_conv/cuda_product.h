@@ -56,8 +56,8 @@ struct Product {
   static __device__ __forceinline__ int channel(int i, bool wide) {
     return lane_id() % 4 * (wide ? 8 : 2) + i / 2 * (wide ? 2 : 8) + i % 2;
   }
-  static __device__ __forceinline__ int channel_of_row(int row, bool wide) {
-    return wide ? row / 32 * 32 + row / 2 % 4 * 8 + row / 8 % 4 * 2 + row % 2 : row;
+  static __device__ __forceinline__ unsigned channel_of_row(unsigned row, bool wide) {
+    return wide ? (row & ~30u) | (row & 6u) << 2 | (row & 24u) >> 2 : row;
   }
 
   // Scale and shift of kPair channels next to each other.
@@ -69,22 +69,21 @@ struct Product {
     addends[1] = found.w;
   }
 
-  // Writes the results of a pixel; `y`: its first channel of the group, of which `left` exist.
+  // Writes the results of a pixel; `y`: its channel(0), which `left` are left from.
   static __device__ __forceinline__ void write(T* y, const float* values, int left, bool wide) {
     if (wide) {
-      if (channel(0, true) < left)
-        store(y + channel(0, true), uint4{narrow_pair<T>(values[0], values[1]), narrow_pair<T>(values[2], values[3]),
-                                          narrow_pair<T>(values[4], values[5]), narrow_pair<T>(values[6], values[7])});
+      if (left > 0)
+        store(y, uint4{narrow_pair<T>(values[0], values[1]), narrow_pair<T>(values[2], values[3]),
+                       narrow_pair<T>(values[4], values[5]), narrow_pair<T>(values[6], values[7])});
       return;
     }
     EFFDET_UNROLL
     for (int i = 0; i < 8; i += 2) {
-      const int c = channel(i, false);
       if (left % 2 == 0) {
-        if (c < left) store(y + c, narrow_pair<T>(values[i], values[i + 1]));
+        if (4 * i < left) store(y + 4 * i, narrow_pair<T>(values[i], values[i + 1]));
       } else {
-        if (c < left) y[c] = narrow<T>(values[i]);
-        if (c + 1 < left) y[c + 1] = narrow<T>(values[i + 1]);
+        if (4 * i < left) y[4 * i] = narrow<T>(values[i]);
+        if (4 * i + 1 < left) y[4 * i + 1] = narrow<T>(values[i + 1]);
       }
     }
   }
@@ -128,7 +127,7 @@ struct Product<float, 1> {
   }
   static __device__ __forceinline__ int column(int pixel) { return lane_id() / 8 + 4 * pixel; }
   static __device__ __forceinline__ int channel(int i, bool) { return lane_id() % 8 + 8 * i; }
-  static __device__ __forceinline__ int channel_of_row(int row, bool) { return row; }
+  static __device__ __forceinline__ unsigned channel_of_row(unsigned row, bool) { return row; }
 
   static __device__ __forceinline__ void load_affine(const float* affine, float (&factors)[1], float (&addends)[1]) {
     const float2 found = load<float2>(affine);
@@ -139,7 +138,7 @@ struct Product<float, 1> {
   static __device__ __forceinline__ void write(float* y, const float* values, int left, bool) {
     EFFDET_UNROLL
     for (int i = 0; i < kChannels; ++i)
-      if (channel(i, false) < left) y[channel(i, false)] = values[i];
+      if (8 * i < left) y[8 * i] = values[i];
   }
 };
 

@@ -19,6 +19,7 @@ _MOST_LEVELS = 8  # of a launch, csrc/separable_conv/cuda.h has the same
 _WIDTH = 16  # output pixels of a tile's row
 _GROUP = 32  # output channels
 _MOST_ELEMENTS = 2**31  # of an image
+_BEYOND = 32  # rows and columns that a tile may have beyond a map
 _SHARED_KB = 227  # of a multiprocessor that blocks are to share
 
 
@@ -58,7 +59,7 @@ def refusal(
         if refused:
             return refused.replace("weight:", "fusion_weight:")
         widest = len(pw_weight[0])
-        if size[0] * size[1] * widest >= _MOST_ELEMENTS:
+        if _extent(*size, (size[1] + _BEYOND) * widest, 0) >= _MOST_ELEMENTS:
             return f"size: got {tuple(size)}, takes less than 2^31 elements an image"
     else:
         refused = _refused_levels(x, pw_weight)
@@ -77,8 +78,9 @@ def _refused_levels(x: Sequence[Tensor], pw_weight: Sequence[Tensor]) -> str | N
         refused = _cuda.refused_map(f"x[{i}]", level)
         if refused:
             return refused
-        pixels = level.shape[2] * level.shape[3]
-        if max(_extent(level), pixels * widest) >= _MOST_ELEMENTS:
+        sides = level.shape[2:]
+        of_result = _extent(*sides, (sides[1] + _BEYOND) * widest, 0)
+        if max(_extent(*sides, *level.stride()[2:]), of_result) >= _MOST_ELEMENTS:
             return f"x[{i}]: an image of it, or of a result, has 2^31 elements or more"
     return None
 
@@ -204,9 +206,9 @@ def _cut(
     return None
 
 
-def _extent(x: Tensor) -> int:
-    """Elements from an image's first to its last."""
-    return sum((x.shape[i] - 1) * x.stride(i) for i in (1, 2, 3)) + 1
+def _extent(height: int, width: int, row_stride: int, pixel_stride: int) -> int:
+    """The largest offset in an image, and in what tiles have beyond it."""
+    return (height + _BEYOND) * row_stride + (width + _BEYOND) * pixel_stride
 
 
 def _aligned(weight: Tensor) -> Tensor:
