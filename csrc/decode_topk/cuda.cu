@@ -145,12 +145,11 @@ struct Pick {
 
   __device__ __forceinline__ void read(const DecodeTopkParams& p, const Division& d, std::int64_t image, int at) {
     const int level = level_of(d.first_logit, p.level_count, at);
-    const int length = p.levels[level].length;
-    logit = static_cast<const T*>(p.levels[level].logits)[image * length + at - d.first_logit[level]];
-    anchor = at / p.classes;
+    logit = static_cast<const T*>(p.levels[level].logits)[image * p.levels[level].length + at - d.first_logit[level]];
+    anchor = static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(p.classes));
     class_of = at - anchor * p.classes;
     corners = load<float4>(p.anchors + static_cast<std::int64_t>(anchor) * 4);
-    const std::int64_t of_maps = image * (length / p.classes) + anchor - d.first_logit[level] / p.classes;
+    const std::int64_t of_maps = image * d.anchors[level] + anchor - d.first_anchor[level];
     EFFDET_UNROLL
     for (int i = 0; i < 4; ++i) code[i] = static_cast<const T*>(p.levels[level].codes)[of_maps * 4 + i];
   }

@@ -21,6 +21,8 @@ constexpr int kBlockGroups = kWarpGroups * kBlockWarps;
 // How an image is divided.
 struct Division {
   int first_logit[kMostLevels];
+  int first_anchor[kMostLevels];
+  int anchors[kMostLevels];
   int first_group[kMostLevels];
   int groups[kMostLevels];
   int first_block[kMostLevels];  // of the kernel that reads all logits
@@ -34,6 +36,8 @@ Division division(const DecodeTopkParams& p) {
   int logits = 0;
   for (int i = 0; i < p.level_count; ++i) {
     d.first_logit[i] = logits;
+    d.first_anchor[i] = logits / p.classes;
+    d.anchors[i] = p.levels[i].length / p.classes;
     d.first_group[i] = d.all_groups;
     d.first_block[i] = d.all_blocks;
     d.groups[i] = divided(p.levels[i].length + kVector<T> - 1, kGroup<T>);  // wherever in a vector the first one is
