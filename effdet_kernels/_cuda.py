@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = 16  # of a vector of channels
 _LARGEST_KB = 227  # of shared memory, that a block may have on any device
 _emulator: Any = None
+_recording: ContextVar[list[str] | None] = ContextVar("effdet_kernels_cuda_launches", default=None)
 _emulated_kb = _LARGEST_KB
 _EMULATOR_REASON = "the emulator of CUDA is not loaded: it is for tests (make emulate)"
 
@@ -44,15 +46,15 @@ class Implementation:
 
     def refuses(self, args: Sequence[Any]) -> str | None:
         """Why the kernels do not take this call, naming the argument; None if they do."""
-        device = _device_of(args)
+        device = first_tensor(args).device
         absent = device_reason(device.index) if device.type == "cuda" else None
         return absent or self._module.refusal(*args)
 
 
-def _device_of(args: Sequence[Any]) -> torch.device:
-    """That of the first tensor, which may be in a list."""
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Of a call's arguments; it may be in a list."""
     flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
-    return next(a.device for a in flat if isinstance(a, Tensor))
+    return next(a for a in flat if isinstance(a, Tensor))
 
 
 # Whether kernels can run -------------------------------------------------------------------------
@@ -152,12 +154,26 @@ def launch(name: str, like: Tensor, **fields: Any) -> None:
     Raises:
         RuntimeError: the launch failed; CUDA's error is in the message, and does not stay.
     """
-    if not like.is_cuda:
+    noted = _recording.get()
+    if noted is not None:
+        noted.append(name)
+    elif not like.is_cuda:
         check(getattr(_emulator, f"{name}_cuda")(fields, 0), name)
-        return
-    with torch.cuda.device(like.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        check(getattr(_native.module(), f"{name}_cuda")(fields, stream), name)
+    else:
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            check(getattr(_native.module(), f"{name}_cuda")(fields, stream), name)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Inside, kernels do not run: their names go to the list. Tensors may be on "meta"."""
+    noted: list[str] = []
+    token = _recording.set(noted)
+    try:
+        yield noted
+    finally:
+        _recording.reset(token)
 
 
 def check(status: int, op: str) -> None:

@@ -44,9 +44,13 @@ __device__ __forceinline__ float clamped6(float x) {
   return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x;
 }
 
-// Activates `kCount` values; all threads of a block have the same `act`.
-template <int kCount>
+constexpr int kAny = -1;
+
+// Activates `kCount` values: by the activation kAct, or where that is kAny by `act`, of which all threads have the
+// same.
+template <int kAct, int kCount>
 __device__ __forceinline__ void activate(float (&x)[kCount], int act) {
+  if constexpr (kAct != kAny) act = kAct;
   const auto each = [&](auto function) {
     EFFDET_UNROLL
     for (int i = 0; i < kCount; ++i) x[i] = function(x[i]);
@@ -67,6 +71,11 @@ __device__ __forceinline__ void activate(float (&x)[kCount], int act) {
     default:
       return;
   }
+}
+
+template <int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], int act) {
+  activate<kAny>(x, act);
 }
 
 // Turns `kCount` arguments of the activation into its derivatives there, at a kink what torch takes.

@@ -41,27 +41,25 @@ __device__ __forceinline__ void multiply_add(Products& sum, const LeftOperand& l
   }
 #else
   struct Mine {
-    LeftOperand left;
-    RightOperand right;
-  };
-  const auto lanes = emu::exchange(Mine{left, right}, "multiply_add", where);
+    float2 left[4], right[2];
+  } mine;
+  for (int i = 0; i < 4; ++i) mine.left[i] = widen_pair<T>(left.words[i]);
+  for (int i = 0; i < 2; ++i) mine.right[i] = widen_pair<T>(right.words[i]);
+  const auto lanes = emu::exchange(mine, "multiply_add", where);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  float a[2][16], b[16][2];
-  for (int half = 0; half < 2; ++half) {
-    for (int source = 0; source < 4; ++source) {
-      const Mine of_row = lanes[4 * g + source], of_column = lanes[4 * (2 * t + half) + source];
-      for (int part = 0; part < 2; ++part) {
-        const float2 x = widen_pair<T>(of_row.left.words[2 * part + half]);
-        const float2 y = widen_pair<T>(of_column.right.words[part]);
-        a[half][8 * part + 2 * source] = x.x;
-        a[half][8 * part + 2 * source + 1] = x.y;
-        b[8 * part + 2 * source][half] = y.x;
-        b[8 * part + 2 * source + 1][half] = y.y;
+  for (int row = 0; row < 2; ++row) {
+    for (int column = 0; column < 2; ++column) {
+      float& value = sum.values[2 * row + column];
+      for (int part = 0; part < 2; ++part) {  // of K
+        for (int source = 0; source < 4; ++source) {
+          const float2 a = lanes.at(4 * g + source).left[2 * part + row];
+          const float2 b = lanes.at(4 * (2 * t + column) + source).right[part];
+          value += a.x * b.x;
+          value += a.y * b.y;
+        }
       }
     }
   }
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 16; ++k) sum.values[i] += a[i / 2][k] * b[k][i % 2];
 #endif
 }
 

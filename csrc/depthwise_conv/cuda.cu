@@ -1,60 +1,45 @@
-// depthwise_conv, forward. 16-bit maps go through matrix units: the left operand is 16 pixels by 8 channels at two
-// taps next to each other, the right one those taps' weights on two diagonals, one above the other. An operand is one
-// ldmatrix, used for all the output rows that the input row is part of, whose sums stay in registers. What the design
-// costs, and what others would, is in effdet_kernels/ops/depthwise_conv/README.md.
+// depthwise_conv, forward. 16-bit maps go through matrix units (matrix.h), from a ring of rows in shared memory that
+// asynchronous copies fill. What the design costs, and what others would, is in
+// effdet_kernels/ops/depthwise_conv/README.md.
 #include "cuda/activation.h"
 #include "cuda/launch.h"
-#include "cuda/matrix.h"
+#include "depthwise_conv/matrix.h"
 #include "depthwise_conv/params.h"
 
 namespace effdet::cuda {
 namespace {
-
-constexpr int kGranule = 8;       // channels that a warp makes: 16 bytes
-constexpr int kMostGranules = 8;  // of a block, a warp each
-
-// What is fixed when a kernel is compiled.
-template <int kKernel, int kStride>
-struct Shape {
-  static constexpr int kTiles = kStride == 1 ? 2 : 1;  // of 16 output pixels, that a warp makes at a time
-  static constexpr int kColumns = 16 * kTiles;
-  static constexpr int kLive = divided(kKernel, kStride);                // output rows that an input row is part of
-  static constexpr int kPairs = divided(kKernel, 2);                     // of taps in a row
-  static constexpr int kRows = kLive * kStride;                          // input rows of a stage
-  static constexpr int kPixels = (kColumns - 1) * kStride + 2 * kPairs;  // of an input row; the last may have weight 0
-  static constexpr int kStages = 2;
-};
-
-// Distance between pixels in shared memory: an odd number of granules, so that ldmatrix meets no bank twice.
-__host__ __device__ constexpr int padded(int granules) {
-  return granules | 1;
-}
 
 template <typename S>
 std::size_t shared_bytes(int granules) {
   return std::size_t{S::kStages} * S::kRows * S::kPixels * padded(granules) * 16;
 }
 
-// The sum of one output element, tap by tap, from global memory.
+// The sums of the output pixels (row, column) and (row, column + 8), two channels each, tap by tap, from global memory.
 template <typename T>
-__device__ float element(const DepthwiseParams& p, std::int64_t image, int row, int column, int channel) {
+__device__ void sum_taps(float (&sums)[4], const DepthwiseParams& p, std::int64_t image, int row, int column,
+                         int channel) {
   const T* x = static_cast<const T*>(p.x.data) + image * p.x.batch_stride + channel;
-  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * p.kernel * p.kernel;
-  float sum = 0.0f;
+  const int taps = p.kernel * p.kernel;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel) * taps;
+  EFFDET_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
   EFFDET_NO_UNROLL
-  for (int tap = 0; tap < p.kernel * p.kernel; ++tap) {
-    const int h = row * p.stride - p.top + tap / p.kernel, w = column * p.stride - p.left + tap % p.kernel;
-    const bool exists = h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-    const float value = exists ? widen(x[h * p.x.row_stride + w * p.x.pixel_stride]) : 0.0f;
-    sum += value * widen(weight[tap]);
+  for (int tap = 0; tap < taps; ++tap) {
+    const int h = row * p.stride - p.top + tap / p.kernel, first = column * p.stride - p.left + tap % p.kernel;
+    EFFDET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int w = first + i / 2 * 8 * p.stride;
+      const bool exists = h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
+      const T* at = x + h * p.x.row_stride + w * p.x.pixel_stride + i % 2;
+      sums[i] += (exists ? widen(*at) : 0.0f) * widen(weight[i % 2 * taps + tap]);
+    }
   }
-  return sum;
 }
 
-template <typename T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kWarp* kMostGranules)
+template <typename T, int kKernel, int kStride, int kAct>
+__global__ void __launch_bounds__(kWarp* DepthwiseShape<kKernel, kStride>::kGranules, kKernel == 3 ? 2 : 3)
     depthwise_conv_fwd_matrix_kernel(const DepthwiseParams p, const DepthwiseCuts cuts) {
-  using S = Shape<kKernel, kStride>;
+  using S = DepthwiseShape<kKernel, kStride>;
   const int granules = cuts.channels / kGranule;
   const int pitch = padded(granules);  // in 16 bytes
   Shared shared;
@@ -70,6 +55,9 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
   const int channel = first_channel + warp_id() * kGranule;  // the warp's first
   const bool works = channel < p.channels;
 
+  // Offsets in an image have 32 bits.
+  const int x_row = static_cast<int>(p.x.row_stride), x_pixel = static_cast<int>(p.x.pixel_stride);
+  const int height = static_cast<int>(p.x.height), width = static_cast<int>(p.x.width);
   // Where this thread copies: one granule of pixels that are 32 apart.
   const int copied_granule = static_cast<int>(threadIdx.x) % granules;
   const int copied_pixel = static_cast<int>(threadIdx.x) / granules;
@@ -81,8 +69,8 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
     uint4* const to = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + copied_granule;
     for (int i = copied_pixel; i < S::kRows * S::kPixels; i += kWarp) {
       const int h = top + stage * S::kRows + i / S::kPixels, w = left + i % S::kPixels;
-      const bool exists = copies && h >= 0 && h < p.x.height && w >= 0 && w < p.x.width;
-      const std::int64_t at = exists ? h * p.x.row_stride + w * p.x.pixel_stride : 0;
+      const bool exists = copies && h >= 0 && h < height && w >= 0 && w < width;
+      const int at = exists ? h * x_row + w * x_pixel : 0;
       begin_copy16(to + i * pitch, source + at, exists);
     }
     end_copies();
@@ -91,33 +79,12 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
   wait_for_previous_kernel();
   begin_stage(0);
 
-  RightOperand weights[kKernel][S::kPairs];
-  const T* const weight = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel + g) * kKernel * kKernel;
-  EFFDET_UNROLL
-  for (int i = 0; i < kKernel; ++i) {
-    EFFDET_UNROLL
-    for (int j = 0; j < 2 * S::kPairs; ++j) {
-      // Column g of the diagonal of tap (i, j) has its weight in row g, which is of the threads with t = g / 2.
-      unsigned bits = 0;
-      if (works && t == g / 2 && j < kKernel) bits = weight[i * kKernel + j].bits;
-      weights[i][j / 2].words[j % 2] = bits << 16 * (g % 2);
-    }
-  }
+  MatrixWalk<T, kKernel, kStride, kAct> walk;
   const int mine = channel + 2 * t;  // the first of this thread's two channels
-  float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
-  if (works) {
-    EFFDET_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (p.scale) scale[i] = p.scale[mine + i];
-      if (p.shift) shift[i] = p.shift[mine + i];
-    }
-  }
+  walk.begin(static_cast<const T*>(p.weight) + static_cast<std::int64_t>(channel + g) * kKernel * kKernel,
+             p.scale ? p.scale + mine : nullptr, p.shift ? p.shift + mine : nullptr, works);
   T* const y = static_cast<T*>(p.y) + image * p.out_height * p.out_width * p.channels + mine;
-
-  Products sums[S::kLive][S::kTiles];
-  EFFDET_UNROLL
-  for (int i = 0; i < S::kLive; ++i) EFFDET_UNROLL
-  for (int tile = 0; tile < S::kTiles; ++tile) sums[i][tile] = Products{};
+  const OutputRows<T> out{y, first_row, rows, first_column, p.out_width, p.channels, p.act, works};
   const int steps = rows + S::kLive - 1;
   const int stages = divided(steps, S::kLive);
   for (int stage = 0; stage < stages; ++stage) {
@@ -128,70 +95,12 @@ __global__ void __launch_bounds__(kWarp* kMostGranules)
       wait_for_copies<0>();
     }
     __syncthreads();
-    // This thread's row of ldmatrix: its lower 16 lanes give the pixels of the first tap, the upper those of the
-    // second.
-    const uint4* const stage_rows = ring + stage % S::kStages * S::kRows * S::kPixels * pitch + warp_id() +
-                                    (lane_id() % 16 * kStride + lane_id() / 16) * pitch;
-    EFFDET_UNROLL
-    for (int phase = 0; phase < S::kLive; ++phase) {
-      const int step = stage * S::kLive + phase;
-      if (step < steps) {
-        EFFDET_UNROLL
-        for (int tile = 0; tile < S::kTiles; ++tile) sums[phase][tile] = Products{};
-        EFFDET_UNROLL
-        for (int q = 0; q < kStride; ++q) {
-          const uint4* const row = stage_rows + (phase * kStride + q) * S::kPixels * pitch;
-          EFFDET_UNROLL
-          for (int tile = 0; tile < S::kTiles; ++tile) {
-            EFFDET_UNROLL
-            for (int pair = 0; pair < S::kPairs; ++pair) {
-              const LeftOperand x = load_matrices<false>(row + (tile * 16 * kStride + 2 * pair) * pitch);
-              EFFDET_UNROLL
-              for (int d = 0; d < S::kLive; ++d) {  // output rows before the newest
-                const int i = d * kStride + q;
-                if (i < kKernel) multiply_add<T>(sums[(phase - d + S::kLive) % S::kLive][tile], x, weights[i][pair]);
-              }
-            }
-          }
-        }
-        const int row = first_row + step - (S::kLive - 1);  // whose sums are whole
-        if (works && row >= first_row && row < first_row + rows) {
-          EFFDET_UNROLL
-          for (int tile = 0; tile < S::kTiles; ++tile) {
-            float (&z)[4] = sums[(phase + 1) % S::kLive][tile].values;
-            const int column = first_column + tile * 16 + g;
-            // Zeros of the diagonals times a NaN or an infinity of another channel are NaN: once more, without them.
-            if (!finite(z[0] + z[1] + z[2] + z[3])) {
-              EFFDET_UNROLL
-              for (int i = 0; i < 4; ++i) z[i] = element<T>(p, image, row, column + i / 2 * 8, mine + i % 2);
-            }
-            float values[4];
-            EFFDET_UNROLL
-            for (int i = 0; i < 4; ++i) values[i] = z[i] * scale[i % 2] + shift[i % 2];
-            activate(values, p.act);
-            EFFDET_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              if (column + half * 8 < p.out_width) {
-                const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + half * 8) * p.channels;
-                store(y + at, narrow_pair<T>(values[2 * half], values[2 * half + 1]));
-                total[0] += values[2 * half];
-                total[1] += values[2 * half + 1];
-              }
-            }
-          }
-        }
-      }
-    }
+    walk.stage(ring + stage % S::kStages * S::kRows * S::kPixels * pitch + warp_id(), pitch, stage * S::kLive, steps,
+               out, [&](float (&z)[4], int row, int column) { sum_taps<T>(z, p, image, row, column, mine); });
     __syncthreads();  // before the next copies into what was read
   }
   let_next_kernel_start();
-  if (p.sums) {
-    EFFDET_UNROLL
-    for (int i = 0; i < 2; ++i) EFFDET_UNROLL
-    for (int bits = 4; bits < kWarp; bits *= 2) total[i] += __shfl_xor_sync(kAll, total[i], bits);
-    if (works && g == 0)
-      store(p.sums + static_cast<std::int64_t>(part) * p.channels + mine, float2{total[0], total[1]});
-  }
+  if (p.sums) walk.store_totals(p.sums + static_cast<std::int64_t>(part) * p.channels + mine, works);
 }
 
 // float32: a thread makes four channels of kColumns output pixels, walking down, the weights in shared memory.
@@ -294,7 +203,7 @@ __global__ void __launch_bounds__(128)
               float values[4];
               EFFDET_UNROLL
               for (int k = 0; k < 4; ++k) values[k] = sums[(phase + 1) % S::kLive][c][k] * scale[k] + shift[k];
-              activate(values, p.act);
+              activate<kAny>(values, p.act);
               if (column + c < p.out_width) {
                 const std::int64_t at = (static_cast<std::int64_t>(row) * p.out_width + column + c) * p.channels;
                 store(y + at, float4{values[0], values[1], values[2], values[3]});
@@ -334,10 +243,15 @@ int launch_of(const DepthwiseParams& p, void* stream) {
   }
   const int granules = cuts.channels / kGranule;
   grid.threads = kWarp * granules;
-  grid.shared_bytes = shared_bytes<Shape<kKernel, kStride>>(granules);
+  grid.shared_bytes = shared_bytes<DepthwiseShape<kKernel, kStride>>(granules);
+  const bool swish = p.act == kSwish;
   if (p.dtype == kBFloat16)
-    return launch(depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride>, grid, stream, p, cuts);
-  return launch(depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride>, grid, stream, p, cuts);
+    return launch(swish ? depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride, kSwish>
+                        : depthwise_conv_fwd_matrix_kernel<BFloat16, kKernel, kStride, kAny>,
+                  grid, stream, p, cuts);
+  return launch(swish ? depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride, kSwish>
+                      : depthwise_conv_fwd_matrix_kernel<Float16, kKernel, kStride, kAny>,
+                grid, stream, p, cuts);
 }
 
 }  // namespace
@@ -351,10 +265,11 @@ DepthwiseCuts depthwise_cuts(const DepthwiseParams& p) {
     cuts.blocks = divided(p.channels, cuts.channels);
     return cuts;
   }
-  const int granules = p.channels / kGranule;
-  cuts.blocks = divided(granules, kMostGranules);
+  const int granules = p.channels / kGranule,
+            most = p.kernel == 3 ? DepthwiseShape<3, 1>::kGranules : DepthwiseShape<5, 1>::kGranules;
+  cuts.blocks = divided(granules, most);
   cuts.channels = divided(granules, cuts.blocks) * kGranule;
-  cuts.tiles = divided(p.out_width, p.stride == 1 ? Shape<3, 1>::kColumns : Shape<3, 2>::kColumns);
+  cuts.tiles = divided(p.out_width, p.stride == 1 ? DepthwiseShape<3, 1>::kColumns : DepthwiseShape<3, 2>::kColumns);
   return cuts;
 }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ void finish(T* y, float (&sum)[kVector<T>], int act) 
 
 // Any maps.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     weighted_fusion_fwd_kernel(const WeightedFusionParams p, const Places places) {
   const Place place = places.of_thread<T>();
   wait_for_previous_kernel();

@@ -63,8 +63,9 @@ struct Fiber {
 };
 
 struct Warp {
-  unsigned char slots[2][kWarp * kSlot];  // of this operation, and of the one before, which some may still read
-  unsigned char times[kWarp];             // operations of each thread, modulo 2
+  alignas(kSlot) unsigned char slots[2][kWarp *
+                                        kSlot];  // of this operation, and of the one before, which some may still read
+  unsigned char times[kWarp];                    // operations of each thread, modulo 2
   unsigned arrived = 0;
 };
 

@@ -81,6 +81,7 @@ struct Lanes {
     std::memcpy(&value, slots + 64 * lane, sizeof(T));
     return value;
   }
+  const T& at(int lane) const { return *reinterpret_cast<const T*>(slots + 64 * lane); }
 };
 
 template <typename T>
@@ -227,6 +228,19 @@ inline int __clz(int bits) {
 template <typename T>
 T __ldg(const T* at) {
   return *at;
+}
+// Rounded one by one: never part of a fused multiply-add.
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+  return a - b;
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
 }
 using std::fma;
 using std::fmaxf;

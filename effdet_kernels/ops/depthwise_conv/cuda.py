@@ -10,11 +10,9 @@ from torch import Tensor
 from effdet_kernels import _cuda, _native
 from effdet_kernels.ops import _arguments, _walk
 
-_TILE = {
-    1: 32,
-    2: 16,
-}  # output columns of a block, by stride; csrc/depthwise_conv/cuda.cu has the same
-_CHANNELS = 64  # at most, of a block
+# Output columns of a block, by bytes of an element and stride; csrc/depthwise_conv/cuda.cu has the same.
+_TILE = {(2, 1): 32, (2, 2): 16, (4, 1): 64, (4, 2): 32}
+_CHANNELS = {3: 64, 5: 32}  # at most, of a block of 16-bit numbers, by the kernel's side
 _MOST_ROWS = 64
 
 
@@ -59,8 +57,8 @@ def run(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    tiles = -(-width // _TILE[stride])
-    others = batch * tiles * -(-channels // _CHANNELS)
+    tiles = -(-width // _TILE[x.element_size(), stride])
+    others = batch * tiles * -(-channels // _CHANNELS[k])
     segments = _walk.segments(height, _MOST_ROWS, max(1, others), 3, 8)
     rows = -(-height // segments)
     segments = -(-height // rows)

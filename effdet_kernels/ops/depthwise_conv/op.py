@@ -204,6 +204,7 @@ _depthwise_conv = _library.define(
     backwards={
         "cpu": backward,
         "triton": _triton.deferred("effdet_kernels.ops.depthwise_conv.triton_bwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.depthwise_conv.cuda_bwd"),
     },
     differentiable=("x", "weight", "scale", "shift"),
     nondifferentiable_outputs=_statistics.positions,

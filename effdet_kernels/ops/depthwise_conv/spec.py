@@ -153,6 +153,7 @@ _RAW: Inputs = {"scale": None, "shift": None, "act": "none"}
 _SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
 _HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
 # BN is an op of its own.
+_STRIDED: Inputs = {"bn": False, "act": "none", "stride": 2}
 _TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False, "statistics": True}
 
 
@@ -205,6 +206,11 @@ SPEC = OpSpec(
         _vectors("vectors_no_padding", 1, 8, 8, 19, padding=(0, 0, 0, 0), act="mish"),
         _vectors("vectors_uneven_padding", 2, 8, 5, 4, padding=(2, 0, 1, 3), act="relu6"),
         _vectors("vectors_raw", 1, 16, 7, 34, bn=False, act="none", squeeze=True),
+        _vectors("vectors_raw_3x3", 2, 8, 7, 6, bn=False, act="none"),
+        _vectors("vectors_raw_3x3_stride2", 1, 16, 6, 35, padding=(0, 1, 0, 1), **_STRIDED),
+        _vectors("vectors_raw_5x5", 1, 8, 6, 33, k=5, padding=(2, 2, 2, 2), bn=False, act="none"),
+        _vectors("vectors_raw_5x5_stride2", 2, 40, 7, 9, k=5, padding=(1, 2, 2, 2), **_STRIDED),
+        _vectors("vectors_raw_uneven", 1, 8, 5, 4, padding=(2, 0, 1, 3), bn=False, act="none"),
         _vectors("vectors_scale_only", 1, 8, 3, 3, act="hard_swish", shift=None),
         _vectors("vectors_shift_only", 1, 8, 3, 3, act="leaky_relu", scale=None),
         *[_vectors(f"vectors_far_{act}", 1, 8, 3, 5, act=act, std=FAR) for act in ACTS],

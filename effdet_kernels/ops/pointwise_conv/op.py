@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native, _triton
+from effdet_kernels import _checks, _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients, _statistics
 from effdet_kernels.ops.pointwise_conv import reference
@@ -142,6 +142,7 @@ _pointwise_conv = _library.define(
     impls={
         "cpu": _statistics.after_kernel(lambda *args: [run_cpu(*args)]),
         "triton": _triton.deferred("effdet_kernels.ops.pointwise_conv.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.pointwise_conv.cuda"),
         "reference": reference.pointwise_conv,
     },
     backwards={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    VECTORS,
     mutant,
     nbytes,
     normal,
@@ -128,6 +130,7 @@ def _moments_of_last(**a: Any) -> list[Tensor]:
 
 
 _reference = reference.pointwise_conv
+_vectors = functools.partial(_case, tags=VECTORS)
 _SKIPPED: Inputs = {"gate": True, "residual": True}  # the end of an MBConv block with a skip
 
 SPEC = OpSpec(
@@ -147,9 +150,19 @@ SPEC = OpSpec(
         _case("one_pixel", 2, 17, 1, 1, out=1, act="hard_swish"),
         _case("statistics", 3, 5, 3, 4, out=7, bn=False, statistics=True),
         _case("statistics_gated", 2, 4, 5, 3, out=3, gate=True, statistics=True),
+        _vectors("vectors", 2, 24, 5, 7, out=40, act="swish", **_SKIPPED),
+        _vectors("vectors_raw", 1, 8, 3, 3, out=8, bn=False),
+        _vectors("vectors_scale_only", 3, 8, 2, 3, out=16, shift=None),
+        _vectors("vectors_shift_only", 1, 16, 2, 3, out=24, scale=None, residual=True),
+        _vectors("vectors_gated", 2, 40, 1, 9, out=8, bn=False, gate=True),
+        _vectors("vectors_deep", 1, 264, 5, 7, out=24, act="relu", **_SKIPPED),
+        *[_vectors(f"vectors_far_{act}", 1, 8, 3, 5, out=8, act=act, std=FAR) for act in ACTS],
+        _vectors("vectors_no_images", 0, 8, 2, 3, out=8, gate=True),
         _case("no_images", 0, 4, 2, 3, out=5, gate=True),
         _case("blocks", 2, 77, 19, 37, out=83, act="swish", **_SKIPPED, tags=BLOCKS),
         _case("blocks_whole", 1, 64, 16, 32, out=64, act="swish", tags=BLOCKS),
+        _case("blocks_vectors", 2, 88, 9, 19, out=72, act="swish", **_SKIPPED, tags=BLOCKS),
+        _case("blocks_vectors_deep", 1, 536, 5, 7, out=144, tags=BLOCKS),
         _case("blocks_statistics", 2, 21, 19, 37, out=77, bn=False, statistics=True, tags=BLOCKS),
         _case("blocks_deep", 1, 530, 5, 7, out=147, tags=BLOCKS),
         _case("d0_first_project", 1, 32, 256, 256, out=16, gate=True, tags=BENCH),

@@ -59,7 +59,7 @@ def refusal(
         if refused:
             return refused.replace("weight:", "fusion_weight:")
         widest = len(pw_weight[0])
-        if _extent(*size, (size[1] + _BEYOND) * widest, 0) >= _MOST_ELEMENTS:
+        if _extent(size[0], size[1], (size[1] + _BEYOND) * widest, 0) >= _MOST_ELEMENTS:
             return f"size: got {tuple(size)}, takes less than 2^31 elements an image"
     else:
         refused = _refused_levels(x, pw_weight)
@@ -79,8 +79,8 @@ def _refused_levels(x: Sequence[Tensor], pw_weight: Sequence[Tensor]) -> str | N
         if refused:
             return refused
         sides = level.shape[2:]
-        of_result = _extent(*sides, (sides[1] + _BEYOND) * widest, 0)
-        if max(_extent(*sides, *level.stride()[2:]), of_result) >= _MOST_ELEMENTS:
+        of_result = _extent(sides[0], sides[1], (sides[1] + _BEYOND) * widest, 0)
+        if max(_extent(sides[0], sides[1], level.stride(2), level.stride(3)), of_result) >= _MOST_ELEMENTS:
             return f"x[{i}]: an image of it, or of a result, has 2^31 elements or more"
     return None
 

@@ -15,6 +15,7 @@ _METHODS = ("fastattn", "attn", "sum")
 _RESAMPLE = ("identity", "nearest", "bilinear", "max")
 _WEIGHT_DTYPES = {**_cuda.DTYPE_CODES, torch.float64: 1}
 _FILLING = 1024 * MULTIPROCESSORS  # threads that keep a GPU busy
+_MOST_ROWS = 8
 _MOST_INTERPOLATED = 2**30  # extent of a map times that of the result
 
 
@@ -62,6 +63,19 @@ def fields(
     }
 
 
+def kinds(x: Sequence[Tensor], resample: str, size: Sequence[int]) -> list[str]:
+    """How each map is read, as csrc/cuda/bind_fusion.h has it: "halved" is nearest of a map of half the size."""
+
+    def kind(level: Tensor, how: str) -> str:
+        if how != "nearest":
+            return how
+        if tuple(level.shape[2:]) == tuple(size):
+            return "identity"
+        return "halved" if tuple(2 * n for n in level.shape[2:]) == tuple(size) else how
+
+    return [kind(level, how) for level, how in zip(x, resample.split(","), strict=True)]
+
+
 def rows(threads: int, most: int) -> int:
     """Rows, at most ``most``, that each walks of ``threads`` if it were one: as few as keep a GPU busy."""
     return max(1, min(most, threads // _FILLING))
@@ -85,7 +99,9 @@ def run(
     )
     if batch == 0:
         return y
-    vectors = batch * size[0] * size[1] * channels * y.element_size() // 16
+    threads = y.numel() * y.element_size() // 16
+    if kinds(x, resample, size) == ["identity", "halved"]:
+        threads //= 4
     _cuda.launch(
         "weighted_fusion",
         y,
@@ -93,7 +109,7 @@ def run(
         batch=batch,
         channels=channels,
         act=_native.ACTIVATIONS.index(act),
-        rows=rows(vectors, 8),
+        rows=rows(threads, _MOST_ROWS),
         y=y,
         **fields(x, weight, method, resample, size, pool_padding),
     )

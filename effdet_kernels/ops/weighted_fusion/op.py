@@ -249,6 +249,7 @@ _weighted_fusion = _library.define(
     },
     backwards={
         "cpu": _backward_cpu,
+        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda_bwd"),
         "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_bwd"),
     },
     differentiable=("x", "weight"),

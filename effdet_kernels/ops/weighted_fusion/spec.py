@@ -234,6 +234,7 @@ SPEC = OpSpec(
             pool_padding=(0, 1, 1, 1),
             act="relu6",
         ),
+        _vectors("no_images", (2, 2, "identity"), (4, 4, "max"), pool_padding=_EVEN, batch=0),
         _vectors("sum", *[(2, 3, "identity")] * 3, method="sum", act="leaky_relu"),
         _top_down("d0_top_down", 64, channels=64, batch=1),
         _bottom_up("d0_bottom_up_batch8", 32, channels=64, batch=8),

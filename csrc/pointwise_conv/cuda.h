@@ -1,0 +1,29 @@
+// Arguments of the CUDA kernels of pointwise_conv, checked by bind_cuda.cpp; the op is documented in
+// effdet_kernels/ops/pointwise_conv/op.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/map.h"
+
+namespace effdet::cuda {
+
+constexpr int kMostChannels = 4032;  // of x: their gates lie in shared memory, of which there may be 99 KB
+
+struct PointwiseParams {
+  Map x;               // [batch, height, width, in_channels], 16-byte vectors of channels
+  const void* weight;  // [out_channels, in_channels], dense
+  const float* scale;  // [out_channels], or null: 1
+  const float* shift;  // [out_channels], or null: 0
+  const void* gate;    // [batch, in_channels] of gate_dtype, or null: 1
+  Map residual;        // [batch, height, width, out_channels], or with null data: 0
+  void* y;             // [batch, height, width, out_channels], dense
+  std::int64_t batch;
+  int in_channels, out_channels, act, dtype;
+  int gate_dtype;       // float32, or dtype
+  int multiprocessors;  // where there are fewer large blocks than these, blocks are small
+};
+
+int pointwise_conv(const PointwiseParams& params, void* stream);
+
+}  // namespace effdet::cuda

@@ -1,0 +1,102 @@
+"""Launcher of the CUDA kernels of ``pointwise_conv``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _cuda, _library, _native
+from effdet_kernels.ops import _walk
+
+_MOST_CHANNELS = 4032  # of x; csrc/pointwise_conv/cuda.h has the same
+_MOST_INSIDE = 2**31 - 1 - 2**16  # elements that an image spans, and of the weights
+
+
+def refusal(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    statistics: bool = False,
+) -> str | None:
+    """Why the kernels do not take a call, or None."""
+    if statistics:
+        return "statistics: got True, takes False"
+    if gate is not None and gate.dtype not in (torch.float32, x.dtype):
+        return f"gate: is {gate.dtype}, takes float32 or the dtype of x"
+    reason = _cuda.refused_map("x", x)
+    if reason is None and residual is not None:
+        reason = _cuda.refused_map("residual", residual)
+    if reason is not None:
+        return reason
+    unit = 16 // x.element_size()
+    if weight.shape[0] % unit:
+        return f"weight: has {weight.shape[0]} output channels, takes a multiple of {unit}"
+    if weight.shape[1] > _MOST_CHANNELS:
+        return f"x: has {x.shape[1]} channels, takes at most {_MOST_CHANNELS}"
+    for name, image in (("x", x), ("residual", residual)):
+        if image is not None and _span(image) > _MOST_INSIDE:
+            return f"{name}: an image spans {_span(image)} elements, takes at most {_MOST_INSIDE}"
+    if weight.numel() > _MOST_INSIDE:
+        return f"weight: has {weight.numel()} elements, takes at most {_MOST_INSIDE}"
+    return _cuda.misaligned("weight", weight)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    statistics: bool = False,
+) -> list[Tensor]:
+    batch, channels, height, width = x.shape
+    out_channels = weight.shape[0]
+    y = _library.nchw((batch, out_channels, height, width), x).empty()
+    if batch == 0:
+        return [y]
+    images, fields = batch, _cuda.map_fields
+    maps = [x] if residual is None else [x, residual]
+    if gate is None and _one_image(maps):
+        images, fields = 1, _rows
+    _cuda.launch(
+        "pointwise_conv",
+        x,
+        dtype=_cuda.DTYPE_CODES[x.dtype],
+        gate_dtype=_cuda.DTYPE_CODES[x.dtype if gate is None else gate.dtype],
+        multiprocessors=_walk.MULTIPROCESSORS,
+        batch=images,
+        in_channels=channels,
+        out_channels=out_channels,
+        act=_native.ACTIVATIONS.index(act),
+        x=fields(x),
+        weight=weight.contiguous(),
+        scale=None if scale is None else scale.contiguous(),
+        shift=None if shift is None else shift.contiguous(),
+        gate=None if gate is None else gate.contiguous(),
+        residual=None if residual is None else fields(residual),
+        y=y,
+    )
+    return [y]
+
+
+def _span(x: Tensor) -> int:
+    """Elements from an image's first to its last."""
+    return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
+
+
+def _one_image(maps: list[Tensor]) -> bool:
+    """Whether the pixels of all images lie one after another: then no tile ends with an image."""
+    dense = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    return dense and max(m.numel() for m in maps) <= _MOST_INSIDE
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
+    """The pixels of all images as one row of one image, for a kernel."""
+    pixels = x.shape[0] * x.shape[2:].numel()
+    return x, 1, pixels, 0, 0, x.shape[1]
