@@ -31,6 +31,7 @@ struct SeparableParams {
   const void* dw_weight[kMostNets];  // [channels, 3, 3], dense
   const void* pw_weight[kMostNets];  // [out_channels, channels], dense
   int out_channels[kMostNets];
+  int turns[kMostNets];  // the launch: stages that pass through the ring
   std::int64_t batch;
   int count, nets, channels, pre_act, act, dtype;
   // How the work is cut, effdet_kernels/ops/separable_conv/cuda.py chooses it: a tile's rows of 16 pixels; warps of a
@@ -41,10 +42,11 @@ struct SeparableParams {
 
 // What follows from the parameters.
 struct SeparableCuts {
-  int vectors, pitch;  // of a pixel in shared memory: that are used, and to the next pixel
-  int slices;          // of a pixel's vectors, that are copied and convolved at a time
-  int pieces;          // of the input channels, a stage of the ring each
-  int ring_step;       // rows of a stage that a block's threads copy at once
+  int vectors, pitch;  // 16-byte ones of a pixel in shared memory: that are used, and to the next pixel
+  int slices;          // of them, that are copied and convolved at a time
+  int pieces;          // of them, a stage of the ring each
+  int stage_pitch;     // vectors from an output channel to the next in the ring
+  int ring_step;       // output channels of a stage that a block's threads copy at once
   int padded;          // output channels, of the net that has most, to whole groups
 };
 

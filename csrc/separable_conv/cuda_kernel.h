@@ -61,20 +61,24 @@ __device__ __forceinline__ void wait_for_all_but(int left) {
   }
 }
 
-// Maps: NotFused, or FusedMaps, whose weighted sum is the map that is convolved.
-template <typename T, int kRows, typename Maps>
+// Maps: NotFused, or FusedMaps, whose weighted sum is the map that is convolved. kVectors: 16-byte vectors of the input
+// channels, all of them a stage of the ring; or 0 for any number.
+template <typename T, int kRows, int kVectors, typename Maps>
 __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     separable_conv_fwd_kernel(const SeparableParams p, const SeparableCuts cuts, const Maps maps) {
   constexpr bool kFused = std::is_same_v<Maps, FusedMaps>;
   using S = Shape<T, kRows>;
   using Sums = typename S::Sums;
-  const int threads = kWarp * p.warps, thread = static_cast<int>(threadIdx.x);
+  const int threads = kWarp * p.warps, thread = static_cast<int>(threadIdx.x & (kWarp * kMostWarps - 1));
   const int across = p.warps / S::kDown;         // warps, side by side in the output channels
   const int panel = kGroup * p.groups * across;  // output channels of a stage of the ring
-  const int stage_pitch = p.depth | 1;
+  const int vectors = kVectors ? kVectors : cuts.vectors, existing = kVectors ? kVectors : p.channels / kVector<T>;
+  const int slices = kVectors ? divided(kVectors, kSliceVectors) : cuts.slices;
+  const int pieces = kVectors ? 1 : cuts.pieces, depth = kVectors ? kVectors : p.depth;
+  const int pitch = kVectors ? kVectors | 1 : cuts.pitch, stage_pitch = kVectors ? kVectors | 1 : cuts.stage_pitch;
   Shared shared;
-  T* const taps = shared.take<T>(kTaps * p.channels);
-  uint4* const patch = shared.take<uint4>(S::kPatch * cuts.pitch);
+  T* const taps = shared.take<T>(kTaps * existing * kVector<T>);
+  uint4* const patch = shared.take<uint4>(S::kPatch * pitch);
   uint4* const ring = shared.take<uint4>(p.stages * panel * stage_pitch);
   float* const affine = shared.take<float>(2 * cuts.padded);  // scale and shift of each output channel
 
@@ -89,20 +93,15 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   const int top = static_cast<int>(tile / across_tiles) * kRows;
   const int left = static_cast<int>(tile % across_tiles) * kTileWidth;
   const int height = level.height, width = level.width, out_channels = p.out_channels[net];
-  const int existing = p.channels / kVector<T>;  // vectors of channels
 
   wait_for_previous_kernel();
   for (int i = thread; i < kTaps * existing; i += threads)
     begin_copy16(taps + i * kVector<T>, static_cast<const T*>(p.dw_weight[net]) + i * kVector<T>, true);
   // Visits this thread's vectors of a slice of the patch: f(vector of channels, pixel, row, column), of the map.
   const auto each_of_slice = [&](int slice, auto&& f) {
-    const int count = min(kSliceVectors, cuts.vectors - slice * kSliceVectors);
-    const unsigned lane = count == kSliceVectors ? thread % kSliceVectors : thread % count;
-    const int first = count == kSliceVectors ? thread / kSliceVectors : thread / count;
-    const int step = count == kSliceVectors ? threads / kSliceVectors : threads / count;
-    if (first >= step) return;
-    const int vector = slice * kSliceVectors + static_cast<int>(lane);
-    for (int pixel = first; pixel < S::kPatch; pixel += step) {
+    const int vector = slice * kSliceVectors + thread % kSliceVectors, step = threads / kSliceVectors;
+    if (vector >= vectors) return;
+    for (int pixel = thread / kSliceVectors; pixel < S::kPatch; pixel += step) {
       const int row = static_cast<int>(static_cast<unsigned>(pixel) / kPatchWidth);
       f(vector, pixel, top - 1 + row, left - 1 + pixel - row * kPatchWidth);
     }
@@ -113,10 +112,10 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     const T* const x = static_cast<const T*>(level.x[net].data) + image * level.x[net].batch_stride;
     const int row_stride = static_cast<int>(level.x[net].row_stride);
     const int pixel_stride = static_cast<int>(level.x[net].pixel_stride);
-    for (int slice = 0; slice < cuts.slices; ++slice) {
+    for (int slice = 0; slice < slices; ++slice) {
       each_of_slice(slice, [&](int vector, int pixel, int h, int w) {
         const bool exists = vector < existing && within(h, height) && within(w, width);
-        begin_copy16(patch + pixel * cuts.pitch + vector, x + (h * row_stride + w * pixel_stride + vector * kVector<T>),
+        begin_copy16(patch + pixel * pitch + vector, x + (h * row_stride + w * pixel_stride + vector * kVector<T>),
                      exists);
       });
       end_copies();
@@ -125,15 +124,15 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
 
   const T* const pw_weight = static_cast<const T*>(p.pw_weight[net]);
   const bool wide = out_channels % kVector<T> == 0;
-  const int stages = divided(out_channels, panel) * cuts.pieces;  // that pass through the ring
-  const int ring_vector = static_cast<int>(static_cast<unsigned>(thread) % static_cast<unsigned>(p.depth));
-  const int ring_row = static_cast<int>(static_cast<unsigned>(thread) / static_cast<unsigned>(p.depth));
+  const int stages = p.turns[net];
+  const int ring_vector = static_cast<int>(static_cast<unsigned>(thread) % static_cast<unsigned>(depth));
+  const int ring_row = static_cast<int>(static_cast<unsigned>(thread) / static_cast<unsigned>(depth));
   struct Place {  // of a stage
     int slot, piece, channel;
   };
   const auto next = [&](Place place) {
     place.slot = place.slot + 1 < p.stages ? place.slot + 1 : 0;
-    if (++place.piece == cuts.pieces) {
+    if (++place.piece == pieces) {
       place.piece = 0;
       place.channel += panel;
     }
@@ -141,13 +140,13 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   };
   Place begins{0, 0, 0};
   const auto begin_stage = [&] {
-    const int vector = begins.piece * p.depth + ring_vector;
-    if (ring_row < cuts.ring_step && vector < cuts.vectors) {
+    const int vector = begins.piece * depth + ring_vector;
+    if (ring_row < cuts.ring_step && vector < vectors) {
       uint4* to = ring + (begins.slot * panel + ring_row) * stage_pitch + ring_vector;
       const T* const from = pw_weight + vector * kVector<T>;
       for (int row = ring_row; row < panel; row += cuts.ring_step) {
         const int c = begins.channel + static_cast<int>(Sums::channel_of_row(static_cast<unsigned>(row), wide));
-        begin_copy16(to, from + c * p.channels, c < out_channels && vector < existing);
+        begin_copy16(to, from + c * existing * kVector<T>, c < out_channels && vector < existing);
         to += cuts.ring_step * stage_pitch;
       }
     }
@@ -157,6 +156,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   int begun = 0;  // stages
   for (; begun < min(p.stages, stages); ++begun) begin_stage();
 
+  EFFDET_NO_UNROLL
   for (int c = thread; c < cuts.padded; c += threads) {
     const bool exists = c < out_channels;
     store(affine + 2 * c, float2{exists && level.scale[net] ? level.scale[net][c] : 1.0f,
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   Shares shares;
   if constexpr (kFused) shares = fusion_shares(maps);
 
-  for (int slice = 0; slice < cuts.slices; ++slice) {
+  EFFDET_NO_UNROLL
+  for (int slice = 0; slice < slices; ++slice) {
     if constexpr (kFused) {
       each_of_slice(slice, [&](int vector, int pixel, int h, int w) {
         float values[kVector<T>] = {};
@@ -173,14 +174,14 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
           fused_vector<T>(maps, shares, image, h, w, vector * kVector<T>, values);
           activate(values, p.pre_act);
         }
-        store(patch + pixel * cuts.pitch + vector, narrow_vector<T>(values));
+        store(patch + pixel * pitch + vector, narrow_vector<T>(values));
       });
       if (slice == 0) wait_for_all_but(begun);  // the taps are there
     } else {
-      wait_for_all_but(cuts.slices - 1 - slice + begun);
+      wait_for_all_but(slices - 1 - slice + begun);
       if (p.pre_act != kNone) {
         each_of_slice(slice, [&](int vector, int pixel, int, int) {
-          uint4& place = patch[pixel * cuts.pitch + vector];
+          uint4& place = patch[pixel * pitch + vector];
           float values[kVector<T>];
           widen_vector<T>(place, values);
           activate(values, p.pre_act);
@@ -192,11 +193,11 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     const int first = slice * kSliceVectors, end = min(existing, first + kSliceVectors);
     if constexpr (sizeof(T) == 2) {
       for (int vector = first + warp_id(); vector < end; vector += p.warps)
-        convolve<T, kRows>(patch + vector, cuts.pitch, taps + vector * kVector<T> * kTaps);
+        convolve<T, kRows>(patch + vector, pitch, taps + vector * kVector<T> * kTaps);
     } else {
       for (int pair = first + 2 * warp_id(); pair < end; pair += 2 * p.warps) {
         const int vector = pair + lane_id() / 16;
-        convolve<kRows>(reinterpret_cast<float4*>(patch) + vector, cuts.pitch, taps + vector * kVector<T> * kTaps,
+        convolve<kRows>(reinterpret_cast<float4*>(patch) + vector, pitch, taps + vector * kVector<T> * kTaps,
                         vector < end);
       }
     }
@@ -219,12 +220,12 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     const int groups = min(p.groups, divided(out_channels - channel, kGroup));  // none: not positive
     if (place.piece == 0) sums.clear();
     if (groups > 0) {
-      const int first = place.piece * p.depth;
-      sums.add(patch + first_row * kPatchWidth * cuts.pitch + first, cuts.pitch,
-               ring + (place.slot * panel + warp_channel) * stage_pitch, stage_pitch,
-               min(p.depth, cuts.vectors - first), groups);
+      const int first = place.piece * depth;
+      sums.add(patch + first_row * kPatchWidth * pitch + first, pitch,
+               ring + (place.slot * panel + warp_channel) * stage_pitch, stage_pitch, min(depth, vectors - first),
+               groups);
     }
-    if (place.piece < cuts.pieces - 1) continue;
+    if (place.piece < pieces - 1) continue;
     if (stage == stages - 1) let_next_kernel_start();
     const int row = top + first_row, column = fresh(left) + Sums::column(0);
     EFFDET_UNROLL
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
   }
 }
 
-template <typename T, int kRows, typename Maps>
+template <typename T, int kRows, int kVectors = 0, typename Maps>
 int launch_separable(SeparableParams p, const Maps& maps, void* stream) {
   using S = Shape<T, kRows>;
   SeparableCuts cuts{};
@@ -273,35 +274,38 @@ int launch_separable(SeparableParams p, const Maps& maps, void* stream) {
   }
   const int step = S::Sums::kStep;
   cuts.vectors = divided(p.channels / kVector<T>, step) * step;
+  cuts.pitch = cuts.vectors | 1;  // odd, so that neighbours lie in different banks
+  cuts.stage_pitch = p.depth | 1;
   cuts.slices = divided(cuts.vectors, kSliceVectors);
-  cuts.pitch = cuts.vectors | 1;  // odd, so that pixels next to each other lie in different banks
   cuts.pieces = divided(cuts.vectors, p.depth);
   cuts.ring_step = kWarp * p.warps / p.depth;
   const int panel = kGroup * p.groups * (p.warps / S::kDown);
   for (int net = 0; net < p.nets; ++net) {
-    const int panels = divided(p.out_channels[net], panel);
-    if (p.stages < 2 && panels * cuts.pieces > 1) return kBadParameter;
+    p.turns[net] = divided(p.out_channels[net], panel) * cuts.pieces;
+    if (p.stages < 2 && p.turns[net] > 1) return kBadParameter;
     cuts.padded = std::max(cuts.padded, divided(p.out_channels[net], kGroup) * kGroup);
   }
   Grid grid;
   grid.blocks = blocks;
   grid.threads = kWarp * p.warps;
   grid.shared_bytes = Shared::rounded(kTaps * p.channels * sizeof(T)) + std::size_t{16} * S::kPatch * cuts.pitch +
-                      std::size_t{16} * p.stages * panel * (p.depth | 1) + std::size_t{8} * cuts.padded;
-  return launch(separable_conv_fwd_kernel<T, kRows, Maps>, grid, stream, p, cuts, maps);
+                      std::size_t{16} * p.stages * panel * cuts.stage_pitch + std::size_t{8} * cuts.padded;
+  return launch(separable_conv_fwd_kernel<T, kRows, kVectors, Maps>, grid, stream, p, cuts, maps);
+}
+
+template <typename T, typename Maps>
+int launch_short(const SeparableParams& p, const Maps& maps, void* stream) {
+  constexpr int kOften = 8;  // vectors: D0's 64 channels
+  if (p.rows == 8 && p.channels == kOften * kVector<T> && p.depth == kOften)
+    return launch_separable<T, 8, kOften>(p, maps, stream);
+  if (p.rows == 8) return launch_separable<T, 8>(p, maps, stream);
+  return p.rows == 4 ? launch_separable<T, 4>(p, maps, stream) : launch_separable<T, 2>(p, maps, stream);
 }
 
 template <typename Maps>
 int launch_separable(const SeparableParams& p, const Maps& maps, void* stream) {
-  if (p.dtype == kBFloat16) {
-    if (p.rows == 8) return launch_separable<BFloat16, 8>(p, maps, stream);
-    return p.rows == 4 ? launch_separable<BFloat16, 4>(p, maps, stream)
-                       : launch_separable<BFloat16, 2>(p, maps, stream);
-  }
-  if (p.dtype == kFloat16) {
-    if (p.rows == 8) return launch_separable<Float16, 8>(p, maps, stream);
-    return p.rows == 4 ? launch_separable<Float16, 4>(p, maps, stream) : launch_separable<Float16, 2>(p, maps, stream);
-  }
+  if (p.dtype == kBFloat16) return launch_short<BFloat16>(p, maps, stream);
+  if (p.dtype == kFloat16) return launch_short<Float16>(p, maps, stream);
   if (p.rows == 4) return launch_separable<float, 4>(p, maps, stream);
   return p.rows == 2 ? launch_separable<float, 2>(p, maps, stream) : launch_separable<float, 1>(p, maps, stream);
 }

@@ -144,7 +144,7 @@ CASES = (
         "fused_vectors_softmax",
         (3, 5, "identity"),
         (2, 2, "bilinear"),
-        channels=8,
+        channels=64,
         method="attn",
         tags=VECTORS,
     ),

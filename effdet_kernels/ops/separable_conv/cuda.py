@@ -189,21 +189,26 @@ def _cut(
     share = _SHARED_KB * warps // 16 - 1
     first = choices.index(enough[0]) if enough else len(choices) - 1
     for rows in choices[first:]:
-        down = min(rows, 4)
-        groups = 1 if widest <= _GROUP * (warps // down) else 2
-        panel = _GROUP * groups * (warps // down)
         fixed = 9 * channels * size + (rows + 2) * (_WIDTH + 2) * (vectors | 1) * 16
         fixed += -(-widest // _GROUP) * _GROUP * 8
         fits = []
-        for depth in dict.fromkeys((vectors, *(d for d in (8, 4) if d < vectors))):
-            pieces = -(-widest // panel) * -(-vectors // depth)
-            for stages in dict.fromkeys((min(3, pieces), min(2, pieces))):
-                total = fixed + stages * panel * (depth | 1) * 16
-                if total <= kb * 1024:
-                    fits.append((total, Cut(rows, warps, groups, depth, stages)))
+        for across, groups in _panels(warps // min(rows, 4), widest):
+            panel = _GROUP * groups * across
+            for depth in dict.fromkeys((vectors, *(d for d in (8, 4, 2) if d < vectors))):
+                turns = -(-widest // panel) * -(-vectors // depth)
+                for stages in dict.fromkeys((min(3, turns), min(2, turns))):
+                    total = fixed + stages * panel * (depth | 1) * 16
+                    cut = Cut(rows, min(rows, 4) * across, groups, depth, stages)
+                    fits += [(total, cut)] * (total <= kb * 1024)
         if fits:
             return next((cut for total, cut in fits if total <= share * 1024), min(fits)[1])
     return None
+
+
+def _panels(across: int, widest: int) -> list[tuple[int, int]]:
+    """Warps side by side, and groups of output channels of each: as many as there are, else fewer, to save memory."""
+    groups = 1 if widest <= _GROUP * across else 2
+    return list(dict.fromkeys(((across, groups), (across, 1), (1, 1))))
 
 
 def _extent(height: int, width: int, row_stride: int, pixel_stride: int) -> int:
