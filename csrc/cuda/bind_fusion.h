@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/bind.h"
-#include "cuda/fusion.h"
+#include "cuda/fused_maps.h"
 
 namespace effdet::cuda {
 

@@ -6,29 +6,12 @@
 
 #include <type_traits>
 
-#include "common/map.h"
-#include "common/resample_codes.h"
 #include "cuda/activation.h"
+#include "cuda/fused_maps.h"
 #include "cuda/memory.h"
 #include "cuda/number.h"
 
 namespace effdet::cuda {
-
-// A map of half the size, nearest: what kNearest is turned into where it halves the coordinates.
-constexpr int kHalved = kMaxPool + 1;
-
-// The order of effdet_kernels/ops/weighted_fusion/op.py's METHODS.
-enum FusionMethod : int { kFastAttention, kSoftmax, kSum, kFusionMethods };
-
-struct FusedMaps {
-  Map x[kMaxFused];         // [batch, H_i, W_i, channels] of one dtype, 16-byte vectors of channels
-  int resample[kMaxFused];  // a Resample, or kHalved
-  int count, method;
-  int height, width;        // of the result
-  int pool_left, pool_top;  // padding of kMaxPool, 0 to 2
-  const void* weight;       // [count], not normalised; null with kSum
-  int weight_dtype;
-};
 
 // Normalised weights -------------------------------------------------------------------------------------------------
 

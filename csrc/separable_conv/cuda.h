@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/fusion.h"
+#include "cuda/fused_maps.h"
 
 namespace effdet::cuda {
 

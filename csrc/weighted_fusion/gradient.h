@@ -1,6 +1,7 @@
 // What the kernels of the backward of weighted_fusion share: addresses, sums over a block for the weights.
 #pragma once
 
+#include "cuda/fusion.h"
 #include "weighted_fusion/params_cuda.h"
 #include "weighted_fusion/places.h"
 

@@ -2,7 +2,7 @@
 // effdet_kernels/ops/weighted_fusion.
 #pragma once
 
-#include "cuda/fusion.h"
+#include "cuda/fused_maps.h"
 
 namespace effdet::cuda {
 
