@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TAKEN = {
     "decode_topk": (48, 0),
     "depthwise_conv": (70, 15),
+    "expand_depthwise": (57, 0),
     "pointwise_conv": (48, 0),
     "separable_conv": (73, 0),
     "soft_nms": (24, 0),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _library, _native, _triton
+from effdet_kernels import _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -160,6 +160,7 @@ _expand_depthwise = _library.define(
     impls={
         "cpu": _run_cpu,
         "triton": _triton.deferred("effdet_kernels.ops.expand_depthwise.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.expand_depthwise.cuda"),
         "reference": reference.expand_depthwise,
     },
     backwards={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    VECTORS,
     mutant,
     nbytes,
     normal,
@@ -154,6 +156,7 @@ def _one_activation(first: bool):
 
 
 _reference = reference.expand_depthwise
+_vectors = functools.partial(_case, tags=VECTORS)
 
 _SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
 _HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
@@ -182,11 +185,23 @@ SPEC = OpSpec(
         _case("5x5", 2, 2, 6, 5, expand=3, k=5, padding=(2, 2, 2, 2)),
         *[_case(f"far_{act}", 1, 2, 3, 4, expand=3, act=act, std=FAR) for act in ACTS],
         _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
+        _vectors("vectors", 2, 8, 4, 35, expand=24, squeeze=True),
+        _vectors("vectors_stride2", 1, 24, 9, 18, expand=16, stride=2, padding=(0, 1, 0, 1)),
+        _vectors("vectors_5x5", 1, 16, 6, 7, expand=40, k=5, padding=_SAME[5], squeeze=True),
+        _vectors("vectors_5x5_stride2", 1, 8, 8, 5, expand=8, k=5, stride=2, padding=_HALVED[5]),
+        _vectors("vectors_raw", 1, 8, 3, 4, expand=8, raw=True, squeeze=True),
+        _vectors("vectors_scale_only", 1, 8, 3, 4, expand=8, shift=None, padding=(2, 0, 1, 3)),
+        _vectors("vectors_shift_only", 1, 8, 4, 4, expand=8, scale=None, padding=(0, 0, 0, 0)),
+        *[_vectors(f"vectors_far_{act}", 1, 8, 2, 3, expand=8, act=act, std=FAR) for act in ACTS],
+        _vectors("vectors_no_images", 0, 8, 2, 3, expand=8, squeeze=True),
+        _vectors("vectors_deep", 1, 200, 3, 4, expand=8),
         _case("no_images", 0, 3, 4, 4, expand=6, squeeze=True),
         _case("blocks", 2, 21, 19, 37, expand=77, squeeze=True, tags=BLOCKS),
         _real("blocks_stride2", 2, 13, 18, 20, stride=2, tags=BLOCKS),
         _real("blocks_5x5", 1, 40, 9, 18, k=5, tags=BLOCKS),
         _real("blocks_5x5_stride2", 2, 16, 24, 34, k=5, stride=2, tags=BLOCKS),
+        _real("blocks_vectors", 1, 24, 7, 35, k=5, tags=BLOCKS),
+        _real("blocks_vectors_stride2", 2, 16, 21, 34, stride=2, tags=BLOCKS),
         _real("d0_early", 1, 16, 256, 256, stride=2),
         _real("d0_wide", 1, 24, 128, 128),
         _real("d0_middle", 1, 40, 64, 64, k=5),
