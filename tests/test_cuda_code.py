@@ -27,10 +27,9 @@ def test_no_kernel_has_local_memory():
 
 @pytest.mark.parametrize("architecture", cuda_code.ARCHITECTURES)
 def test_every_kernel_of_the_sources_is_in_the_module(architecture):
-    sources = [path.read_text() for path in CSRC.glob("*/*.cu")]
-    defined = {
-        name for text in sources for name in re.findall(r"\b(\w+_kernel)\(const \w+ ?&? ?p", text)
-    }
+    sources = [path.read_text() for kind in ("cu", "h") for path in CSRC.glob(f"*/*.{kind}")]
+    kernel = r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\("
+    defined = {name for text in sources for name in re.findall(kernel, text)}
     compiled = {name.partition("<")[0] for name in cuda_code.kernels(architecture)}
     assert defined and defined == compiled
 

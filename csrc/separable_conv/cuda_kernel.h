@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     if (ring_row < cuts.ring_step && vector < vectors) {
       uint4* to = ring + (begins.slot * panel + ring_row) * stage_pitch + ring_vector;
       const T* const from = pw_weight + vector * kVector<T>;
-      for (int row = ring_row; row < panel; row += cuts.ring_step) {
+      const int rows = min(panel, divided(out_channels - begins.channel, kGroup) * kGroup);
+      for (int row = ring_row; row < rows; row += cuts.ring_step) {
         const int c = begins.channel + static_cast<int>(Sums::channel_of_row(static_cast<unsigned>(row), wide));
         begin_copy16(to, from + c * existing * kVector<T>, c < out_channels && vector < existing);
         to += cuts.ring_step * stage_pitch;

@@ -20,7 +20,7 @@ _WIDTH = 16  # output pixels of a tile's row
 _GROUP = 32  # output channels
 _MOST_ELEMENTS = 2**31  # of an image
 _BEYOND = 32  # rows and columns that a tile may have beyond a map
-_SHARED_KB = 227  # of a multiprocessor that blocks are to share
+_SHARED_KB = 228  # of a multiprocessor that blocks are to share, each of which takes one more
 
 
 class Cut(NamedTuple):
@@ -80,7 +80,10 @@ def _refused_levels(x: Sequence[Tensor], pw_weight: Sequence[Tensor]) -> str | N
             return refused
         sides = level.shape[2:]
         of_result = _extent(sides[0], sides[1], (sides[1] + _BEYOND) * widest, 0)
-        if max(_extent(sides[0], sides[1], level.stride(2), level.stride(3)), of_result) >= _MOST_ELEMENTS:
+        if (
+            max(_extent(sides[0], sides[1], level.stride(2), level.stride(3)), of_result)
+            >= _MOST_ELEMENTS
+        ):
             return f"x[{i}]: an image of it, or of a result, has 2^31 elements or more"
     return None
 
@@ -191,7 +194,7 @@ def _cut(
     for rows in choices[first:]:
         fixed = 9 * channels * size + (rows + 2) * (_WIDTH + 2) * (vectors | 1) * 16
         fixed += -(-widest // _GROUP) * _GROUP * 8
-        fits = []
+        fits = []  # the best is the least
         for across, groups in _panels(warps // min(rows, 4), widest):
             panel = _GROUP * groups * across
             for depth in dict.fromkeys((vectors, *(d for d in (8, 4, 2) if d < vectors))):
@@ -199,9 +202,10 @@ def _cut(
                 for stages in dict.fromkeys((min(3, turns), min(2, turns))):
                     total = fixed + stages * panel * (depth | 1) * 16
                     cut = Cut(rows, min(rows, 4) * across, groups, depth, stages)
-                    fits += [(total, cut)] * (total <= kb * 1024)
+                    if total <= kb * 1024:
+                        fits.append((total > share * 1024, -cut.warps, turns, -panel, -stages, cut))
         if fits:
-            return next((cut for total, cut in fits if total <= share * 1024), min(fits)[1])
+            return min(fits)[-1]
     return None
 
 
