@@ -78,6 +78,25 @@ __device__ __forceinline__ void activate(float (&x)[kCount], int act) {
   activate<kAny>(x, act);
 }
 
+// The same of an even number of values, for results of 16 bits: two swishes share a reciprocal, which costs more
+// instructions and fewer approximations, of which a multiprocessor makes 16 a clock. A sigmoid is at least 2^-63.
+template <int kAct, int kCount>
+__device__ __forceinline__ void activate_pairs(float (&x)[kCount], int act) {
+  static_assert(kCount % 2 == 0);
+  if constexpr (kAct == kSwish) {
+    EFFDET_UNROLL
+    for (int i = 0; i < kCount; i += 2) {
+      const float a = 1.0f + power_of_2(fminf(x[i] * -1.4426950408889634f, 63.0f));  // 63 for a NaN
+      const float b = 1.0f + power_of_2(fminf(x[i + 1] * -1.4426950408889634f, 63.0f));
+      const float both = reciprocal(a * b);
+      x[i] *= both * b;
+      x[i + 1] *= both * a;
+    }
+  } else {
+    activate<kAct>(x, act);
+  }
+}
+
 // Turns `kCount` arguments of the activation into its derivatives there, at a kink what torch takes.
 template <int kCount>
 __device__ __forceinline__ void slopes(float (&x)[kCount], int act) {
@@ -106,25 +125,6 @@ __device__ __forceinline__ void slopes(float (&x)[kCount], int act) {
       });
     default:
       return each([](float) { return 1.0f; });
-  }
-}
-
-// The same of an even number of values, for results of 16 bits: two swishes share a reciprocal, which costs more
-// instructions and fewer approximations, of which a multiprocessor makes 16 a clock. A sigmoid is at least 2^-63.
-template <int kAct, int kCount>
-__device__ __forceinline__ void activate_pairs(float (&x)[kCount], int act) {
-  static_assert(kCount % 2 == 0);
-  if constexpr (kAct == kSwish) {
-    EFFDET_UNROLL
-    for (int i = 0; i < kCount; i += 2) {
-      const float a = 1.0f + power_of_2(fminf(x[i] * -1.4426950408889634f, 63.0f));  // 63 for a NaN
-      const float b = 1.0f + power_of_2(fminf(x[i + 1] * -1.4426950408889634f, 63.0f));
-      const float both = reciprocal(a * b);
-      x[i] *= both * b;
-      x[i + 1] *= both * a;
-    }
-  } else {
-    activate<kAct>(x, act);
   }
 }
 
