@@ -87,18 +87,17 @@ def kernels(architecture: str) -> dict[str, Kernel]:
             vector_loads=vector,
             scalar_loads=scalar,
         )
-    names = _readable(list(made))
-    return dict(sorted(zip(names, made.values(), strict=True)))
+    named = dict(zip(_readable(list(made)), made.values(), strict=True))
+    assert len(named) == len(made)
+    return {name: named[name] for name in sorted(named)}
 
 
 def _readable(mangled: list[str]) -> list[str]:
     """Without namespaces and parameters: ``name<template arguments>``."""
-    listed = "\n".join(mangled)
-    done = subprocess.run(["c++filt"], input=listed, capture_output=True, text=True, check=True)
+    listed, strip = "\n".join(mangled), ["c++filt", "--no-params"]
+    done = subprocess.run(strip, input=listed, capture_output=True, text=True, check=True)
     return [
-        re.sub(
-            r"\w+::", "", line.replace("(anonymous namespace)::", "").removeprefix("void ")
-        ).partition("(")[0]
+        re.sub(r"\w+::", "", line.replace("(anonymous namespace)::", ""))
         for line in done.stdout.splitlines()
     ]
 
