@@ -13,6 +13,7 @@ import bench
 from bench import (
     aot,
     compare,
+    cuda_code,
     detect,
     floors,
     gpu,
@@ -38,6 +39,7 @@ SUITES = {
 TOOLS = {
     "floors": (floors, "what a machine with given ceilings could do at best, per model"),
     "aot": (aot, "Triton kernels compiled without a GPU: what they take, and how fast they can be"),
+    "cuda": (cuda_code, "the CUDA kernels' machine code, and whether it is as recorded"),
     "tune": (tune, "launch.json, the kernels' block sizes, from measurements on a GPU"),
     "report": (report, "tables, roofline plots and a page from results"),
     "compare": (compare, "two sets of results; flags what became slower"),

@@ -6,13 +6,15 @@ the sum, nor is what a graph waits between kernels.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import statistics
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdet
 from bench import launches
@@ -21,7 +23,7 @@ from bench.predict import Prediction, predicted
 from bench.sass import ARCHITECTURES
 from effdet import graph
 from effdet.plan import use_plan
-from effdet_kernels import _library, _triton
+from effdet_kernels import _cuda, _dispatch, _library, _triton
 from effdet_kernels.verify import DTYPES
 
 
@@ -35,26 +37,69 @@ def of_model(
     Raises:
         ValueError: no such model, or a size or batch that is not positive.
     """
+    with _forward(name, size, batch, dtype) as forward, _triton.recorded(shared_kb):
+        forward()  # which norms it folds is known after that
+        with _triton.recorded(shared_kb) as noted:
+            forward()
+    return noted
+
+
+def with_cuda(name: str, size: int, batch: int, dtype: torch.dtype) -> collections.Counter[str]:
+    """How often the same forward launches each kernel where CUDA kernels serve the calls that they take.
+
+    What torch launches between them counts under the name of its operator.
+    """
+    with (
+        _forward(name, size, batch, dtype, cuda=True) as forward,
+        _triton.recorded() as triton,
+        _cuda.recorded() as cuda,
+        _TorchKernels() as torch_kernels,
+    ):
+        forward()
+        triton.clear(), cuda.clear(), torch_kernels.names.clear()
+        forward()
+    ours = [launch.kernel.__name__ for launch in triton]
+    return collections.Counter([*cuda, *ours, *torch_kernels.names])
+
+
+class _TorchKernels(TorchDispatchMode):
+    """Notes torch's operators that are a kernel each: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = isinstance(result, torch.Tensor) and not func.is_view
+        if made and not str(func).startswith(("aten.empty", "aten.detach")):
+            self.names.append(str(func))
+        return result
+
+
+@contextlib.contextmanager
+def _forward(
+    name: str, size: int, batch: int, dtype: torch.dtype, cuda: bool = False
+) -> Iterator[Callable[[], Any]]:
+    """The forward of a model on "meta", inside as it would be on a GPU."""
     default_size(name)
     if min(size, batch) < 1:
         raise ValueError(f"--size and --batch must be positive, got {size} and {batch}")
     model = effdet.create_model(name, pretrained_backbone=False, image_size=size)
     model = model.eval().to("meta", dtype)
     x = torch.empty(batch, 3, size, size, dtype=dtype, device="meta")
-    with torch.no_grad(), use_plan(False), _as_on_a_gpu():
-        with _triton.recorded(shared_kb):
-            model(x)  # which norms it folds is known after that
-        with _triton.recorded(shared_kb) as noted:
-            model(x)
-    return noted
+    with torch.no_grad(), use_plan(False), _as_on_a_gpu(cuda):
+        yield lambda: model(x)
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Inside, ops on "meta" call their Triton launchers, and models fold their norms together."""
+def _as_on_a_gpu(cuda: bool) -> Iterator[None]:
+    """Inside, ops on "meta" call their launchers in Triton, or in CUDA, and models fold their norms together."""
 
     def call(op: _library.Op, *args: Any) -> Any:
-        return op.direct("triton", args)
+        kernels = op.impls.get("cuda") if cuda else None
+        taken = kernels is not None and _dispatch.refusal(kernels, args) is None
+        return op.direct("cuda" if taken else "triton", args)
 
     with (
         unittest.mock.patch.object(_library.Op, "__call__", call),

@@ -62,13 +62,11 @@ def examined(cubin: bytes, shared: int, warps: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+        usage, sass = (cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", sass)
-    code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
-    (outside, *loops), special = _by_loop(code, ("", "MUFU"))
-    loads = [text for _, text in code if text.startswith(("LDG", "LDGSTS"))]
-    vector = sum(_WIDE.search(text.split()[0]) is not None for text in loads)
+    code = instructions(sass)
+    (outside, *loops), special = by_loop(code, ("", "MUFU"))
+    vector, scalar = vector_and_scalar_loads(code)
     return Code(
         registers=found["REG"],
         shared=shared,
@@ -77,13 +75,26 @@ def examined(cubin: bytes, shared: int, warps: int) -> Code:
         outside=outside,
         loops=tuple(loops),
         vector_loads=vector,
-        scalar_loads=len(loads) - vector,
+        scalar_loads=scalar,
         matrix=next((n for n in _MATRIX if any(text.startswith(n) for _, text in code)), ""),
         special=tuple(special),
     )
 
 
-def _by_loop(code: Sequence[tuple[int, str]], beginnings: Sequence[str]) -> list[list[int]]:
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction in cuobjdump's listing of a kernel."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", sass)
+    return [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
+
+
+def vector_and_scalar_loads(code: Sequence[tuple[int, str]]) -> tuple[int, int]:
+    """How many loads from global memory take 8 or 16 bytes, and how many fewer."""
+    loads = [text for _, text in code if text.startswith(("LDG", "LDGSTS"))]
+    vector = sum(_WIDE.search(text.split()[0]) is not None for text in loads)
+    return vector, len(loads) - vector
+
+
+def by_loop(code: Sequence[tuple[int, str]], beginnings: Sequence[str]) -> list[list[int]]:
     """For each of ``beginnings``: instructions that begin so, outside of loops and in each.
 
     A loop ends where the code branches back; an instruction counts in the innermost.
@@ -102,8 +113,11 @@ def _by_loop(code: Sequence[tuple[int, str]], beginnings: Sequence[str]) -> list
     return counts
 
 
-def _cuobjdump(flag: str, path: str) -> str:
+def cuobjdump(flag: str, path: str, *options: str) -> str:
+    """What triton's cuobjdump says of a cubin, or of a module with some in it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [tool, flag, *options, path], capture_output=True, text=True, check=True
+    ).stdout

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
 #undef EFFDET_OP
 #undef EFFDET_CUDA_OP
 #if EFFDET_BUILT_WITH_CUDA
+  module.attr("CUDA_RELEASE") = EFFDET_CUDA_RELEASE;
   effdet::bind_cuda(module);
 #define EFFDET_OP(name)
 #define EFFDET_CUDA_OP(name) effdet::cuda::bind_cuda_##name(module);

@@ -10,7 +10,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from effdet_kernels import _native
 OLDEST = (8, 0)  # compute capability that kernels are compiled for
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = 16  # of a vector of channels
+_LARGEST_KB = 227  # of shared memory, that a block may have on any device
 _emulator: Any = None
+_recording: ContextVar[list[str] | None] = ContextVar("effdet_kernels_cuda_launches", default=None)
+_emulated_kb = _LARGEST_KB
 _EMULATOR_REASON = "the emulator of CUDA is not loaded: it is for tests (make emulate)"
 
 
@@ -41,9 +46,15 @@ class Implementation:
 
     def refuses(self, args: Sequence[Any]) -> str | None:
         """Why the kernels do not take this call, naming the argument; None if they do."""
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = first_tensor(args).device
         absent = device_reason(device.index) if device.type == "cuda" else None
         return absent or self._module.refusal(*args)
+
+
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Of a call's arguments; it may be in a list."""
+    flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return next(a for a in flat if isinstance(a, Tensor))
 
 
 # Whether kernels can run -------------------------------------------------------------------------
@@ -113,11 +124,25 @@ def emulated_order(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def emulated_shared_memory(kilobytes: int) -> Iterator[None]:
     """Inside, a block has at most so much shared memory, as on a smaller GPU."""
+    global _emulated_kb
+    _emulated_kb = kilobytes
     _emulator.set_shared_limit(kilobytes * 1024)
     try:
         yield
     finally:
-        _emulator.set_shared_limit(227 * 1024)
+        _emulated_kb = _LARGEST_KB
+        _emulator.set_shared_limit(_LARGEST_KB * 1024)
+
+
+def shared_kb(x: Tensor) -> int:
+    """KB of shared memory that a block may have on the device of ``x``."""
+    return _device_shared_kb(x.device.index) if x.is_cuda else _emulated_kb
+
+
+@functools.cache
+def _device_shared_kb(index: int) -> int:
+    properties: Any = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin // 1024
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -129,12 +154,26 @@ def launch(name: str, like: Tensor, **fields: Any) -> None:
     Raises:
         RuntimeError: the launch failed; CUDA's error is in the message, and does not stay.
     """
-    if not like.is_cuda:
+    noted = _recording.get()
+    if noted is not None:
+        noted.append(name)
+    elif not like.is_cuda:
         check(getattr(_emulator, f"{name}_cuda")(fields, 0), name)
-        return
-    with torch.cuda.device(like.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        check(getattr(_native.module(), f"{name}_cuda")(fields, stream), name)
+    else:
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            check(getattr(_native.module(), f"{name}_cuda")(fields, stream), name)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Inside, kernels do not run: their names go to the list. Tensors may be on "meta"."""
+    noted: list[str] = []
+    token = _recording.set(noted)
+    try:
+        yield noted
+    finally:
+        _recording.reset(token)
 
 
 def check(status: int, op: str) -> None:

@@ -1,4 +1,5 @@
-"""Chooses the implementation of an op: the first backend of the device's order that has one and is available.
+"""Chooses the implementation of an op: the first backend of the device's order that has one, is available and takes
+the call. On a GPU the order is that of the first row of dispatch.json that fits: by op, architecture, dtype and size.
 
 A backend may be asked for by name, for a block of code (``use_backend``) or for the process
 (``EFFDET_KERNELS_BACKEND``); then there is no falling back: an absent one is an error that says why.
@@ -7,10 +8,15 @@ A backend may be asked for by name, for a block of code (``use_backend``) or for
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from effdet_kernels import _cuda, _native, _triton
 
@@ -24,6 +30,7 @@ _DEVICES = {
     "cuda_emu": ("cpu",),
 }
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_TABLE = Path(__file__).with_name("dispatch.json")
 _requested: ContextVar[str | None] = ContextVar("effdet_kernels_backend", default=None)
 
 
@@ -82,6 +89,39 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested.reset(token)
 
 
+def _order(op: str, device: str, args: Sequence[Any] | None) -> Sequence[str]:
+    """The backends to look at, in order, for a call of ``op`` ("soft_nms", "soft_nms_backward")."""
+    if device == "cpu" or args is None:
+        return _ORDER[device]
+    first = _cuda.first_tensor(args)
+    row = table_row(op, first.dtype, first.numel(), _architecture(first.device.index or 0))
+    return _ORDER[device] if row is None else (*row["order"], "reference")
+
+
+def table_row(op: str, dtype: torch.dtype, size: int, architecture: int) -> dict[str, Any] | None:
+    """The row of dispatch.json for a call: of this op, by dtype, ``size`` (elements of the first tensor) and
+    ``architecture`` (90 for compute capability 9.0); a row without a key is for all."""
+    for row in _rows().get(op, ()):
+        if (
+            architecture in row.get("architectures", (architecture,))
+            and str(dtype).removeprefix("torch.") in row.get("dtypes", (str(dtype)[6:],))
+            and size <= row.get("up_to", size)
+        ):
+            return row
+    return None
+
+
+@functools.cache
+def _rows() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(_TABLE.read_text())
+
+
+@functools.cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 def refusal(implementation: Callable[..., Any], args: Sequence[Any] | None) -> str | None:
     """Why ``implementation`` does not take a call with ``args``, or None; None for unknown arguments."""
     refuses = getattr(implementation, "refuses", None)
@@ -106,7 +146,7 @@ def choose(
     if name is not None and or_next and (name not in impls or refused):
         name = None
     if name is None:
-        for candidate in _ORDER[device]:
+        for candidate in _order(op, device, args):
             if (
                 candidate in impls
                 and unavailable_reason(candidate) is None

@@ -130,3 +130,47 @@ def test_registered_backward_and_the_references_graph_agree(dtype, monkeypatch):
     with testing.through_registration(op):
         registered = gradients()
     assert all(torch.equal(a, b) for a, b in zip(registered, direct, strict=True))
+
+
+# The table of orders on a GPU -----------------------------------------------------------------------
+
+
+def test_the_table_names_ops_backends_and_where_its_rows_are_from():
+    for op, rows in _dispatch._rows().items():
+        impls = _library.OPS[op.removesuffix("_backward")]
+        found = impls.backwards if op.endswith("_backward") else impls.impls
+        for row in rows:
+            assert row.keys() <= {"order", "provenance", "architectures", "dtypes", "up_to"}
+            assert set(row["order"]) == {"cuda", "triton"} and row["order"][0] in found
+            assert row["provenance"] == "predicted" or row["provenance"].startswith("measured on ")
+
+
+def test_the_first_row_that_fits_a_call_gives_the_order(monkeypatch):
+    small = {"order": ["triton", "cuda"], "dtypes": ["bfloat16"], "up_to": 100}
+    old = {"order": ["triton", "cuda"], "architectures": [80, 86]}
+    rest = {"order": ["cuda", "triton"]}
+    monkeypatch.setattr(_dispatch, "_rows", lambda: {"soft_nms": [small, old, rest]})
+    row = _dispatch.table_row
+    assert row("soft_nms", torch.bfloat16, 100, 90) is small
+    assert row("soft_nms", torch.bfloat16, 101, 90) is rest
+    assert row("soft_nms", torch.float32, 10, 86) is old
+    assert row("decode_topk", torch.float32, 10, 86) is None
+
+
+def test_a_call_on_a_gpu_takes_the_first_backend_of_its_row_that_serves_it(monkeypatch):
+    class Refusing:
+        def refuses(self, args):
+            return None if args[0].dtype == torch.float32 else "x: no"
+
+    impls = {"cuda": Refusing(), "triton": len, "reference": len}
+    monkeypatch.setattr(_dispatch, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(_dispatch, "_architecture", lambda index: 90)
+    order = {"order": ["cuda", "triton"]}
+    monkeypatch.setattr(_dispatch, "_rows", lambda: {"an_op": [order]})
+    whole, half = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    assert _dispatch.choose("an_op", impls, "cuda", [whole]) == "cuda"
+    assert _dispatch.choose("an_op", impls, "cuda", [half]) == "triton"
+    order["order"] = ["triton", "cuda"]
+    assert _dispatch.choose("an_op", impls, "cuda", [whole]) == "triton"
+    with use_backend("cuda"), pytest.raises(BackendError, match="'cuda' was asked for, but x: no"):
+        _dispatch.choose("an_op", impls, "cuda", [half])

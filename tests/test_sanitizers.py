@@ -61,7 +61,13 @@ def test_fuzz_soft_nms(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("isa", ["portable", _native.ISAS[_native.module().isa()]])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param("portable", marks=pytest.mark.slow),
+        _native.ISAS[_native.module().isa()],
+    ],
+)
 def test_fuzz_kernels(isa, tmp_path):
     """The oldest and the newest instruction set that runs here."""
     sources = [

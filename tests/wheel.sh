@@ -6,7 +6,8 @@ constraints=$(realpath constraints.txt)
 work=$(mktemp -d)
 trap "'$(command -v rm)' -rf '$work'" EXIT # an absolute path: PATH changes below
 
-"$python" -m pip wheel -q --no-deps -w "$work/dist" .
+# Without CUDA, as on a machine that has no nvcc: everything else must build and run.
+CMAKE_ARGS="-DEFFDET_CUDA=OFF" "$python" -m pip wheel -q --no-deps -w "$work/dist" .
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install -q -c "$constraints" torch numpy
 "$work/venv/bin/pip" install -q -c "$constraints" "$work"/dist/*.whl

@@ -73,6 +73,11 @@ __device__ __forceinline__ void activate(float (&x)[kCount], int act) {
   }
 }
 
+template <int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], int act) {
+  activate<kAny>(x, act);
+}
+
 // The same of an even number of values, for results of 16 bits: two swishes share a reciprocal, which costs more
 // instructions and fewer approximations, of which a multiprocessor makes 16 a clock. A sigmoid is at least 2^-63.
 template <int kAct, int kCount>
@@ -89,6 +94,37 @@ __device__ __forceinline__ void activate_pairs(float (&x)[kCount], int act) {
     }
   } else {
     activate<kAct>(x, act);
+  }
+}
+
+// Turns `kCount` arguments of the activation into its derivatives there, at a kink what torch takes.
+template <int kCount>
+__device__ __forceinline__ void slopes(float (&x)[kCount], int act) {
+  const auto each = [&](auto function) {
+    EFFDET_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = function(x[i]);
+  };
+  switch (act) {
+    case kSwish:
+      return each([](float v) {
+        const float s = sigmoid(v);
+        return s * (1.0f + v * (1.0f - s));
+      });
+    case kRelu:
+      return each([](float v) { return v > 0.0f ? 1.0f : 0.0f; });
+    case kRelu6:
+      return each([](float v) { return v > 0.0f && v < 6.0f ? 1.0f : 0.0f; });
+    case kHardSwish:
+      return each([](float v) { return v <= -3.0f ? 0.0f : v >= 3.0f ? 1.0f : (2.0f * v + 3.0f) * (1.0f / 6.0f); });
+    case kLeakyRelu:
+      return each([](float v) { return v > 0.0f ? 1.0f : 0.01f; });
+    case kMish:
+      return each([](float v) {
+        const float t = mish_ratio(v);
+        return t + v * (1.0f - t * t) * sigmoid(v);
+      });
+    default:
+      return each([](float) { return 1.0f; });
   }
 }
 

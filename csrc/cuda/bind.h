@@ -8,8 +8,8 @@ namespace effdet::cuda {
 constexpr std::int64_t kMostInside = std::numeric_limits<std::int32_t>::max() - (1 << 16);  // offset in an image
 
 // A map whose channels are read in 16-byte vectors: the address and all strides are multiples of them.
-inline Map vector_map(const Fields& f, const char* name) {
-  const Map map = f.map(name);
+inline Map as_vector_map(const Fields& f, const char* name, const pybind11::handle& value) {
+  const Map map = f.as_map(name, value);
   const std::int64_t unit = 16 / size_of(f.dtype());
   if (reinterpret_cast<std::uintptr_t>(map.data) % 16 != 0 || map.batch_stride % unit != 0 ||
       map.row_stride % unit != 0 || map.pixel_stride % unit != 0)
@@ -18,6 +18,9 @@ inline Map vector_map(const Fields& f, const char* name) {
   if (map.row_stride < 0 || map.pixel_stride < 0 || last > kMostInside)
     throw std::invalid_argument(std::string(name) + ": an image has more than 2^31 elements");
   return map;
+}
+inline Map vector_map(const Fields& f, const char* name) {
+  return as_vector_map(f, name, f.get(name));
 }
 
 // Refuses a dense map whose offsets in an image do not fit in 32 bits.

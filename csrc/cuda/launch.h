@@ -17,6 +17,21 @@ struct Grid {
 
 constexpr std::int64_t kMostBlocks = 0x7fffffff;
 
+// Bytes of shared memory that a block may have on the current device; 0: the device does not say.
+inline std::size_t shared_limit() {
+#ifndef EFFDET_EMULATED
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    cudaGetLastError();  // forgets it
+    return 0;
+  }
+  return static_cast<std::size_t>(bytes);
+#else
+  return emu::shared_limit;
+#endif
+}
+
 // A negative status is a CUDA error's code.
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), const Grid& grid, void* stream, Args&&... args) {

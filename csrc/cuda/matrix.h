@@ -63,6 +63,41 @@ __device__ __forceinline__ void multiply_add(Products& sum, const LeftOperand& l
 #endif
 }
 
+// The product of half the depth, mma.sync.m16n8k8: words 0 and 1 of a left operand, word 0 of a right one.
+template <typename T>
+__device__ __forceinline__ void multiply_add(Products& sum, unsigned upper, unsigned lower,
+                                             unsigned right EFFDET_CALLER) {
+#ifndef EFFDET_EMULATED
+  float (&c)[4] = sum.values;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(upper), "r"(lower), "r"(right));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(upper), "r"(lower), "r"(right));
+  }
+#else
+  struct Mine {
+    unsigned upper, lower, right;
+  };
+  const auto lanes = emu::exchange(Mine{upper, lower, right}, "multiply_add", where);
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  for (int source = 0; source < 4; ++source) {
+    const Mine of_row = lanes[4 * g + source];
+    const float2 above = widen_pair<T>(of_row.upper), below = widen_pair<T>(of_row.lower);
+    for (int half = 0; half < 2; ++half) {
+      const float2 column = widen_pair<T>(lanes[4 * (2 * t + half) + source].right);
+      sum.values[half] += above.x * column.x;
+      sum.values[half] += above.y * column.y;
+      sum.values[2 + half] += below.x * column.x;
+      sum.values[2 + half] += below.y * column.y;
+    }
+  }
+#endif
+}
+
 // Four matrices [8, 8] of 16-bit numbers, of which lane l gives the address of row l % 8 of matrix l / 8, 16 bytes in
 // shared memory. Word i of a thread is the pair [g, 2t..] of matrix i, with kTransposed [2t.., g].
 template <bool kTransposed>

@@ -21,10 +21,10 @@ constexpr int kWarp = 32;
 constexpr unsigned kAll = ~0u;  // all threads of a warp
 
 __device__ __forceinline__ int lane_id() {
-  return static_cast<int>(threadIdx.x) % kWarp;
+  return static_cast<int>(threadIdx.x % kWarp);
 }
 __device__ __forceinline__ int warp_id() {
-  return static_cast<int>(threadIdx.x) / kWarp;
+  return static_cast<int>(threadIdx.x / kWarp);
 }
 
 // Rounded up.

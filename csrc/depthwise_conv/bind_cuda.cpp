@@ -5,7 +5,9 @@
 namespace effdet::cuda {
 namespace {
 
-int padding(const Fields& f, const char* name) { return static_cast<int>(f.integer(name, -(1 << 20), 1 << 20)); }
+int padding(const Fields& f, const char* name) {
+  return static_cast<int>(f.integer(name, -(1 << 20), 1 << 20));
+}
 
 template <typename Params>
 void read_common(const Fields& f, Params& p) {
@@ -19,8 +21,7 @@ void read_common(const Fields& f, Params& p) {
   p.rows = count(f, "rows");
   if (p.dtype == kFloat64) throw std::invalid_argument("dtype: got float64, takes float32, bfloat16 or float16");
   if (p.kernel == 4) throw std::invalid_argument("kernel: got 4, takes 3 or 5");
-  if (p.channels % (16 / size_of(p.dtype)) != 0)
-    throw std::invalid_argument("channels: not a multiple of 16 bytes");
+  if (p.channels % (16 / size_of(p.dtype)) != 0) throw std::invalid_argument("channels: not a multiple of 16 bytes");
 }
 
 DepthwiseParams read(const Fields& f) {

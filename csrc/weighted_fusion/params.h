@@ -6,13 +6,9 @@
 
 #include "common/isa.h"
 #include "common/map.h"
+#include "common/resample_codes.h"
 
 namespace effdet {
-
-constexpr int kMaxFused = 3;
-
-// The order of effdet_kernels/ops/weighted_fusion/op.py's RESAMPLE.
-enum Resample : int { kIdentity = 0, kNearest = 1, kBilinear = 2, kMaxPool = 3 };
 
 struct Fusion {
   std::int64_t count;

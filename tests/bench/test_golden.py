@@ -105,6 +105,6 @@ def test_instructions_count_in_their_innermost_loop():
         (0x60, "BRA 0x80"),  # forward
         (0x80, "EXIT"),
     ]
-    assert sass._by_loop(code, ("", "MUFU")) == [[3, 2, 3], [0, 1, 1]]
+    assert sass.by_loop(code, ("", "MUFU")) == [[3, 2, 3], [0, 1, 1]]
     counted = dataclasses.replace(CODE, outside=3, loops=(2, 3), special=(0, 1, 1))
     assert counted.issued((4,)) == 3 + 2 * 4 + 3 and counted.transcendental((4, 8)) == 4 + 8

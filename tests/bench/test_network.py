@@ -55,6 +55,15 @@ def test_d0_launches_what_a_gpu_was_seen_to_launch(size):
     assert "meta" not in graph.CAPTURES
 
 
+def test_d0_with_cuda_kernels_launches_fewer():
+    """Towards 70 to 85: the heads could share their launches, and squeeze-excite go into the kernel that follows."""
+    counts = network.with_cuda("tf_efficientdet_d0", 512, 1, torch.bfloat16)
+    of_torch = {name: count for name, count in counts.items() if name.startswith("aten.")}
+    assert sum(counts.values()) - sum(of_torch.values()) == 104
+    assert of_torch.pop("aten.sum.dim_IntList") == 16  # of squeeze-excite's parts
+    assert sum(of_torch.values()) == 13  # norms folded together, the image cast
+
+
 def test_the_sum_is_finite_and_grows_with_the_batch(fake_code):
     sums = []
     for batch in (1, 64):

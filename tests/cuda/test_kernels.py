@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effdet_kernels import BackendError, testing
+from effdet_kernels import BackendError, _cuda, testing
 from effdet_kernels.spec import iter_specs
 
 SPECS = [spec for spec in iter_specs() if "cuda" in testing.operator(spec).impls]
@@ -31,6 +31,19 @@ def calls(specs, *, blocks=False, dtypes=DTYPES):
 
 def differentiable(parameters):
     return [p for p in parameters if "not_differentiable_here" not in p.values[1].tags]
+
+
+@pytest.fixture
+def _no_other_backward(monkeypatch):
+    """A backward that the CUDA kernel refuses is an error here, not served by another backend."""
+    refuses = _cuda.Implementation.refuses
+
+    def refused(implementation, args):
+        reason = refuses(implementation, args)
+        if reason is not None:
+            raise BackendError(reason)
+
+    monkeypatch.setattr(_cuda.Implementation, "refuses", refused)
 
 
 def served(check, *arguments):
@@ -64,12 +77,14 @@ def test_autocast_follows_the_ops_rule(spec, case, dtype):
     served(testing.check_autocast, spec, case, dtype, "cuda_emu")
 
 
+@pytest.mark.usefixtures("_no_other_backward")
 @pytest.mark.parametrize(("spec", "case", "dtype"), differentiable(calls(WITH_BACKWARD)))
 def test_gradients_are_within_the_bound_and_runs_are_bitwise_equal(spec, case, dtype):
     assert served(testing.check_gradient, spec, case, dtype, "cuda_emu") <= 1
     testing.check_gradient_repeatable(spec, case, dtype, "cuda_emu")
 
 
+@pytest.mark.usefixtures("_no_other_backward")
 @pytest.mark.parametrize("parts", testing.PARTS)
 @pytest.mark.parametrize(
     ("spec", "case", "dtype"), differentiable(calls(WITH_BACKWARD, dtypes=(torch.bfloat16,)))
@@ -82,6 +97,7 @@ def test_gradients_of_some_inputs(spec, case, dtype, parts):
     assert worst <= 1
 
 
+@pytest.mark.usefixtures("_no_other_backward")
 @pytest.mark.parametrize(
     ("spec", "case", "dtype"),
     differentiable(calls(WITH_BACKWARD, blocks=True, dtypes=(torch.float32, torch.bfloat16))),

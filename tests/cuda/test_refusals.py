@@ -15,9 +15,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Small cases, in each of the dtypes above, that forward and backward take: a kernel that comes to refuse what it took
 # is seen here, where test_kernels.py would skip it.
 TAKEN = {
+    "decode_topk": (48, 0),
     "depthwise_conv": (70, 15),
     "expand_depthwise": (57, 0),
     "pointwise_conv": (48, 0),
+    "separable_conv": (73, 0),
+    "soft_nms": (24, 0),
+    "weighted_fusion": (39, 39),
 }
 
 

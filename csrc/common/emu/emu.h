@@ -229,6 +229,19 @@ template <typename T>
 T __ldg(const T* at) {
   return *at;
 }
+// Rounded one by one: never part of a fused multiply-add.
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+  return a - b;
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
 using std::fma;
 using std::fmaxf;
 using std::fminf;

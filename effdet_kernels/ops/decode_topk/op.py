@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _triton
+from effdet_kernels import _checks, _cuda, _library, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -97,6 +97,7 @@ _decode_topk = _library.define(
     out_spec=_out_spec,
     impls={
         "triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.decode_topk.cuda"),
         "reference": reference.decode_topk,
     },
     backwards={"triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_bwd")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effdet_kernels.ops._activations import accumulation_dtype
-from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, mutant, nbytes, normal, uniform
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, VECTORS, mutant, nbytes, normal, uniform
 from effdet_kernels.ops.decode_topk import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -191,6 +192,7 @@ def _higher_index_first(**a: Any) -> tuple[Tensor, ...]:
 
 
 _reference = reference.decode_topk
+_vectors = functools.partial(_case, tags=VECTORS)
 
 SPEC = OpSpec(
     name="decode_topk",
@@ -209,6 +211,10 @@ SPEC = OpSpec(
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
         _case("blocks", [(16, 17), (8, 9)], k=300, classes=29, per_location=9, tags=BLOCKS),
         _case("blocks_ties", [(16, 17), (8, 9)], k=1500, classes=29, ties=True, tags=BLOCKS),
+        _vectors("odd_lengths", [(5, 7), (3, 3), (1, 1)], k=100, batch=3, classes=5),
+        _vectors("few_of_many", [(9, 11), (4, 4)], k=3, classes=8),
+        _vectors("few_of_many_tied", [(9, 11), (4, 4)], k=13, classes=9, ties=True),
+        _vectors("few_of_many_spoilt", [(9, 11), (5, 4)], k=4, classes=7, spoilt=True),
         _real("d0", 64, batch=1),
         _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch128", 64, tags=GPU, times=64),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 
-from effdet_kernels.ops._cases import ACTS, BENCH, BLOCKS, FAR, GPU, normal, uniform
+from effdet_kernels.ops._cases import ACTS, BENCH, BLOCKS, FAR, GPU, VECTORS, normal, uniform
 from effdet_kernels.ops._cases import weights as draw_weights
 from effdet_kernels.spec import Case, Inputs
 
@@ -51,6 +52,9 @@ def _case(
         }
 
     return Case(name, make, tags, times=times)
+
+
+_vectors = functools.partial(_case, tags=VECTORS)
 
 
 def _node(
@@ -114,6 +118,46 @@ CASES = (
     _case("statistics_5x5", [(4, 3)], [5], k=5, pre_act="swish", act="swish", statistics=True),
     _node("fused_statistics", (5, 4, "identity"), (3, 2, "nearest"), **_training),
     _node("fused_one_pixel", (1, 1, "identity"), (2, 2, "max")),
+    _vectors("vectors", [(9, 17), (4, 3), (1, 1)], [40], channels=24, act="swish"),
+    _vectors("vectors_two_nets", [(3, 18), (2, 2)], [36, 8], channels=8, act="relu6"),
+    _vectors("vectors_predict", [(3, 3), (2, 1)], [70, 9], channels=16, shared=False, scaled=False),
+    _vectors(
+        "vectors_raw", [(3, 4)], [130], channels=16, scaled=False, shifted=False, pre_act="relu"
+    ),
+    _vectors("vectors_slices", [(3, 5)], [72], batch=1, channels=72, shifted=False, act="mish"),
+    _vectors("vectors_nine_levels", [(1, i + 1) for i in range(9)], [8, 8], batch=1, channels=8),
+    *[
+        _vectors(f"vectors_far_{act}", [(3, 4)], [8], channels=8, pre_act=act, act=act, std=FAR)
+        for act in ACTS
+    ],
+    _node("fused_vectors", (4, 17, "identity"), (2, 9, "nearest"), channels=16, tags=VECTORS),
+    _node(
+        "fused_vectors_three",
+        (3, 4, "identity"),
+        (2, 2, "nearest"),
+        (5, 7, "max"),
+        channels=8,
+        act="relu",
+        tags=VECTORS,
+    ),
+    _node(
+        "fused_vectors_softmax",
+        (3, 5, "identity"),
+        (2, 2, "bilinear"),
+        channels=64,
+        method="attn",
+        tags=VECTORS,
+    ),
+    _node(
+        "fused_vectors_sum",
+        (2, 3, "identity"),
+        (4, 6, "max"),
+        channels=72,
+        batch=1,
+        method="sum",
+        scaled=False,
+        tags=VECTORS,
+    ),
     _case(
         "blocks",
         [(19, 37), (10, 19), (5, 10)],

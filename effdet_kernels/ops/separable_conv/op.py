@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native, _triton
+from effdet_kernels import _checks, _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _statistics
 from effdet_kernels.ops._activations import widen
@@ -248,6 +248,7 @@ _separable_conv = _library.define(
     impls={
         "cpu": _statistics.after_kernel(_run_cpu),
         "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.separable_conv.cuda"),
         "reference": _reference,
     },
     backwards={

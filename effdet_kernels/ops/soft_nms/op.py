@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native, _triton
+from effdet_kernels import _checks, _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops.soft_nms import reference
 
@@ -125,6 +125,7 @@ _soft_nms = _library.define(
     impls={
         "cpu": _cpu,
         "triton": _triton.deferred("effdet_kernels.ops.soft_nms.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.soft_nms.cuda"),
         "reference": reference.soft_nms,
     },
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from effdet_kernels.bound import accumulator, ratio, roundoff
-from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, nbytes
+from effdet_kernels.ops._cases import BENCH, BLOCKS, GPU, VECTORS, nbytes
 from effdet_kernels.ops.soft_nms import op, reference
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -100,6 +100,30 @@ def _negative_classes(generator: torch.Generator) -> Inputs:
     inputs = _scene(generator, 1, 67, 60, 4, "gaussian")
     names = torch.tensor([-1, 0, 1 << 32, (1 << 40) + 1])
     return {**inputs, "classes": names[inputs["classes"]]}
+
+
+def _ties(generator: torch.Generator) -> Inputs:
+    """More candidates than a block has threads, four scores, classes that are equal modulo 128."""
+    inputs = _scene(generator, 2, 530, 40, 4, "gaussian", extent=150)
+    scores = ((inputs["scores"] * 4).floor() + 1) / 8
+    return {**inputs, "scores": scores, "classes": inputs["classes"] * 128 + 5}
+
+
+def _chunks(method: str, classes: int) -> Callable[[torch.Generator], Inputs]:
+    """Picks that reach the last of more candidates than a block has threads, some of them with a score below 0."""
+
+    def make(generator: torch.Generator) -> Inputs:
+        inputs = _scene(
+            generator, 1, 560, 60, classes, method, extent=20, sigma=0.02, iou_threshold=0.1
+        )
+        return {**inputs, "scores": inputs["scores"] - 0.1, "score_threshold": -0.05}
+
+    return make
+
+
+def _all_dropped(generator: torch.Generator) -> Inputs:
+    inputs = _scene(generator, 2, 40, 5, 3, "linear")
+    return {**inputs, "boxes": torch.full_like(inputs["boxes"], torch.nan)}
 
 
 def compare(inputs: Inputs, outputs: Sequence[Tensor], dtype: torch.dtype) -> float:
@@ -240,6 +264,14 @@ SPEC = OpSpec(
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
+        Case("vectors_ties", _ties, VECTORS),
+        Case("vectors_all_dropped", _all_dropped, VECTORS),
+        *[
+            Case(f"vectors_chunks_{method}", _chunks(method, classes), VECTORS)
+            for method, classes in (("gaussian", 5), ("linear", 0), ("hard", 3))
+        ],
+        Case("vectors_no_picks", lambda g: _scene(g, 2, 40, 0, 3, "gaussian"), VECTORS),
+        Case("vectors_one_pick", lambda g: _scene(g, 2, 40, 1, 3, "gaussian"), VECTORS),
         Case("blocks", lambda g: _scene(g, 2, 1100, 150, 90, "gaussian"), BLOCKS),
         Case("blocks_agnostic", lambda g: _scene(g, 1, 4500, 50, 0, "linear"), BLOCKS),
         Case("blocks_hard", lambda g: _scene(g, 2, 1100, 150, 90, "hard"), BLOCKS),

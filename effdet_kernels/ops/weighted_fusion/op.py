@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _native, _triton
+from effdet_kernels import _checks, _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
 from effdet_kernels.ops import _arguments, _cpu, _gradients
 from effdet_kernels.ops._activations import accumulation_dtype
@@ -243,11 +243,13 @@ _weighted_fusion = _library.define(
     out_spec=_out_spec,
     impls={
         "cpu": run_cpu,
+        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda"),
         "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_fwd"),
         "reference": _reference,
     },
     backwards={
         "cpu": _backward_cpu,
+        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda_bwd"),
         "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_bwd"),
     },
     differentiable=("x", "weight"),

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_kernels.bound import envelope
-from effdet_kernels.ops._cases import ACTS, BENCH, BLOCKS, FAR, GPU, mutant, nbytes, normal
+from effdet_kernels.ops._cases import (
+    ACTS,
+    BENCH,
+    BLOCKS,
+    FAR,
+    GPU,
+    VECTORS,
+    mutant,
+    nbytes,
+    normal,
+)
 from effdet_kernels.ops.weighted_fusion import op, reference
 from effdet_kernels.ops.weighted_fusion.magnitude import fusion_magnitude
 from effdet_kernels.spec import Case, Inputs, OpSpec
@@ -126,6 +136,10 @@ def _bottom_up(name: str, extent: int, **options: Any) -> Case:
     return _case(name, same, same, twice, **{**_DOWN, **options})
 
 
+def _vectors(name: str, *maps: tuple[int, int, str], channels: int = 8, **options: Any) -> Case:
+    return _case(f"vectors_{name}", *maps, channels=channels, tags=VECTORS, **options)
+
+
 SPEC = OpSpec(
     name="weighted_fusion",
     op=op.weighted_fusion,
@@ -182,6 +196,46 @@ SPEC = OpSpec(
             method="attn",
             tags=BLOCKS,
         ),
+        _vectors("top_down", (6, 10, "identity"), (3, 5, "nearest"), channels=24, act="swish"),
+        _vectors(
+            "halved_first", (4, 6, "nearest"), (8, 12, "identity"), method="attn", size=(8, 12)
+        ),
+        _vectors(
+            "bottom_up",
+            *[(5, 7, "identity")] * 2,
+            (10, 14, "max"),
+            channels=40,
+            pool_padding=_EVEN,
+            act="swish",
+        ),
+        _vectors(
+            "last", (3, 4, "identity"), (5, 8, "max"), pool_padding=(0, 1, 1, 1), act="hard_swish"
+        ),
+        _vectors("pool_alone", (4, 3, "max"), method="sum", size=(3, 3), pool_padding=(2,) * 4),
+        _vectors("pool_uncovered", (2, 3, "identity"), (6, 8, "max"), method="attn"),
+        _vectors(
+            "two_pools",
+            (5, 8, "max"),
+            (6, 9, "max"),
+            size=(3, 4),
+            pool_padding=(0, 1, 1, 1),
+            act="mish",
+        ),
+        _vectors("nearest_any_ratio", (7, 5, "identity"), (3, 2, "nearest"), (2, 7, "nearest")),
+        _vectors(
+            "bilinear", (3, 5, "identity"), (2, 2, "bilinear"), (8, 8, "bilinear"), act="relu"
+        ),
+        _vectors(
+            "all",
+            (2, 4, "nearest"),
+            (5, 8, "max"),
+            (2, 2, "bilinear"),
+            size=(3, 4),
+            pool_padding=(0, 1, 1, 1),
+            act="relu6",
+        ),
+        _vectors("no_images", (2, 2, "identity"), (4, 4, "max"), pool_padding=_EVEN, batch=0),
+        _vectors("sum", *[(2, 3, "identity")] * 3, method="sum", act="leaky_relu"),
         _top_down("d0_top_down", 64, channels=64, batch=1),
         _bottom_up("d0_bottom_up_batch8", 32, channels=64, batch=8),
         _case("d0_last", (4, 4, "identity"), (8, 8, "max"), batch=1, channels=64, **_DOWN),
