@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # is seen here, where test_kernels.py would skip it.
 TAKEN = {
     "decode_topk": (48, 0),
-    "depthwise_conv": (70, 15),
+    "depthwise_conv": (73, 15),
     "expand_depthwise": (57, 0),
     "pointwise_conv": (48, 0),
     "separable_conv": (73, 0),

@@ -57,6 +57,8 @@ def run(
         device=x.device,
         memory_format=torch.channels_last,
     )
+    if batch == 0:
+        return [y, y.new_zeros(0, channels, dtype=torch.float32)] if squeeze else [y]
     tiles = -(-width // _TILE[x.element_size(), stride])
     others = batch * tiles * -(-channels // _CHANNELS[k])
     segments = _walk.segments(height, _MOST_ROWS, max(1, others), 3, 8)

@@ -210,6 +210,7 @@ SPEC = OpSpec(
         _vectors("vectors_raw_3x3_stride2", 1, 16, 6, 35, padding=(0, 1, 0, 1), **_STRIDED),
         _vectors("vectors_raw_5x5", 1, 8, 6, 33, k=5, padding=(2, 2, 2, 2), bn=False, act="none"),
         _vectors("vectors_raw_5x5_stride2", 2, 40, 7, 9, k=5, padding=(1, 2, 2, 2), **_STRIDED),
+        _vectors("vectors_no_images", 0, 8, 4, 4, squeeze=True),
         _vectors("vectors_raw_uneven", 1, 8, 5, 4, padding=(2, 0, 1, 3), bn=False, act="none"),
         _vectors("vectors_scale_only", 1, 8, 3, 3, act="hard_swish", shift=None),
         _vectors("vectors_shift_only", 1, 8, 3, 3, act="leaky_relu", scale=None),
