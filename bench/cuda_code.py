@@ -14,14 +14,11 @@ import re
 import subprocess
 from pathlib import Path
 
-from bench.sass import WARP, by_loop, cuobjdump, instructions, vector_and_scalar_loads
+from bench.sass import REGISTERS, WARP, by_loop, cuobjdump, instructions, vector_and_scalar_loads
 from effdet_kernels import _native
 
-ARCHITECTURES = (
-    "sm_80",
-    "sm_90a",
-)  # of which the module has machine code, beside PTX for those to come
-_REGISTERS = 65536  # of a multiprocessor
+# Of which the module has machine code, beside PTX for those to come.
+ARCHITECTURES = ("sm_80", "sm_90a")
 
 Table = dict[str, dict[str, str]]  # a line by architecture and kernel
 
@@ -41,7 +38,7 @@ class Kernel:
     @property
     def most_warps(self) -> int:
         """Warps that a multiprocessor has registers for."""
-        return _REGISTERS // (-(-max(self.registers, 24) // 8) * 8 * WARP)
+        return REGISTERS // (-(-max(self.registers, 24) // 8) * 8 * WARP)
 
     def __str__(self) -> str:
         return (

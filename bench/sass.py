@@ -13,7 +13,7 @@ from pathlib import Path
 
 ARCHITECTURES = {80: 163, 86: 99, 90: 227, 120: 99}  # and their shared memory per block, KB
 WARP = 32
-_REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # of a multiprocessor
 _MOST_WARPS = {80: 64, 86: 48, 90: 64, 120: 48}  # that a multiprocessor holds
 _WIDE = re.compile(r"\.(64|128)(\.|$)")  # of a load's opcode: addresses have a ".64" too
 _MATRIX = ("HGMMA", "HMMA", "DMMA")
@@ -36,7 +36,7 @@ class Code:
 
     def resident_warps(self, architecture: int) -> int:
         """Warps of whole programs that a multiprocessor holds at a time."""
-        by_registers = _REGISTERS // (max(self.registers, 24) * WARP * self.warps)
+        by_registers = REGISTERS // (max(self.registers, 24) * WARP * self.warps)
         by_shared = (ARCHITECTURES[architecture] + 1) * 1024 // (self.shared + 1024)
         by_warps = _MOST_WARPS[architecture] // self.warps
         return self.warps * min(by_registers, by_shared, by_warps)

@@ -23,6 +23,7 @@ from effdet_kernels import _native
 
 OLDEST = (8, 0)  # compute capability that kernels are compiled for
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+MOST_INSIDE = 2**31 - 1 - 2**16  # offset in an image, in elements; csrc/cuda/bind.h has the same
 _BYTES = 16  # of a vector of channels
 _LARGEST_KB = 227  # of shared memory, that a block may have on any device
 _emulator: Any = None
@@ -191,14 +192,18 @@ def map_fields(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
 def refused_map(name: str, x: Tensor) -> str | None:
     """Why kernels do not take a map: its dtype, its layout, its channels, its address."""
     if x.dtype not in DTYPE_CODES:
-        return f"{name}: is {_short(x.dtype)}, takes float32, bfloat16 or float16"
+        return f"{name}: is {dtype_name(x.dtype)}, takes float32, bfloat16 or float16"
     unit = _BYTES // x.element_size()
     if x.shape[1] % unit:
-        return f"{name}: has {x.shape[1]} channels, takes a multiple of {unit} in {_short(x.dtype)}"
+        kind = dtype_name(x.dtype)
+        return f"{name}: has {x.shape[1]} channels, takes a multiple of {unit} in {kind}"
     if x.stride(1) != 1:
         return f"{name}: has strides {tuple(x.stride())}, takes channels_last"
     if x.stride(0) % unit or x.stride(2) % unit or x.stride(3) % unit:
         return f"{name}: has strides {tuple(x.stride())}, takes multiples of {unit}"
+    span = (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
+    if span > MOST_INSIDE:
+        return f"{name}: an image spans {span} elements, takes at most {MOST_INSIDE}"
     return misaligned(name, x)
 
 
@@ -209,5 +214,17 @@ def misaligned(name: str, x: Tensor) -> str | None:
     return None
 
 
-def _short(dtype: torch.dtype) -> str:
+def aligned(x: Tensor) -> Tensor:
+    """``x`` dense, at an address that kernels can read in vectors: itself, or a copy."""
+    x = x.contiguous()
+    return x if misaligned("", x) is None else x.clone()
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector whose elements are next to each other."""
+    return None if vector is None else vector.contiguous()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -101,10 +101,11 @@ def _order(op: str, device: str, args: Sequence[Any] | None) -> Sequence[str]:
 def table_row(op: str, dtype: torch.dtype, size: int, architecture: int) -> dict[str, Any] | None:
     """The row of dispatch.json for a call: of this op, by dtype, ``size`` (elements of the first tensor) and
     ``architecture`` (90 for compute capability 9.0); a row without a key is for all."""
+    name = _cuda.dtype_name(dtype)
     for row in _rows().get(op, ()):
         if (
             architecture in row.get("architectures", (architecture,))
-            and str(dtype).removeprefix("torch.") in row.get("dtypes", (str(dtype)[6:],))
+            and name in row.get("dtypes", (name,))
             and size <= row.get("up_to", size)
         ):
             return row

@@ -30,7 +30,9 @@ def refusal(
     """Why the kernels do not take a call, or None."""
     first = cls_outputs[0]
     if first.dtype not in _cuda.DTYPE_CODES:
-        return f"cls_outputs: are {_short(first.dtype)}, takes float32, bfloat16 or float16"
+        return (
+            f"cls_outputs: are {_cuda.dtype_name(first.dtype)}, takes float32, bfloat16 or float16"
+        )
     if len(cls_outputs) > _LEVELS:
         return f"cls_outputs: are {len(cls_outputs)} levels, takes {_LEVELS}"
     logits = anchors.shape[0] * num_classes
@@ -66,9 +68,7 @@ def run(
     chosen = kept + kept // 8
     of_image = groups * (16 + size) + len(maps) * 2 * _RUN * size + chosen * (16 + 4)
     scratch = torch.empty(batch * of_image, dtype=torch.uint8, device=logits.device)
-    anchors = anchors.to(torch.float32).contiguous()
-    if anchors.data_ptr() % 16:
-        anchors = anchors.clone()
+    anchors = _cuda.aligned(anchors.to(torch.float32))
     _cuda.launch(
         "decode_topk",
         logits,
@@ -88,7 +88,3 @@ def run(
         classes_of=classes,
     )
     return outputs
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

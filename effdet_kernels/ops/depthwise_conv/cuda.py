@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _cuda, _native
+from effdet_kernels import _cuda, _library, _native
 from effdet_kernels.ops import _arguments, _walk
 
 # Output columns of a block, by bytes of an element and stride; csrc/depthwise_conv/cuda.cu has the same.
@@ -51,12 +51,7 @@ def run(
     batch, channels = x.shape[:2]
     k = weight.shape[2]
     height, width = _arguments.convolved_size("depthwise_conv", x, k, stride, padding)
-    y = torch.empty(
-        (batch, channels, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = _library.nchw((batch, channels, height, width), x).empty()
     if batch == 0:
         return [y, y.new_zeros(0, channels, dtype=torch.float32)] if squeeze else [y]
     tiles = -(-width // _TILE[x.element_size(), stride])
@@ -85,8 +80,8 @@ def run(
         rows=rows,
         x=_cuda.map_fields(x),
         weight=weight.contiguous(),
-        scale=None if scale is None else scale.contiguous(),
-        shift=None if shift is None else shift.contiguous(),
+        scale=_cuda.dense(scale),
+        shift=_cuda.dense(shift),
         y=y,
         sums=sums,
     )

@@ -53,7 +53,7 @@ def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
     groups = max(1, min(batch, _PROGRAMS // (segments * tiles * blocks)))
     dx = parts = None
     if of_x:
-        (dx,) = [_library.nchw(x.shape, x).empty()]
+        dx = _library.nchw(x.shape, x).empty()
     if of_weight:
         shape = groups * segments * tiles, channels, k * k
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -121,8 +121,8 @@ def run(
             expand_scale=expand_scale.contiguous(),
             expand_shift=expand_shift.contiguous(),
             weight=dw_weight.contiguous(),
-            scale=None if scale is None else scale.contiguous(),
-            shift=None if shift is None else shift.contiguous(),
+            scale=_cuda.dense(scale),
+            shift=_cuda.dense(shift),
             y=y,
             sums=sums,
         )

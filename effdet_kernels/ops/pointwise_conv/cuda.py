@@ -9,7 +9,6 @@ from effdet_kernels import _cuda, _library, _native
 from effdet_kernels.ops import _walk
 
 _MOST_CHANNELS = 4032  # of x; csrc/pointwise_conv/cuda.h has the same
-_MOST_INSIDE = 2**31 - 1 - 2**16  # elements that an image spans, and of the weights
 
 
 def refusal(
@@ -37,11 +36,8 @@ def refusal(
         return f"weight: has {weight.shape[0]} output channels, takes a multiple of {unit}"
     if weight.shape[1] > _MOST_CHANNELS:
         return f"x: has {x.shape[1]} channels, takes at most {_MOST_CHANNELS}"
-    for name, image in (("x", x), ("residual", residual)):
-        if image is not None and _span(image) > _MOST_INSIDE:
-            return f"{name}: an image spans {_span(image)} elements, takes at most {_MOST_INSIDE}"
-    if weight.numel() > _MOST_INSIDE:
-        return f"weight: has {weight.numel()} elements, takes at most {_MOST_INSIDE}"
+    if weight.numel() > _cuda.MOST_INSIDE:
+        return f"weight: has {weight.numel()} elements, takes at most {_cuda.MOST_INSIDE}"
     return _cuda.misaligned("weight", weight)
 
 
@@ -76,24 +72,19 @@ def run(
         act=_native.ACTIVATIONS.index(act),
         x=fields(x),
         weight=weight.contiguous(),
-        scale=None if scale is None else scale.contiguous(),
-        shift=None if shift is None else shift.contiguous(),
-        gate=None if gate is None else gate.contiguous(),
+        scale=_cuda.dense(scale),
+        shift=_cuda.dense(shift),
+        gate=_cuda.dense(gate),
         residual=None if residual is None else fields(residual),
         y=y,
     )
     return [y]
 
 
-def _span(x: Tensor) -> int:
-    """Elements from an image's first to its last."""
-    return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
-
-
 def _one_image(maps: list[Tensor]) -> bool:
     """Whether the pixels of all images lie one after another: then no tile ends with an image."""
     dense = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
-    return dense and max(m.numel() for m in maps) <= _MOST_INSIDE
+    return dense and max(m.numel() for m in maps) <= _cuda.MOST_INSIDE
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:

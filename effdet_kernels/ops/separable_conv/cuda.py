@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from effdet_kernels import _cuda, _native
@@ -107,23 +106,15 @@ def run(
         x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, size,
         pool_padding,
     )  # fmt: skip
-    y = [
-        torch.empty(
-            spec.shape,
-            dtype=spec.dtype,
-            device=x[0].device,
-            memory_format=torch.channels_last,
-        )
-        for spec in specs
-    ]
+    y = [spec.empty() for spec in specs]
     batch, channels = x[0].shape[:2]
     if batch == 0:
         return y
     nets = len(dw_weight)
     levels = len(y) // nets
     widths = [len(weight) for weight in pw_weight]
-    dw_weight = [_aligned(weight) for weight in dw_weight]
-    pw_weight = [_aligned(weight) for weight in pw_weight]
+    dw_weight = [_cuda.aligned(weight) for weight in dw_weight]
+    pw_weight = [_cuda.aligned(weight) for weight in pw_weight]
     scale = [vector.contiguous() for vector in scale]
     shift = [vector.contiguous() for vector in shift]
     name, fused = "separable_conv", {}
@@ -218,8 +209,3 @@ def _panels(across: int, widest: int) -> list[tuple[int, int]]:
 def _extent(height: int, width: int, row_stride: int, pixel_stride: int) -> int:
     """The largest offset in an image, and in what tiles have beyond it."""
     return (height + _BEYOND) * row_stride + (width + _BEYOND) * pixel_stride
-
-
-def _aligned(weight: Tensor) -> Tensor:
-    weight = weight.contiguous()
-    return weight if _cuda.misaligned("weight", weight) is None else weight.clone()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from effdet_kernels import _cuda
-from effdet_kernels.ops import _gpu
 from effdet_kernels.ops.soft_nms import op
 
 # As in csrc/soft_nms/cuda_params.h.
@@ -26,7 +25,7 @@ def refusal(
 ) -> str | None:
     """Why the kernel does not take a call, or None."""
     if boxes.dtype != torch.float32:
-        return f"boxes: is {str(boxes.dtype).removeprefix('torch.')}, takes float32"
+        return f"boxes: is {_cuda.dtype_name(boxes.dtype)}, takes float32"
     if boxes.shape[1] > _MOST_CANDIDATES:
         return f"boxes: has {boxes.shape[1]} candidates, takes at most {_MOST_CANDIDATES}"
     if max_det >= 1 << 30:
@@ -46,9 +45,10 @@ def run(
     score_threshold: float,
 ) -> list[Tensor]:
     boxes, scores = boxes.contiguous(), scores.contiguous()
-    classes, num_valid = _gpu.dense(classes), _gpu.dense(num_valid)
+    classes, num_valid = _cuda.dense(classes), _cuda.dense(num_valid)
     batch, count = scores.shape
-    outputs = _gpu.allocate(op._out_spec(boxes, scores, classes, num_valid, max_det))
+    specs = op._out_spec(boxes, scores, classes, num_valid, max_det)
+    outputs = [spec.empty() for spec in specs]
     index, score, found, dropped = outputs
     _cuda.launch(
         "soft_nms",

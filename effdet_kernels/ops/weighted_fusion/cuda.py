@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import _cuda, _native
+from effdet_kernels import _cuda, _library, _native
 from effdet_kernels.ops._walk import MULTIPROCESSORS
+from effdet_kernels.ops.weighted_fusion import op
 
-_METHODS = ("fastattn", "attn", "sum")
-_RESAMPLE = ("identity", "nearest", "bilinear", "max")
 _WEIGHT_DTYPES = {**_cuda.DTYPE_CODES, torch.float64: 1}
 _FILLING = 1024 * MULTIPROCESSORS  # threads that keep a GPU busy
 _MOST_ROWS = 8
@@ -52,13 +51,13 @@ def fields(
     """A fusion as csrc/cuda/bind_fusion.h reads it."""
     return {
         "x": [_cuda.map_fields(level) for level in x],
-        "resample": [_RESAMPLE.index(how) for how in resample.split(",")],
+        "resample": [op.RESAMPLE.index(how) for how in resample.split(",")],
         "height": size[0],
         "width": size[1],
         "pool_left": pool_padding[0],
         "pool_top": pool_padding[2],
-        "method": _METHODS.index(method),
-        "weight": None if weight is None else weight.contiguous(),
+        "method": op.METHODS.index(method),
+        "weight": _cuda.dense(weight),
         "weight_dtype": 0 if weight is None else _WEIGHT_DTYPES[weight.dtype],
     }
 
@@ -91,12 +90,7 @@ def run(
     act: str,
 ) -> Tensor:
     batch, channels = x[0].shape[:2]
-    y = torch.empty(
-        (batch, channels, *size),
-        dtype=x[0].dtype,
-        device=x[0].device,
-        memory_format=torch.channels_last,
-    )
+    y = _library.nchw((batch, channels, *size), x[0]).empty()
     if batch == 0:
         return y
     threads = y.numel() * y.element_size() // 16

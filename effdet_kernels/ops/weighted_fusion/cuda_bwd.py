@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _cuda, _native
+from effdet_kernels import _cuda, _library, _native
 from effdet_kernels.ops import _walk
 from effdet_kernels.ops._gradients import wanted
 from effdet_kernels.ops.weighted_fusion import cuda
@@ -57,11 +57,7 @@ def gradients(
     """
     batch, channels, height, width = grad.shape
     dx = [
-        torch.empty(
-            level.shape, dtype=level.dtype, device=grad.device, memory_format=torch.channels_last
-        )
-        if need
-        else None
+        _library.nchw(level.shape, level).empty() if need else None
         for level, need in zip(x, of_x, strict=True)
     ]
     of_weight = of_weight and weight is not None
