@@ -100,7 +100,7 @@ def emulator_reason() -> str | None:
 
 
 def load_emulator(path: Path) -> None:
-    """Makes ``cuda_emu`` a backend, of the module at ``path`` (built by ``make emulate``)."""
+    """Loads the module at ``path`` (built by ``make emulator``); ``_library.emulate`` makes it a backend."""
     global _emulator
     spec = importlib.util.spec_from_file_location("_emulated", path)
     if spec is None or spec.loader is None:

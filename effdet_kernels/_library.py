@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from effdet_kernels import _direct, _dispatch
+from effdet_kernels import _cuda, _direct, _dispatch
 
 NAMESPACE = "effdet_kernels"
 OPS: dict[str, Op] = {}
@@ -111,16 +112,14 @@ class Op:
     ) -> None:
         self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
         self.name = self.schema.name.split("::")[1]
-        self.impls = _with_emulated(impls)
+        self.impls = impls
         self._out_spec = out_spec
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = nondifferentiable_outputs
         self._saved_outputs = saved_outputs
         self.backwards = (
-            {**_with_emulated(backwards), "reference": self._reference_backward}
-            if differentiable
-            else {}
+            {**backwards, "reference": self._reference_backward} if differentiable else {}
         )
         self.autocast = autocast
         self._returns_list = str(self.schema.returns[0].type) == "List[Tensor]"
@@ -355,11 +354,6 @@ class Op:
         return [_like_spec(t).empty() for t, need in zip(variables, needs, strict=True) if need]
 
 
-def _with_emulated(impls: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """``impls``, of which those in CUDA run on the emulator too."""
-    return {**impls, "cuda_emu": impls["cuda"]} if "cuda" in impls else impls
-
-
 @dataclasses.dataclass(frozen=True)
 class _SavedTensor:
     """Marks an argument that was saved as one tensor."""
@@ -427,6 +421,15 @@ def reference_backward(
     outs = [out for out, _ in pairs]
     found = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+
+
+def emulate(path: Path) -> None:
+    """For tests: loads the emulator of CUDA at ``path``, and gives the ops with CUDA kernels the backend cuda_emu."""
+    _cuda.load_emulator(path)
+    for op in OPS.values():
+        for kernels in (op.impls, op.backwards):
+            if "cuda" in kernels:
+                kernels["cuda_emu"] = kernels["cuda"]
 
 
 def define(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from effdet_kernels import _cuda
+from effdet_kernels import _library
 
 
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--emulator")
     if folder is not None:
-        _cuda.load_emulator(module(folder, "_emulated"))
+        _library.emulate(module(folder, "_emulated"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
