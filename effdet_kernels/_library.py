@@ -147,14 +147,16 @@ class Op:
         if not any(t.requires_grad for t in tensors):
             return "dispatcher", ""
         device = tensors[0].device.type
-        serving = _dispatch.choose(self.name, self.impls, device, args)
+        direct = _direct.possible(tensors)
+        # Of others, fake tensors among them, the address, which a kernel may refuse, is not known yet.
+        serving = _dispatch.choose(self.name, self.impls, device, args if direct else None)
         if (
             serving != "reference"
             and _dispatch.requested() is None
             and self.backward_backend(device) == "reference"
         ):
             serving = "reference"  # a kernel's backward would compute the reference's forward again
-        if _direct.possible(tensors):
+        if direct:
             return serving, device
         # The reference reads values, which a fake tensor has not.
         if serving == "reference" and not any(isinstance(t, FakeTensor) for t in tensors):

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "batch_norm_act/params.h"
+#include "common/activation_codes.h"
 #include "common/dtype.h"
-#include "cpu/activation_codes.h"
 #include "cpu/gradients.h"
 #include "cpu/packing.h"
 #include "dense_conv/params.h"

@@ -243,14 +243,14 @@ _weighted_fusion = _library.define(
     out_spec=_out_spec,
     impls={
         "cpu": run_cpu,
-        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda"),
         "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_fwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda"),
         "reference": _reference,
     },
     backwards={
         "cpu": _backward_cpu,
-        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda_bwd"),
         "triton": _triton.deferred("effdet_kernels.ops.weighted_fusion.triton_bwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.weighted_fusion.cuda_bwd"),
     },
     differentiable=("x", "weight"),
     autocast=("x",),
