@@ -33,6 +33,7 @@ NETWORK_OPS = (
     "dense_conv",
     "depthwise_conv",
     "expand_depthwise",
+    "mbconv",
     "pointwise_conv",
     "separable_conv",
     "squeeze_excite",

@@ -19,7 +19,7 @@ from .config import set_config_readonly, set_config_writeable
 from .config.config_utils import copy_config
 from .config.validate import check_config
 from .folding import Folds
-from .heads import HeadNet
+from .heads import HeadNet, both
 from .layers import (
     ConvBnAct2d,
     Interpolate2d,
@@ -143,7 +143,7 @@ class EfficientDet(nn.Module):
     def _network(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with self._folds.ahead(self, x):
             features = self.fpn(self.backbone(x))
-            return self.class_net(features), self.box_net(features)
+            return both(self.class_net, self.box_net, features)
 
     def warmup(
         self,

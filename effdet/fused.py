@@ -17,7 +17,7 @@ them do not fire; hooks on the blocks that contain them do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,18 @@ from effdet_kernels import (
     dense_conv,
     depthwise_conv,
     expand_depthwise,
+    mbconv,
     pointwise_conv,
     separable_conv,
 )
+from effdet_kernels.ops.mbconv.op import MOST_EXCITED
 
+from . import graph
 from .folding import fold, fold_norm, is_batch_norm, is_folded, stable
 from .padding import Padding
 
+ConvNorm = tuple[nn.Conv2d, nn.Module | None]
+_T = TypeVar("_T")
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
     "swish": nn.SiLU,
@@ -308,6 +313,49 @@ def expand(
     return _with_sums(result)
 
 
+def block(
+    x: Tensor,
+    expansion: ConvNorm | None,
+    spatial: ConvNorm,
+    projection: ConvNorm,
+    excite: tuple[Sequence[Tensor], str, str] | None,
+    act: nn.Module | None,
+    padding: Padding,
+    residual: bool,
+) -> Tensor | None:
+    """All of MBConv in one op, of which a GPU makes two launches; None where it is not that op, or that is slower.
+
+    `excite`: what `squeeze_excite` takes beside the sums: its parameters, activation and gate.
+    """
+    name, after = op_activation(act)
+    stages = [stage for stage in (expansion, spatial, projection) if stage is not None]
+    known = after is None and excite is not None and excite[0][0].numel() <= MOST_EXCITED
+    folded = all(
+        isinstance(conv, nn.Conv2d) and norm is not None and is_folded(norm)
+        for conv, norm in stages
+    )
+    if torch.is_grad_enabled() or not graph.serves([x]) or not folded or not known:
+        return None
+    vectors = [
+        v for conv, norm in stages for v in (conv.weight, *fold_norm(cast(Any, norm), conv.bias))
+    ]
+    opening = vectors[:-6] or (None, None, None)
+    parameters, se_act, gate = cast("tuple[Sequence[Tensor], str, str]", excite)
+    return mbconv(
+        x,
+        *opening,
+        *vectors[-6:-3],
+        *parameters,
+        *vectors[-3:],
+        stride=spatial[0].stride[0],
+        padding=padding,
+        act=name,
+        se_act=se_act,
+        gate=gate,
+        residual=residual,
+    )
+
+
 def _with_sums(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
     """What an op with an argument `squeeze` returns, as (y, sums or None)."""
     return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
@@ -319,8 +367,7 @@ def spatial_sums(y: Tensor) -> Tensor:
 
 def separable(
     x: Sequence[Tensor],
-    conv_dw: nn.Conv2d,
-    conv_pw: nn.Conv2d,
+    nets: Sequence[tuple[nn.Conv2d, nn.Conv2d]],
     norms: Sequence[nn.Module | None],
     act: nn.Module | None,
     pre_act: nn.Module | None = None,
@@ -328,26 +375,33 @@ def separable(
 ) -> list[Tensor]:
     """`act(norm(conv_pw(conv_dw(pre_act(x)))))` of every map, each with a norm of its own.
 
-    Both convolutions are shared by the maps; stride 1 and zero "same" padding. `pre_act` is one
-    that an op knows. With `fusion`, the op's arguments of that name, the only map is fused from x.
+    A net is (conv_dw, conv_pw), which its maps share; stride 1 and zero "same" padding. One net
+    reads all of x; two read either the same maps or, net-major, half of them each; `norms` and the
+    result are net-major. `pre_act` is one that an op knows. With `fusion`, the op's arguments of
+    that name, the only map is fused from x.
     """
     before, _ = op_activation(pre_act)
     load = {"pre_act": before, **(fusion or {})}
-    weights = [conv_dw.weight], [conv_pw.weight]
+    weights = [dw.weight for dw, _ in nets], [pw.weight for _, pw in nets]
+    biases = _repeated([pw.bias for _, pw in nets], len(norms))
     name, after = op_activation(act)
     folded = [norm for norm in norms if is_folded(norm)]
+    if len(folded) == len(norms) and any(norm is not None for norm in norms):
+        folds = [fold(norm, bias) for norm, bias in zip(folded, biases, strict=True)]
+    else:  # one bias for all maps of a net
+        folds = _repeated([fold(None, pw.bias) for _, pw in nets], len(norms))
+    scale = [factor for factor, _ in folds if factor is not None]
+    shift = [term for _, term in folds if term is not None]
     if len(folded) == len(norms):
-        if any(norm is not None for norm in norms):
-            folds = [fold(norm, conv_pw.bias) for norm in folded]
-        else:  # one bias for all
-            folds = [fold(None, conv_pw.bias)] * len(norms)
-        scale = [factor for factor, _ in folds if factor is not None]
-        shift = [term for _, term in folds if term is not None]
         y = cast("list[Tensor]", separable_conv(list(x), *weights, scale, shift, act=name, **load))
         return y if after is None else [after(level) for level in y]
-    shift = [] if conv_pw.bias is None else [stable(conv_pw.bias)] * len(norms)
     ahead = _gives_statistics(x[0], norms)
     raw = separable_conv(list(x), *weights, [], shift, statistics=ahead, **load)
     # A map of each level, or (maps, means, variances).
     levels: list[Any] = list(zip(*raw, strict=True)) if isinstance(raw, tuple) else raw
     return [_normed(level, norm, act) for level, norm in zip(levels, norms, strict=True)]
+
+
+def _repeated(of_nets: list[_T], outputs: int) -> list[_T]:
+    """What belongs to the nets, for each of their `outputs`, net-major."""
+    return [value for value in of_nets for _ in range(outputs // len(of_nets))]

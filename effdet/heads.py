@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from . import fused
+from . import fused, graph
 from .layers import ConvBnAct2d, Layer, SeparableConv2d
 from .padding import Padding
 
 Conv = SeparableConv2d | ConvBnAct2d
+_ConvNormsAct = tuple[Conv, list[nn.Module | None], nn.Module | None]
 
 
 class HeadNet(nn.Module):
@@ -85,11 +87,52 @@ class HeadNet(nn.Module):
         Raises:
             ValueError: `x` does not hold one map per level.
         """
+        self._check(x)
+        for conv, norms, act in self.layers():
+            x = _conv_norm_act(x, conv, norms, act)
+        return x
+
+    def layers(self) -> list[_ConvNormsAct]:
+        """What `forward` does one after the other: a convolution, a norm per level, an activation."""
+        repeats = cast("list[Conv]", list(self.conv_rep))
+        layers: list[_ConvNormsAct] = [
+            (conv, [*self.norms(i)], self.act) for i, conv in enumerate(repeats)
+        ]
+        return [*layers, (self.predict, [None] * self.num_levels, None)]
+
+    def _check(self, x: list[Tensor]) -> None:
         if len(x) != self.num_levels:
             raise ValueError(f"x: got {len(x)} maps, expected {self.num_levels}, one per level")
-        for repeat, conv in enumerate(cast("list[Conv]", list(self.conv_rep))):
-            x = _conv_norm_act(x, conv, self.norms(repeat), self.act)
-        return _conv_norm_act(x, self.predict, [None] * len(x), None)
+
+
+def both(first: HeadNet, second: HeadNet, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """`first(x), second(x)`; on a GPU in eval mode, where they are alike, one launch a layer serves both."""
+    if not _go_together(first, second, x):
+        return first(x), second(x)
+    levels = len(x)
+    for (conv, norms, act), (other, more_norms, _) in zip(
+        first.layers(), second.layers(), strict=True
+    ):
+        convs = cast("list[SeparableConv2d]", [conv, other])
+        nets = [(c.conv_dw, c.conv_pw) for c in convs]
+        x = fused.separable(x, nets, [*norms, *more_norms], act)
+    return x[:levels], x[levels:]
+
+
+def _go_together(first: HeadNet, second: HeadNet, x: list[Tensor]) -> bool:
+    """Whether one op can do a layer of both."""
+    if torch.is_grad_enabled() or not graph.serves(x[:1]):
+        return False
+    if not (fused.is_plain(first, HeadNet) and fused.is_plain(second, HeadNet)):
+        return False
+    pairs = list(zip(first.layers(), second.layers(), strict=False))
+    return (
+        len(first.conv_rep) == len(second.conv_rep)
+        and len(x) == first.num_levels == second.num_levels
+        and fused.op_activation(first.act) == fused.op_activation(second.act)
+        and all(isinstance(conv, SeparableConv2d) for pair in pairs for conv, _, _ in pair)
+        and all(fused.is_folded(norm) for pair in pairs for _, norms, _ in pair for norm in norms)
+    )
 
 
 def _named_bn(norm: nn.Module) -> nn.Sequential:
@@ -102,7 +145,7 @@ def _conv_norm_act(
     x: list[Tensor], conv: Conv, norms: Sequence[nn.Module | None], act: nn.Module | None
 ) -> list[Tensor]:
     if isinstance(conv, SeparableConv2d):
-        return fused.separable(x, conv.conv_dw, conv.conv_pw, norms, act)
+        return fused.separable(x, [(conv.conv_dw, conv.conv_pw)], norms, act)
     vertical, horizontal = (k // 2 for k in conv.conv.kernel_size)
     padding: Padding = horizontal, horizontal, vertical, vertical
     return [

@@ -97,15 +97,15 @@ class SeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
         if self.one_op:
-            return fused.separable([x], self.conv_dw, self.conv_pw, [self.bn], self.act)[0]
+            return fused.separable([x], [(self.conv_dw, self.conv_pw)], [self.bn], self.act)[0]
         y = fused.dense(x, self.conv_dw, None, None, conv_padding(x, self.conv_dw, self.pad_type))
         padding = conv_padding(y, self.conv_pw, self.pad_type)
         return fused.dense(y, self.conv_pw, self.bn, self.act, padding)
 
     def of_fused(self, maps: list[Tensor], pre_act: nn.Module, fusion: dict[str, Any]) -> Tensor:
         """`forward` of pre_act(the fusion of `maps`), in one op; only where `one_op`."""
-        convs = self.conv_dw, self.conv_pw
-        return fused.separable(maps, *convs, [self.bn], self.act, pre_act, fusion)[0]
+        nets = [(self.conv_dw, self.conv_pw)]
+        return fused.separable(maps, nets, [self.bn], self.act, pre_act, fusion)[0]
 
 
 class Interpolate2d(nn.Module):

@@ -8,6 +8,7 @@ from effdet_kernels.ops.depthwise_conv import depthwise_conv
 from effdet_kernels.ops.detection_loss import detection_loss
 from effdet_kernels.ops.expand_depthwise import expand_depthwise
 from effdet_kernels.ops.label_anchors import label_anchors
+from effdet_kernels.ops.mbconv import mbconv
 from effdet_kernels.ops.pointwise_conv import pointwise_conv
 from effdet_kernels.ops.separable_conv import separable_conv
 from effdet_kernels.ops.soft_nms import soft_nms
@@ -23,6 +24,7 @@ __all__ = [
     "detection_loss",
     "expand_depthwise",
     "label_anchors",
+    "mbconv",
     "pointwise_conv",
     "separable_conv",
     "soft_nms",

@@ -18,6 +18,7 @@ OPS = {
     "detection_loss",
     "expand_depthwise",
     "label_anchors",
+    "mbconv",
     "pointwise_conv",
     "separable_conv",
     "soft_nms",

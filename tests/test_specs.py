@@ -28,6 +28,7 @@ PRODUCTS = {
     "dense_conv",
     "depthwise_conv",
     "expand_depthwise",
+    "mbconv",
     "pointwise_conv",
 }  # FLOPs are those of convolutions
 # Of equal logits another is picked: the same gradient, of another logit, where a case has ties. Statistics have none.

@@ -123,6 +123,26 @@ def _pointwise_conv(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> 
     tape.name(out, y)
 
 
+def _mbconv(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> None:
+    x, out, act = tape.operand(arguments["x"]), outputs[0], arguments["act"]
+    expand, depthwise = arguments["expand_weight"], arguments["dw_weight"]
+    wide = x
+    if expand is not None:
+        wide = tape.step("expand", [x], _mapped(arguments["x"], expand), expand)
+        wide = _norm_act(tape, wide, True, act)
+    elements = out.numel() // len(arguments["weight"]) * len(depthwise)
+    y = _norm_act(tape, tape.step("depthwise", [wide], elements, depthwise), True, act)
+    reduce, batch = arguments["se_reduce_weight"], len(out)
+    sums = tape.step("pool", [y], batch * len(depthwise))
+    hidden = tape.step("fc", [sums], batch * len(reduce), reduce)
+    gates = tape.step("fc", [hidden], batch * len(depthwise), arguments["se_expand_weight"])
+    y = tape.step("gate", [y, gates], y.elements)
+    y = _norm_act(tape, tape.step("pointwise", [y], out.numel(), arguments["weight"]), True, "none")
+    if arguments["residual"]:
+        y = tape.step("residual", [y, x], out.numel())
+    tape.name(out, y)
+
+
 def _weighted_fusion(tape: Tape, arguments: Arguments, outputs: list[Tensor]) -> None:
     fused = _fused(tape, arguments)
     tape.name(outputs[0], _norm_act(tape, fused, False, arguments["act"]))
@@ -174,6 +194,7 @@ _OPS: dict[str, Rule] = {
     "effdet_kernels::dense_conv": _dense_conv,
     "effdet_kernels::depthwise_conv": _depthwise_conv,
     "effdet_kernels::expand_depthwise": _expand_depthwise,
+    "effdet_kernels::mbconv": _mbconv,
     "effdet_kernels::pointwise_conv": _pointwise_conv,
     "effdet_kernels::separable_conv": _separable_conv,
     "effdet_kernels::squeeze_excite": _squeeze_excite,

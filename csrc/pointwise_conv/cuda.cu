@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   Shared shared;
   uint4* const ring = shared.take<uint4>(S::kStages * S::kStage);
   float* const affine = shared.take<float>(2 * S::kOut);
-  float* const gates = kGated ? shared.take<float>(divided(p.in_channels, 16) * 16) : nullptr;
+  const Gates gates = kGated ? take_gates(p, shared) : Gates{};
   const bool adds = p.residual.data != nullptr;
   uint4* const out_tile = adds ? shared.take<uint4>(S::kPixels * S::kPitch) : ring;
 
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
         for (int m = 0; m < S::kRowTiles; ++m)
           left[m] = load_matrices<false>(left_rows + m * 16 * S::kChunks + S::slot(lane % 16, 2 * step + lane / 16));
         if constexpr (kGated) {
-          const float2 low = load<float2>(gates + channel + 2 * t), high = load<float2>(gates + channel + 8 + 2 * t);
+          const float2 low = load<float2>(gates.values + channel + 2 * t),
+                       high = load<float2>(gates.values + channel + 8 + 2 * t);
           EFFDET_UNROLL
           for (int m = 0; m < S::kRowTiles; ++m) EFFDET_UNROLL
           for (int k = 0; k < 4; ++k) left[m].words[k] = gated<T>(left[m].words[k], k < 2 ? low : high);
@@ -234,8 +235,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 template <typename T, typename S>
 int launch_matrix(const PointwiseParams& p, void* stream) {
   const std::size_t more = p.residual.data ? S::kPixels * S::kPitch * 16 : 0;
-  return p.gate ? launch_cut<S>(p, more, pointwise_conv_fwd_matrix_kernel<T, S, true>, stream)
-                : launch_cut<S>(p, more, pointwise_conv_fwd_matrix_kernel<T, S, false>, stream);
+  return is_gated(p) ? launch_cut<S>(p, more, pointwise_conv_fwd_matrix_kernel<T, S, true>, stream)
+                     : launch_cut<S>(p, more, pointwise_conv_fwd_matrix_kernel<T, S, false>, stream);
 }
 
 template <typename T>

@@ -19,12 +19,12 @@ struct Tile {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
     pointwise_conv_fwd_float_kernel(const PointwiseParams p, const int tiles, const int blocks) {
   Shared shared;
   float4* const ring = shared.take<float4>(S::kStages * S::kStage);
   float* const affine = shared.take<float>(2 * S::kOut);
-  float* const gates = p.gate ? shared.take<float>(divided(p.in_channels, 16) * 16) : nullptr;
+  const Gates gates = take_gates(p, shared);
   const int tile = static_cast<int>(blockIdx.x) / blocks;
   const std::int64_t image = tile / tiles;
   const int pixels = static_cast<int>(p.x.height * p.x.width), width = static_cast<int>(p.x.width);
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(S::kThreads)
       float4 w[S::kColumns];
       EFFDET_UNROLL
       for (int j = 0; j < S::kColumns; ++j) w[j] = stage[(S::kPixels + column + 16 * j) * S::kPitch + step];
-      if (p.gate) {
-        const float4 gate = load<float4>(gates + slice * S::kSlice + step * 4);
+      if (gates.values) {
+        const float4 gate = load<float4>(gates.values + slice * S::kSlice + step * 4);
         EFFDET_UNROLL
         for (int j = 0; j < S::kColumns; ++j)
           w[j] = {w[j].x * gate.x, w[j].y * gate.y, w[j].z * gate.z, w[j].w * gate.w};

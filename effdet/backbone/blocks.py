@@ -149,16 +149,23 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, sums: Tensor, count: int) -> Tensor:
         """Sums over the `count` pixels of each map [B, C] -> gates [B, C]."""
-        reduce, expand = self.conv_reduce, self.conv_expand
-        act, after = fused.op_activation(self.act1)
-        gate = fused.op_gate(self.gate)
-        bias = reduce.bias, expand.bias
-        if after is None and gate and bias[0] is not None and bias[1] is not None:
-            parameters = reduce.weight, bias[0], expand.weight, bias[1]
+        known = self.of_op()
+        if known is not None:
+            parameters, act, gate = known
             return squeeze_excite(sums, *parameters, count=count, act=act, gate=gate)
+        reduce, expand = self.conv_reduce, self.conv_expand
         mean = (sums / count).to(reduce.weight.dtype)
         hidden = F.linear(mean, reduce.weight.flatten(1), reduce.bias)
         return self.gate(F.linear(self.act1(hidden), expand.weight.flatten(1), expand.bias))
+
+    def of_op(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str, str] | None:
+        """What the op `squeeze_excite` takes for this: parameters, act, gate; None where it has no such thing."""
+        reduce, expand = self.conv_reduce, self.conv_expand
+        act, after = fused.op_activation(self.act1)
+        gate = fused.op_gate(self.gate)
+        if after is not None or gate is None or reduce.bias is None or expand.bias is None:
+            return None
+        return (reduce.weight, reduce.bias, expand.weight, expand.bias), act, gate
 
 
 class DropPath(nn.Module):
@@ -217,7 +224,25 @@ class Block(nn.Module):
             return self.drop_path(self._project(y, gate, None)) + x
         return self._project(y, gate, x)
 
+    def _stages(self) -> tuple[Any, Any, Any] | None:
+        """MBConv's expansion or None, depthwise and projection, each with its norm; None for other blocks."""
+        return None
+
+    def _in_one_op(self, x: Tensor) -> Tensor | None:
+        stages = self._stages()
+        if stages is None or self.training or not fused.is_plain(self.se, SqueezeExcite):
+            return None
+        conv_dw = stages[1][0]
+        if not isinstance(conv_dw, nn.Conv2d):
+            return None
+        padding = conv_padding(x, conv_dw, self.pad_type)
+        excite = cast(SqueezeExcite, self.se).of_op()
+        return fused.block(x, *stages, excite, self.act, padding, self.has_skip)
+
     def forward(self, x: Tensor) -> Tensor:
+        whole = self._in_one_op(x)
+        if whole is not None:
+            return whole
         y, gate = self.expand(x)
         return self.project(y, gate, x)
 
@@ -232,6 +257,9 @@ class DepthwiseSeparableConv(Block):
         self.se = self._squeeze_excite(args, args.in_channels)
         self.conv_pw = pointwise_layer(args.in_channels, args.out_channels, args.pw_splits)
         self.bn2 = args.norm(args.out_channels)
+
+    def _stages(self) -> tuple[Any, Any, Any]:
+        return None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         squeeze = isinstance(self.se, SqueezeExcite)
@@ -254,6 +282,9 @@ class InvertedResidual(Block):
         self.se = self._squeeze_excite(args, args.mid_channels)
         self.conv_pwl = pointwise_layer(args.mid_channels, args.out_channels, args.pwl_splits)
         self.bn3 = args.norm(args.out_channels)
+
+    def _stages(self) -> tuple[Any, Any, Any]:
+        return (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         squeeze = isinstance(self.se, SqueezeExcite)

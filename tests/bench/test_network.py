@@ -25,6 +25,7 @@ D0 = {  # of a profile on a GPU: bench/results/nvidia_h200/profile_d0_batch1.jso
     "weighted_fusion_fwd_kernel": 2,
     "dense_conv_fwd_patch_kernel": 1,
 }
+HEADS = 4  # launches fewer since: a layer of both heads is one
 
 
 @pytest.fixture
@@ -46,22 +47,20 @@ def fake_code(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [64, 512])
-def test_d0_launches_what_a_gpu_was_seen_to_launch(size):
+def test_d0_launches_what_a_gpu_was_seen_to_launch_but_for_the_heads_in_one(size):
     noted = network.of_model("tf_efficientdet_d0", size, 1, torch.bfloat16, 227)
     counts = collections.Counter(launch.kernel.__name__ for launch in noted)
-    assert sum(counts.values()) == 104
+    assert sum(counts.values()) == 104 - HEADS
     if size == 512:
-        assert counts == D0
+        assert counts == {**D0, "separable_conv_fwd_kernel": 32 - HEADS}
     assert "meta" not in graph.CAPTURES
 
 
-def test_d0_with_cuda_kernels_launches_fewer():
-    """Towards 70 to 85: the heads could share their launches, and squeeze-excite go into the kernel that follows."""
+def test_d0_with_cuda_kernels_is_85_launches():
     counts = network.with_cuda("tf_efficientdet_d0", 512, 1, torch.bfloat16)
-    of_torch = {name: count for name, count in counts.items() if name.startswith("aten.")}
-    assert sum(counts.values()) - sum(of_torch.values()) == 92
-    assert of_torch.pop("aten.sum.dim_IntList") == 16  # of squeeze-excite's parts
-    assert sum(of_torch.values()) == 13  # norms folded together, the image cast
+    assert sum(counts.values()) == 85
+    # Norms folded together, casts of the image and of what the heads add.
+    assert sum(count for name, count in counts.items() if name.startswith("aten.")) == 13
 
 
 def test_the_sum_is_finite_and_grows_with_the_batch(fake_code):

@@ -18,6 +18,7 @@ TAKEN = {
     "decode_topk": (48, 0),
     "depthwise_conv": (73, 15),
     "expand_depthwise": (57, 0),
+    "mbconv": (43, 0),
     "pointwise_conv": (48, 0),
     "separable_conv": (73, 0),
     "soft_nms": (24, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,12 @@ def refusal(
     return _cuda.refused_map("x", x)
 
 
-def run(
+def run(*args: Any) -> list[Tensor]:
+    y, parts = run_to_parts(*args)
+    return [y] if parts is None else [y, parts.sum(1)]
+
+
+def run_to_parts(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -47,13 +53,14 @@ def run(
     act: str,
     squeeze: bool,
     statistics: bool = False,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """y, and with ``squeeze`` what its blocks have of the sums, float32 [B, blocks of an image, C]."""
     batch, channels = x.shape[:2]
     k = weight.shape[2]
     height, width = _arguments.convolved_size("depthwise_conv", x, k, stride, padding)
     y = _library.nchw((batch, channels, height, width), x).empty()
     if batch == 0:
-        return [y, y.new_zeros(0, channels, dtype=torch.float32)] if squeeze else [y]
+        return y, y.new_zeros(0, 1, channels, dtype=torch.float32) if squeeze else None
     tiles = -(-width // _TILE[x.element_size(), stride])
     others = batch * tiles * -(-channels // _CHANNELS[k])
     segments = _walk.segments(height, _MOST_ROWS, max(1, others), 3, 8)
@@ -85,4 +92,4 @@ def run(
         y=y,
         sums=sums,
     )
-    return [y] if sums is None else [y, sums.sum(1)]
+    return y, sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,12 @@ def _out_pixels(x: Tensor, dw_weight: Tensor, stride: int, padding: Sequence[int
     return height * width
 
 
-def run(
+def run(*args: Any) -> list[Tensor]:
+    y, parts = run_to_parts(*args)
+    return [y] if parts is None else [y, parts.sum(1)]
+
+
+def run_to_parts(
     x: Tensor,
     expand_weight: Tensor,
     expand_scale: Tensor,
@@ -82,11 +88,14 @@ def run(
     padding: Sequence[int],
     act: str,
     squeeze: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """y, and with ``squeeze`` what its blocks have of the sums, float32 [B, blocks of an image, E]."""
     last_act = "none" if scale is None and shift is None else act
     if x.shape[0] > 0 and not fuses(x, dw_weight, stride):
         (e,) = pointwise.run(x, expand_weight, expand_scale, expand_shift, None, None, act)
-        return depthwise.run(e, dw_weight, scale, shift, stride, padding, last_act, squeeze)
+        return depthwise.run_to_parts(
+            e, dw_weight, scale, shift, stride, padding, last_act, squeeze
+        )
     batch, channels, k = x.shape[0], expand_weight.shape[0], dw_weight.shape[2]
     height, width = _arguments.convolved_size("expand_depthwise", x, k, stride, padding)
     y = _library.nchw((batch, channels, height, width), x).empty()
@@ -126,4 +135,4 @@ def run(
             y=y,
             sums=sums,
         )
-    return [y] if sums is None else [y, sums.sum(1)]
+    return y, sums

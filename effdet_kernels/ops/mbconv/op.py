@@ -1,0 +1,202 @@
+"""A whole block of EfficientNet in eval mode, from its input to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_kernels import _checks, _cuda, _library
+from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _arguments
+from effdet_kernels.ops.depthwise_conv.op import _depthwise_conv
+from effdet_kernels.ops.expand_depthwise.op import _expand_depthwise
+from effdet_kernels.ops.mbconv import reference
+from effdet_kernels.ops.pointwise_conv.op import _pointwise_conv
+from effdet_kernels.ops.squeeze_excite.op import GATES, _squeeze_excite
+
+# Elements of a weight of squeeze-excite up to which CUDA kernels do without a launch of its own: every block of the
+# projection reads them.
+MOST_EXCITED = 2**16
+
+
+def mbconv(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_scale: Tensor | None,
+    expand_shift: Tensor | None,
+    dw_weight: Tensor,
+    dw_scale: Tensor,
+    dw_shift: Tensor,
+    se_reduce_weight: Tensor,
+    se_reduce_bias: Tensor,
+    se_expand_weight: Tensor,
+    se_expand_bias: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    act: str = "swish",
+    se_act: str = "swish",
+    gate: str = "sigmoid",
+    residual: bool = False,
+) -> Tensor:
+    """y = weight (g * w) * scale + shift, plus x with ``residual``.
+
+    w = act(depthwise(e) * dw_scale + dw_shift) with e = act(expand(x) * expand_scale +
+    expand_shift), or e = x without ``expand_weight``; g = gate(se_expand(se_act(se_reduce(mean of
+    w)))). Source: MBConv, MobileNetV2 arXiv:1801.04381 section 3, with squeeze-and-excitation,
+    arXiv:1709.01507 section 3, as EfficientNet arXiv:1905.11946 has it.
+
+    The same as ``expand_depthwise`` or ``depthwise_conv``, ``squeeze_excite`` and
+    ``pointwise_conv``, and made of them where no kernel does it in less; those have gradients, this
+    has none.
+
+    Args:
+        x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
+            place).
+        expand_weight: [E, C, 1, 1], dtype of ``x``; None: E is C.
+        expand_scale, expand_shift: [E] float32 (float64 with float64), the BN that follows, folded;
+            None without ``expand_weight``.
+        dw_weight: [E, 1, k, k], dtype of ``x``.
+        dw_scale, dw_shift: [E] like ``expand_scale``.
+        se_reduce_weight: [R, E, 1, 1], any floating dtype, the same for the four of squeeze-excite.
+        se_reduce_bias: [R].
+        se_expand_weight: [E, R, 1, 1].
+        se_expand_bias: [E].
+        weight: [O, E, 1, 1], dtype of ``x``.
+        scale, shift: [O] like ``expand_scale``.
+        stride: of the depthwise convolution, both axes, at least 1.
+        padding: zeros (left, right, top, bottom) around e, in pixels.
+        act, se_act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or
+            "mish".
+        gate: "sigmoid" or "hard_sigmoid".
+        residual: add x, which then has the shape of y.
+
+    Returns:
+        y [B, O, (H + top + bottom - k) // stride + 1, (W + left + right - k) // stride + 1], dtype
+        of ``x``, channels_last.
+
+    Accumulates in float32 (float64 with float64); e and w are rounded to the dtype of ``x``. Under
+    autocast x and the weights of convolutions are cast, the other vectors and squeeze-excite are
+    not. Not differentiable. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
+    """
+    op = "mbconv"
+    _arguments.feature_map(op, "x", x)
+    channels = x.shape[1]
+    vectors = {"expand_scale": expand_scale, "expand_shift": expand_shift}
+    if expand_weight is not None:
+        _arguments.dense(op, "expand_weight", expand_weight, ("E", channels, 1, 1), x)
+        channels = expand_weight.shape[0]
+        for name, vector in vectors.items():
+            _arguments.channel_vector(op, name, vector, channels, x)
+    for name, vector in vectors.items():
+        if expand_weight is None and vector is not None:
+            got = _checks.describe(vector)
+            raise ValueError(f"{op}: {name}: got {got}, takes None without expand_weight")
+    _arguments.depthwise_weight(op, "dw_weight", dw_weight, x, channels)
+    _arguments.channel_vector(op, "dw_scale", dw_scale, channels, x)
+    _arguments.channel_vector(op, "dw_shift", dw_shift, channels, x)
+    excite = {
+        "se_reduce_weight": se_reduce_weight,
+        "se_reduce_bias": se_reduce_bias,
+        "se_expand_weight": se_expand_weight,
+        "se_expand_bias": se_expand_bias,
+    }
+    _check_excite(op, excite, channels, x)
+    _arguments.dense(op, "weight", weight, ("O", channels, 1, 1), x)
+    _arguments.channel_vector(op, "scale", scale, weight.shape[0], x)
+    _arguments.channel_vector(op, "shift", shift, weight.shape[0], x)
+    _arguments.integer(op, "stride", stride, least=1)
+    padding = _arguments.four_paddings(op, "padding", padding)
+    _arguments.activation(op, "act", act)
+    _arguments.activation(op, "se_act", se_act)
+    _checks.choice(op, "gate", gate, GATES)
+    size = _arguments.convolved_size(op, x, dw_weight.shape[2], stride, padding)
+    if not isinstance(residual, bool):
+        raise TypeError(f"{op}: residual: got {_checks.describe(residual)}, takes a bool")
+    if residual and tuple(x.shape[1:]) != (weight.shape[0], *size):
+        shape = [x.shape[0], weight.shape[0], *size]
+        raise ValueError(
+            f"{op}: residual: got True with x {list(x.shape)} and a result of {shape}, takes the same shapes"
+        )
+    tensors = (
+        x, expand_weight, expand_scale, expand_shift, dw_weight, dw_scale, dw_shift,
+        *excite.values(), weight, scale, shift,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{op}: got tensors that require gradients, takes none: it has no backward; those it is made of have"
+        )
+    return _mbconv(*tensors, stride, padding, act, se_act, gate, residual)
+
+
+def _check_excite(op: str, excite: dict[str, Tensor], channels: int, x: Tensor) -> None:
+    first = excite["se_reduce_weight"]
+    _checks.tensor(op, "se_reduce_weight", first, ("R", channels, 1, 1), device=x.device)
+    reduced = first.shape[0]
+    if reduced < 1:
+        got = _checks.describe(first)
+        raise ValueError(f"{op}: se_reduce_weight: got {got}, takes at least one channel")
+    shapes = (reduced, channels, 1, 1), (reduced,), (channels, reduced, 1, 1), (channels,)
+    for (name, value), shape in zip(excite.items(), shapes, strict=True):
+        _checks.tensor(op, name, value, shape, device=x.device)
+        if value.dtype != first.dtype:
+            want = str(first.dtype).removeprefix("torch.")
+            got = _checks.describe(value)
+            raise TypeError(f"{op}: {name}: got {got}, takes {want} as se_reduce_weight has")
+
+
+def _out_spec(x, *rest) -> list[TensorSpec]:
+    dw_weight, weight, (stride, padding) = rest[3], rest[10], rest[13:15]
+    size = _arguments.convolved_size("mbconv", x, dw_weight.shape[2], stride, padding)
+    return [_library.nchw((x.shape[0], weight.shape[0], *size), x)]
+
+
+def _of_parts(backend: str) -> Callable[..., Tensor]:
+    """What the three ops do on ``backend``, one after the other."""
+
+    def run(
+        x, expand_weight, expand_scale, expand_shift, dw_weight, dw_scale, dw_shift,
+        se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, weight, scale, shift,
+        stride, padding, act, se_act, gate, residual,
+    ):  # fmt: skip
+        geometry = dw_weight, dw_scale, dw_shift, stride, padding, act, True
+        if expand_weight is None:
+            wide, sums = _depthwise_conv.impls[backend](x, *geometry, False)
+        else:
+            expansion = expand_weight, expand_scale, expand_shift
+            wide, sums = _expand_depthwise.impls[backend](x, *expansion, *geometry)
+        excite = se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias
+        count = wide.shape[2] * wide.shape[3]
+        gates = _squeeze_excite.impls[backend](sums, *excite, count, se_act, gate)
+        gates = gates[0] if isinstance(gates, (list, tuple)) else gates
+        added = x if residual else None
+        return _pointwise_conv.impls[backend](
+            wide, weight, scale, shift, gates, added, "none", False
+        )[0]
+
+    return run
+
+
+_mbconv = _library.define(
+    "mbconv(Tensor x, Tensor? expand_weight, Tensor? expand_scale, Tensor? expand_shift,"
+    " Tensor dw_weight, Tensor dw_scale, Tensor dw_shift, Tensor se_reduce_weight,"
+    " Tensor se_reduce_bias, Tensor se_expand_weight, Tensor se_expand_bias, Tensor weight,"
+    " Tensor scale, Tensor shift, SymInt stride, SymInt[] padding, str act, str se_act, str gate,"
+    " bool residual) -> Tensor",
+    out_spec=_out_spec,
+    impls={
+        "cpu": _of_parts("cpu"),
+        "triton": _of_parts("triton"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.mbconv.cuda"),
+        "reference": reference.mbconv,
+    },
+    autocast=("x", "expand_weight", "dw_weight", "weight"),
+)  # fmt: skip
