@@ -1,4 +1,4 @@
-# make demo | test | emulate | triton-quick | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
+# make demo | test | emulate | dry-run | triton-quick | triton | verify | check | check-full | peers | bench | clean. Each target makes the environment it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ EMULATOR := build/emulator
 SANITIZED := ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test emulator emulate triton triton-quick parity lint types wheel verify check check-full peers bench clean
+.PHONY: demo test emulator emulate dry-run triton triton-quick parity lint types wheel verify check check-full peers bench clean
 
 demo: $(INSTALLED)  ## the main job: draw scenes, detect on one, evaluate on a hundred, show where the picture is
 	$(BIN)/effdet demo --out out/demo
@@ -38,6 +38,11 @@ emulator: $(INSTALLED)  ## the CUDA kernels built for a CPU, with the emulator o
 
 emulate: emulator  ## CUDA kernels through the harness on the emulator, under AddressSanitizer
 	$(SANITIZED) $(PYTEST) $(PARALLEL) -m "not slow" tests/cuda --emulator=$(EMULATOR)
+
+dry-run: emulator  ## what `bench gpu` will do, without a GPU: Triton kernels interpreted, CUDA kernels emulated, all parts at tiny sizes
+	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m effdet_kernels.verify --device cpu --quick --backend triton
+	$(SANITIZED) $(BIN)/python -m effdet_kernels.verify --device cpu --quick --backend cuda_emu --emulator $(EMULATOR)/_emulated.*
+	$(BIN)/python -m bench gpu --device cpu --smoke --out out/dry-run --again
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
 	$(PYTEST) $(PARALLEL) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python

@@ -92,7 +92,7 @@ def _cases(spec: OpSpec, args: argparse.Namespace) -> list[Case]:
 def _measure(
     spec: OpSpec, case: Case, label: str, direction: str, args: argparse.Namespace
 ) -> Iterator[Row]:
-    with runner.on_stream(args.device):
+    with runner.on_stream(args.device), _dispatch.strictly():
         inputs = arranged(spec.inputs(case, DTYPES[label], args.device), torch.channels_last)
         yield from _measure_inputs(spec, case, inputs, label, direction, args)
 
@@ -121,6 +121,9 @@ def _measure_inputs(
                     _PEER_ERROR[label],
                 )
                 row["error_of"] = f"the reference's norm; up to {allowed} passes"
+        except _dispatch.BackendError as error:
+            yield {**row, "status": ABSENT, "reason": str(error)}
+            continue
         except Exception as error:  # torch.compile and peers may fail in any way
             if isinstance(error, torch.OutOfMemoryError) and engine in _dispatch.BACKENDS:
                 raise

@@ -34,6 +34,9 @@ _TABLE = Path(__file__).with_name("dispatch.json")
 _requested: ContextVar[str | None] = ContextVar("effdet_kernels_backend", default=None)
 
 
+_strict = False  # not of a context: torch runs backwards in threads of its own
+
+
 class BackendError(RuntimeError):
     """A backend was asked for by name that cannot serve the call."""
 
@@ -87,6 +90,17 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
+
+
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """For checks and benchmarks: inside, in all threads, a backward that the backend asked for refuses is an error."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
 
 
 def _order(op: str, device: str, args: Sequence[Any] | None) -> Sequence[str]:
@@ -144,7 +158,7 @@ def choose(
     """
     name = requested()
     refused = None if name is None or name not in impls else refusal(impls[name], args)
-    if name is not None and or_next and (name not in impls or refused):
+    if name is not None and or_next and (name not in impls or (refused and not _strict)):
         name = None
     if name is None:
         for candidate in _order(op, device, args):

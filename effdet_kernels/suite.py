@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdet_kernels import guards, testing
+from effdet_kernels import _dispatch, guards, testing
 from effdet_kernels.bound import flatten, map_tensors, tensors_of
 from effdet_kernels.spec import Case, OpSpec
 
@@ -33,18 +34,33 @@ class Subject:
     quick: bool = False
 
     def cases(self) -> list[Case]:
-        """The small cases; when quick the first of them, and the first that is larger than a kernel's blocks."""
-        small = [case for case in self.spec.cases if "bench" not in case.tags]
-        blocks = [case for case in small if "blocks" in case.tags]
-        return small[:1] + blocks[:1] if self.quick else small
+        """The small cases; when quick the first of them that the backend takes, and the first of those that are larger
+        than a kernel's blocks."""
+        return self._chosen([case for case in self.spec.cases if "bench" not in case.tags])
 
     def differentiable_cases(self) -> list[Case]:
-        """Of these, those whose gradients are checked."""
-        return [case for case in self.cases() if "not_differentiable_here" not in case.tags]
+        """The same of those whose gradients are checked."""
+        left_out = {"bench", "not_differentiable_here"}
+        cases = [case for case in self.spec.cases if not case.tags & left_out]
+        return self._chosen(cases, gradient=True)
+
+    def _chosen(self, cases: list[Case], gradient: bool = False) -> list[Case]:
+        if not self.quick:
+            return cases
+        blocks = [case for case in cases if "blocks" in case.tags]
+        return self._first_taken(cases, gradient) + self._first_taken(blocks, gradient)
+
+    def _first_taken(self, cases: list[Case], gradient: bool) -> list[Case]:
+        how = self.dtype, self.backend, self.device, gradient
+        taken = (case for case in cases if testing.takes(self.spec, case, *how))
+        return list(itertools.islice(taken, 1)) or cases[:1]
 
     def layouts(self) -> Sequence[tuple[str, Callable[[Tensor], Tensor]]]:
-        """The memory layouts; when quick the first of them."""
-        return list(guards.LAYOUTS.items())[: 1 if self.quick else None]
+        """The memory layouts; when quick the first of them, or the only one that the backend takes."""
+        if not self.quick:
+            return list(guards.LAYOUTS.items())
+        usual = testing.usual_layout(self.backend)
+        return [("contiguous", guards.contiguous) if usual is None else ("channels_last", usual)]
 
     def call(self, check: Callable[..., Any], case: Case, **options: Any) -> Call:
         """``check`` of ``effdet_kernels.testing`` on one case."""
@@ -55,7 +71,10 @@ class Subject:
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one check of one subject: how many calls, the worst error over the bound, what failed, why it did not run."""
+    """Of one check of one subject: how many calls, the worst error over the bound, what failed, why it did not run.
+
+    A call that the kernel refuses by name is none of these: ``refused`` counts them.
+    """
 
     check: str
     calls: int = 0
@@ -63,6 +82,7 @@ class Outcome:
     failures: list[str] = dataclasses.field(default_factory=list)
     not_run: str | None = None
     seconds: float = 0.0
+    refused: int = 0
 
     def add(self, ratio: float | None) -> None:
         self.calls += 1
@@ -224,10 +244,16 @@ def run_check(name: str, subject: Subject) -> Outcome:
     """One check, every failure of it caught and named."""
     outcome = Outcome(name)
     start = time.perf_counter()
+    reason = ""
     try:
         for what, call in CHECKS[name](subject):
             try:
-                ratio = call()
+                with _dispatch.strictly():
+                    ratio = call()
+            except _dispatch.BackendError as error:
+                outcome.refused += 1
+                reason = str(error)
+                continue
             except Exception as error:  # a kernel may fail in any way; the others are still checked
                 outcome.calls += 1
                 first = str(error).strip().splitlines()
@@ -238,7 +264,10 @@ def run_check(name: str, subject: Subject) -> Outcome:
             outcome.add(ratio)
             if ratio is not None and not ratio <= 1:
                 outcome.failures.append(f"{what}: error is {ratio:.3g} of the bound")
-    except NotRun as reason:
-        outcome.not_run = str(reason)
+    except NotRun as error:
+        reason = str(error)
+    if outcome.calls == 0:
+        all_refused = f"all {outcome.refused} calls are refused: {reason}"
+        outcome.not_run = all_refused if outcome.refused else reason or None
     outcome.seconds = time.perf_counter() - start
     return outcome

@@ -91,6 +91,33 @@ def arranged(inputs: Inputs, arrange: Arrangement | None) -> Inputs:
     return {name: map_tensors(value, arrange) for name, value in inputs.items()}
 
 
+def takes(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    gradient: bool = False,
+) -> bool:
+    """Whether the kernel of ``backend`` takes this case, or its backward does; only those in CUDA refuse some."""
+    usual = usual_layout(backend)
+    if usual is None:
+        return True
+    inputs = arranged(spec.inputs(case, dtype, device), usual)
+    try:
+        with torch.set_grad_enabled(gradient), _dispatch.strictly(), _dispatch.use_backend(backend):
+            leaves = with_leaves(spec, inputs) if gradient else inputs
+            outputs = flatten(spec.op(**leaves))
+            if gradient:
+                drawn = random_gradients(outputs)
+                gradients(spec, leaves, outputs, [g if g is None else usual(g) for g in drawn])
+    except _dispatch.BackendError:
+        return False
+    except Exception:  # what is wrong is for a check to say
+        return True
+    return True
+
+
 # Checks ------------------------------------------------------------------------------------------
 
 

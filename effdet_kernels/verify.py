@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from effdet_kernels import _dispatch, testing
+from effdet_kernels import _dispatch, _library, testing
 from effdet_kernels.spec import OpSpec, iter_specs
 from effdet_kernels.suite import CHECKS, Outcome, Subject, run_checks
 
@@ -42,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--quick", action="store_true", help="two cases and one layout per op")
     add("--large", action="store_true", help="also on a CPU: calls with more than 2**31 elements")
     add("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
+    add("--emulator", type=Path, metavar="PATH", help="the module that `make emulator` builds")
     args = parser.parse_args(argv)
+    if args.emulator:
+        if not args.emulator.is_file():
+            parser.exit(
+                2, f"--emulator: got {args.emulator}, takes the module of `make emulator`\n"
+            )
+        _library.emulate(args.emulator.resolve())
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the reference too
     if device == "cuda" and not torch.cuda.is_available():
@@ -166,6 +173,11 @@ def _summary(records: Sequence[dict[str, Any]]) -> int:
         f"{counts['passed']} checks passed, {counts['failed']} failed, {counts['not run']} not run,"
         f" {counts['absent']} absent"
     )
+    refused = sum(record.get("refused", 0) for record in records)
+    if refused:
+        print(
+            f"{refused} calls refused by name, as documented: those kernels take other layouts, channels or options"
+        )
     reasons = {f"{r['check']}: {r['not_run']}" for r in records if r["status"] == "not run"}
     for reason in sorted(reasons):
         print(f"  not run: {reason}")

@@ -93,6 +93,7 @@ def test_a_kernel_that_raises_fails_with_its_message(monkeypatch, capsys, check)
         (["--op", "softnms"], "softnms, takes one of batch_norm_act"),
         (["--dtype", "int8"], "--dtype"),
         (["--backend", "tpu"], "--backend"),
+        (["--emulator", "no/such.so"], "no/such.so, takes the module of `make emulator`"),
     ],
 )
 def test_bad_arguments_exit_with_what_they_take(capsys, arguments, message):

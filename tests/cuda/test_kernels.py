@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effdet_kernels import BackendError, _cuda, testing
+from effdet_kernels import BackendError, _dispatch, testing
 from effdet_kernels.spec import iter_specs
 
 SPECS = [spec for spec in iter_specs() if "cuda" in testing.operator(spec).impls]
@@ -34,16 +34,10 @@ def differentiable(parameters):
 
 
 @pytest.fixture
-def _no_other_backward(monkeypatch):
+def _no_other_backward():
     """A backward that the CUDA kernel refuses is an error here, not served by another backend."""
-    refuses = _cuda.Implementation.refuses
-
-    def refused(implementation, args):
-        reason = refuses(implementation, args)
-        if reason is not None:
-            raise BackendError(reason)
-
-    monkeypatch.setattr(_cuda.Implementation, "refuses", refused)
+    with _dispatch.strictly():
+        yield
 
 
 def served(check, *arguments):
