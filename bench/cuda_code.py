@@ -20,6 +20,23 @@ from effdet_kernels import _native
 # Of which the module has machine code, beside PTX for those to come.
 ARCHITECTURES = ("sm_80", "sm_90a")
 
+# What a thread makes of its result in one turn of the largest loop, for kernels that walk down maps: by kernel and the
+# template's arguments but the activation. Where that is -1 the loop has the code of all of them, of which one is run.
+# depthwise_conv's live rows times columns, two channels each, or four of float32 (csrc/depthwise_conv/matrix.h and
+# cuda.cu, cuda_bwd.cu); weighted_fusion's vectors of 16 bytes.
+_DEPTHWISE = {"3, 1": 24, "3, 2": 8, "5, 1": 40, "5, 2": 12}
+_MADE = {
+    "depthwise_conv_fwd_matrix_kernel": _DEPTHWISE,
+    "depthwise_conv_fwd_taps_kernel": {"3, 1": 48, "3, 2": 16, "5, 1": 80, "5, 2": 24},
+    "depthwise_conv_bwd_matrix_kernel": {"3, 1": 24, "3, 2": 32, "5, 1": 40, "5, 2": 48},
+    "weighted_fusion_fwd_kernel": {"16": 8, "float": 4},
+    "weighted_fusion_fwd_halved_kernel": {"16": 32, "float": 16},
+    "weighted_fusion_fwd_pooled_kernel": {"16": 8, "float": 4},
+    "weighted_fusion_bwd_kernel": {"16": 8, "float": 4},
+    "weighted_fusion_bwd_halved_kernel": {"16": 32, "float": 16},
+    "weighted_fusion_bwd_pooled_kernel": {"16": 8, "float": 4},
+}
+
 Table = dict[str, dict[str, str]]  # a line by architecture and kernel
 
 
@@ -34,6 +51,9 @@ class Kernel:
     matrix: int  # matrix instructions
     vector_loads: int  # of 8 and 16 bytes, asynchronous copies among them
     scalar_loads: int
+    made: (
+        int  # elements of the result in a turn of that loop, of a thread; 0: not of a fixed number
+    )
 
     @property
     def most_warps(self) -> int:
@@ -43,9 +63,13 @@ class Kernel:
     def __str__(self) -> str:
         return (
             f"{self.registers} registers, {self.local} local, {self.instructions} instructions,"
-            f" {self.largest_loop} of them in the largest loop, {self.matrix} matrix,"
+            f" {self.largest_loop} of them in the largest loop{self._per_element}, {self.matrix} matrix,"
             f" {self.vector_loads} vector and {self.scalar_loads} scalar loads"
         )
+
+    @property
+    def _per_element(self) -> str:
+        return f" ({self.largest_loop / self.made:.1f} an element)" if self.made else ""
 
 
 def release() -> str | None:
@@ -68,14 +92,16 @@ def kernels(architecture: str) -> dict[str, Kernel]:
         }
         for mangled, line in re.findall(r"Function (\w+):\n\s*(.*)", usage)
     }
+    readable = dict(zip(found, _readable(list(found)), strict=True))
     made = {}
     for part in cuobjdump("-sass", path, "-arch", architecture).split("Function : ")[1:]:
         mangled, _, sass = part.partition("\n")
         code = instructions(sass)
         (_, *loops), _ = by_loop(code, ("", "MUFU"))
         vector, scalar = vector_and_scalar_loads(code)
-        uses = found[mangled.strip()]
-        made[mangled.strip()] = Kernel(
+        uses, name = found[mangled.strip()], readable[mangled.strip()]
+        assert name not in made
+        made[name] = Kernel(
             registers=uses["REG"],
             local=uses["STACK"] + uses["LOCAL"],
             instructions=len(code),
@@ -83,10 +109,19 @@ def kernels(architecture: str) -> dict[str, Kernel]:
             matrix=sum(text.startswith(("HMMA", "HGMMA")) for _, text in code),
             vector_loads=vector,
             scalar_loads=scalar,
+            made=_made(name),
         )
-    named = dict(zip(_readable(list(made)), made.values(), strict=True))
-    assert len(named) == len(made)
-    return {name: named[name] for name in sorted(named)}
+    return {name: made[name] for name in sorted(made)}
+
+
+def _made(name: str) -> int:
+    """Elements of the result that a thread of this kernel makes in a turn of its largest loop; 0: not told."""
+    kernel, _, arguments = name.partition("<")
+    shapes = _MADE.get(kernel, {})
+    found = re.search(r"\b\d, \d\b", arguments)
+    if kernel.startswith("weighted_fusion"):
+        return shapes.get("float" if arguments.startswith("float") else "16", 0)
+    return shapes.get(found.group(), 0) if found else 0
 
 
 def _readable(mangled: list[str]) -> list[str]:

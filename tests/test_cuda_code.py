@@ -38,3 +38,14 @@ def test_machine_code_is_as_recorded():
     if not TABLE.exists():
         pytest.skip(f"no table of machine code is recorded for CUDA {RELEASE}")
     assert cuda_code.table() == json.loads(TABLE.read_text())
+
+
+def test_instructions_an_element_are_told_of_kernels_that_walk_down_maps():
+    """What the table is for: a wide detour in a main loop shows. Bounds by hand, with room for another nvcc."""
+    for architecture in cuda_code.ARCHITECTURES:
+        found = cuda_code.kernels(architecture)
+        assert set(cuda_code._MADE) == {n.partition("<")[0] for n, k in found.items() if k.made}
+        swish = found["depthwise_conv_fwd_matrix_kernel<BFloat16, 3, 1, 1>"]
+        assert 20 < swish.largest_loop / swish.made < 40
+        fusion = found["weighted_fusion_fwd_pooled_kernel<BFloat16, 2>"]
+        assert 20 < fusion.largest_loop / fusion.made < 60
