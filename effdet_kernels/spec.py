@@ -38,7 +38,7 @@ class Case:
 
     Tags: "bench", a real shape, timed by benchmarks and left out by tests; "gpu", of these one that only a GPU has
     the memory or the speed for; "blocks", more channels and pixels than a kernel takes at once, too many to compare
-    every entry of a Jacobian; "not_differentiable_here", gradients are not checked.
+    every entry of a Jacobian; "vectors", channels that CUDA kernels take; "not_differentiable_here", gradients are not checked.
     """
 
     name: str
@@ -83,6 +83,11 @@ class OpSpec:
     flops: Callable[..., int] | None = None
     backward_bytes: Callable[..., int] | None = None
     backward_flops: Callable[..., int] | None = None
+
+    def small_cases(self, vectors: bool = False) -> list[Case]:
+        """The cases for tests; with ``vectors`` also those that only kernels in CUDA, which read vectors, need."""
+        left_out = {"bench"} if vectors else {"bench", "vectors"}
+        return [case for case in self.cases if not case.tags & left_out]
 
     def inputs(self, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Inputs:
         """The case's arguments, floating tensors rounded to ``dtype`` (``keep_wide``: at least float32)."""

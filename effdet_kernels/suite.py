@@ -36,13 +36,15 @@ class Subject:
     def cases(self) -> list[Case]:
         """The small cases; when quick the first of them that the backend takes, and the first of those that are larger
         than a kernel's blocks."""
-        return self._chosen([case for case in self.spec.cases if "bench" not in case.tags])
+        return self._chosen(self._small())
 
     def differentiable_cases(self) -> list[Case]:
         """The same of those whose gradients are checked."""
-        left_out = {"bench", "not_differentiable_here"}
-        cases = [case for case in self.spec.cases if not case.tags & left_out]
+        cases = [case for case in self._small() if "not_differentiable_here" not in case.tags]
         return self._chosen(cases, gradient=True)
+
+    def _small(self) -> list[Case]:
+        return self.spec.small_cases(vectors=self.backend in ("cuda", "cuda_emu"))
 
     def _chosen(self, cases: list[Case], gradient: bool = False) -> list[Case]:
         if not self.quick:

@@ -18,8 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
     for spec in SPECS
-    for case in spec.cases
-    if "bench" not in case.tags
+    for case in spec.small_cases()
 ]
 
 
@@ -45,13 +44,12 @@ def test_error_is_within_the_bound(spec, case, layout):
 @pytest.mark.parametrize("seed", range(1, 201))
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_error_is_within_the_bound_of_other_draws(spec, seed):
-    for case in spec.cases:
-        if "bench" not in case.tags:
-            drawn = dataclasses.replace(case, seed=seed)
-            for backend in runnable(spec):
-                for dtype in (torch.float32, torch.float64):
-                    worst = testing.check_forward(spec, drawn, dtype, backend)
-                    assert worst <= 1, f"{case.name} {backend} {dtype}: {worst:.3g} of the bound"
+    for case in spec.small_cases(vectors=True):
+        drawn = dataclasses.replace(case, seed=seed)
+        for backend in runnable(spec):
+            for dtype in (torch.float32, torch.float64):
+                worst = testing.check_forward(spec, drawn, dtype, backend)
+                assert worst <= 1, f"{case.name} {backend} {dtype}: {worst:.3g} of the bound"
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)

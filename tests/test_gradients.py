@@ -15,8 +15,8 @@ SPECS = [spec for spec in iter_specs() if spec.diff_args]
 CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
     for spec in SPECS
-    for case in spec.cases
-    if not case.tags & {"bench", "not_differentiable_here"}
+    for case in spec.small_cases()
+    if "not_differentiable_here" not in case.tags
 ]
 
 
@@ -58,7 +58,7 @@ def test_gradients_pass_what_verify_checks(spec, dtype, check):
         if testing.backward_backend(spec, backend) == backend:
             outcome = suite.run_check(check, suite.Subject(spec, backend, dtype, "cpu"))
             assert not outcome.failures
-            assert outcome.calls >= len(spec.cases) / 4
+            assert outcome.calls >= len(spec.small_cases()) / 4
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def wrong_gradients(spec, case, mutant) -> float:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_bound_rejects_the_gradients_of_wrong_versions(spec):
     """At least three mutants of each op are told from it by their gradients alone."""
-    cases = [c for c in spec.cases if not c.tags & {"bench", "not_differentiable_here"}]
+    cases = [c for c in spec.small_cases() if "not_differentiable_here" not in c.tags]
     rejected = [
         name
         for name, mutant in spec.mutants.items()

@@ -18,8 +18,7 @@ SPECS = [s for s in iter_specs() if "cpu" in testing.backends(s) and s.name != "
 CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
     for spec in SPECS
-    for case in spec.cases
-    if "bench" not in case.tags
+    for case in spec.small_cases()
 ]
 
 

@@ -12,8 +12,7 @@ from effdet_kernels.spec import flatten, iter_specs, map_tensors
 CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
     for spec in iter_specs()
-    for case in spec.cases
-    if "bench" not in case.tags
+    for case in spec.small_cases()
 ]
 FIRST = [pytest.param(spec, spec.cases[0], id=spec.name) for spec in iter_specs()]
 

@@ -9,13 +9,13 @@
 // count.
 #include "cuda/launch.h"
 #include "cuda/matrix.h"
+#include "depthwise_conv/granule.h"
 #include "depthwise_conv/params.h"
 
 namespace effdet::cuda {
 namespace {
 
-constexpr int kGranule = 8;  // channels that a warp makes: 16 bytes
-constexpr int kUnits = 2;    // of 16 pixels of x, that a warp makes at a time: next to each other, or every other one
+constexpr int kUnits = 2;  // of 16 pixels of x, that a warp makes at a time: next to each other, or every other one
 constexpr int kStages = 2;
 
 template <int kKernel, int kStride>
@@ -32,10 +32,6 @@ struct Shape {
   __host__ __device__ static constexpr int pairs(int rest) { return divided(divided(kKernel - rest, kStride), 2); }
   static constexpr int kAllPairs = pairs(0) + (kStride == 2 ? pairs(1) : 0);
 };
-
-__host__ __device__ constexpr int padded(int granules) {
-  return granules | 1;
-}  // see cuda.cu
 
 // The gradients of the pixels (h, w) and (h, w + 8 * stride) of x, two channels each, tap by tap, from global memory; h
 // and w in coordinates of the padded input.

@@ -6,10 +6,9 @@
 
 #include "cuda/activation.h"
 #include "cuda/matrix.h"
+#include "depthwise_conv/granule.h"
 
 namespace effdet::cuda {
-
-constexpr int kGranule = 8;  // channels that a warp makes: 16 bytes
 
 // What is fixed when a kernel is compiled.
 template <int kKernel, int kStride>
@@ -23,11 +22,6 @@ struct DepthwiseShape {
   static constexpr int kPixels = (kColumns - 1) * kStride + 2 * kPairs;  // of an input row; the last may have weight 0
   static constexpr int kStages = 2;
 };
-
-// Distance between pixels in shared memory: an odd number of granules, so that ldmatrix meets no bank twice.
-__host__ __device__ constexpr int padded(int granules) {
-  return granules | 1;
-}
 
 // Where a warp stores, from this thread's first channel on.
 template <typename T>

@@ -34,10 +34,8 @@ def named(specs, blocks):
     return [
         pytest.param(spec, case, id=f"{spec.name}-{case.name}")
         for spec in specs
-        for case in spec.cases
-        if "bench" not in case.tags
-        and "vectors" not in case.tags
-        and ("blocks" in case.tags) == blocks
+        for case in spec.small_cases()
+        if ("blocks" in case.tags) == blocks
     ]
 
 
