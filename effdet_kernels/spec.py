@@ -38,7 +38,8 @@ class Case:
 
     Tags: "bench", a real shape, timed by benchmarks and left out by tests; "gpu", of these one that only a GPU has
     the memory or the speed for; "blocks", more channels and pixels than a kernel takes at once, too many to compare
-    every entry of a Jacobian; "vectors", channels that CUDA kernels take; "not_differentiable_here", gradients are not checked.
+    every entry of a Jacobian; "vectors", channels that CUDA kernels take; "not_differentiable_here", gradients are not
+    checked.
     """
 
     name: str
