@@ -45,8 +45,8 @@ def test_gradcheck_of_the_reference_under_autograd(spec, case):
             spec,
             dtype,
             id=f"{spec.name}-{str(dtype).removeprefix('torch.')}",
-            # test_verify.py has two cases of each in every run.
-            marks=[pytest.mark.slow] if dtype == torch.float16 else [],
+            # test_verify.py has two cases of each in every run, gradcheck all in float64.
+            marks=[pytest.mark.slow] if dtype in (torch.float16, torch.float64) else [],
         )
         for spec in SPECS
         for dtype in spec.dtypes
