@@ -39,9 +39,8 @@ emulator: $(INSTALLED)  ## the CUDA kernels built for a CPU, with the emulator o
 emulate: emulator  ## CUDA kernels through the harness on the emulator, under AddressSanitizer
 	$(SANITIZED) $(PYTEST) $(PARALLEL) -m "not slow" tests/cuda --emulator=$(EMULATOR)
 
-dry-run: emulator  ## what `bench gpu` will do, without a GPU: Triton kernels interpreted, CUDA kernels emulated, all parts at tiny sizes
-	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m effdet_kernels.verify --device cpu --quick --backend triton
-	$(SANITIZED) $(BIN)/python -m effdet_kernels.verify --device cpu --quick --backend cuda_emu --emulator $(EMULATOR)/_emulated.*
+dry-run: triton-quick emulator  ## what `bench gpu` will do, without a GPU: Triton kernels interpreted and compiled, CUDA kernels emulated, every part at tiny sizes
+	$(SANITIZED) $(BIN)/python -m effdet_kernels.verify --device cpu --quick --dtype fp32 --backend cuda_emu --emulator $(EMULATOR)/_emulated.*
 	$(BIN)/python -m bench gpu --device cpu --smoke --out out/dry-run --again
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
