@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from effdet_kernels.ops.depthwise_conv.op import _depthwise_conv
 from effdet_kernels.ops.expand_depthwise.op import _expand_depthwise
 from effdet_kernels.ops.mbconv import reference
 from effdet_kernels.ops.pointwise_conv.op import _pointwise_conv
-from effdet_kernels.ops.squeeze_excite.op import GATES, _squeeze_excite
+from effdet_kernels.ops.squeeze_excite.op import GATES, _squeeze_excite, check_parameters
 
 # Elements of a weight of squeeze-excite up to which CUDA kernels do without a launch of its own: every block of the
 # projection reads them.
@@ -103,13 +104,8 @@ def mbconv(
     _arguments.depthwise_weight(op, "dw_weight", dw_weight, x, channels)
     _arguments.channel_vector(op, "dw_scale", dw_scale, channels, x)
     _arguments.channel_vector(op, "dw_shift", dw_shift, channels, x)
-    excite = {
-        "se_reduce_weight": se_reduce_weight,
-        "se_reduce_bias": se_reduce_bias,
-        "se_expand_weight": se_expand_weight,
-        "se_expand_bias": se_expand_bias,
-    }
-    _check_excite(op, excite, channels, x)
+    excite = se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias
+    check_parameters(op, "se_", excite, channels, x)
     _arguments.dense(op, "weight", weight, ("O", channels, 1, 1), x)
     _arguments.channel_vector(op, "scale", scale, weight.shape[0], x)
     _arguments.channel_vector(op, "shift", shift, weight.shape[0], x)
@@ -128,7 +124,7 @@ def mbconv(
         )
     tensors = (
         x, expand_weight, expand_scale, expand_shift, dw_weight, dw_scale, dw_shift,
-        *excite.values(), weight, scale, shift,
+        *excite, weight, scale, shift,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError(
@@ -137,50 +133,73 @@ def mbconv(
     return _mbconv(*tensors, stride, padding, act, se_act, gate, residual)
 
 
-def _check_excite(op: str, excite: dict[str, Tensor], channels: int, x: Tensor) -> None:
-    first = excite["se_reduce_weight"]
-    _checks.tensor(op, "se_reduce_weight", first, ("R", channels, 1, 1), device=x.device)
-    reduced = first.shape[0]
-    if reduced < 1:
-        got = _checks.describe(first)
-        raise ValueError(f"{op}: se_reduce_weight: got {got}, takes at least one channel")
-    shapes = (reduced, channels, 1, 1), (reduced,), (channels, reduced, 1, 1), (channels,)
-    for (name, value), shape in zip(excite.items(), shapes, strict=True):
-        _checks.tensor(op, name, value, shape, device=x.device)
-        if value.dtype != first.dtype:
-            want = str(first.dtype).removeprefix("torch.")
-            got = _checks.describe(value)
-            raise TypeError(f"{op}: {name}: got {got}, takes {want} as se_reduce_weight has")
+class Block(NamedTuple):
+    """The arguments of the registered op, in order."""
+
+    x: Tensor
+    expand_weight: Tensor | None
+    expand_scale: Tensor | None
+    expand_shift: Tensor | None
+    dw_weight: Tensor
+    dw_scale: Tensor
+    dw_shift: Tensor
+    se_reduce_weight: Tensor
+    se_reduce_bias: Tensor
+    se_expand_weight: Tensor
+    se_expand_bias: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    stride: int
+    padding: Sequence[int]
+    act: str
+    se_act: str
+    gate: str
+    residual: bool
+
+    @property
+    def opening(self) -> tuple[Any, ...]:
+        """What ``expand_depthwise``, or without an expansion ``depthwise_conv``, takes to make the wide map and its
+        sums."""
+        depthwise = self.dw_weight, self.dw_scale, self.dw_shift, self.stride, self.padding
+        expansion = self[1:4] if self.expand_weight is not None else ()
+        return self.x, *expansion, *depthwise, self.act, True
+
+    @property
+    def excite(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.se_reduce_weight,
+            self.se_reduce_bias,
+            self.se_expand_weight,
+            self.se_expand_bias,
+        )
+
+    @property
+    def added(self) -> Tensor | None:
+        return self.x if self.residual else None
 
 
-def _out_spec(x, *rest) -> list[TensorSpec]:
-    dw_weight, weight, (stride, padding) = rest[3], rest[10], rest[13:15]
-    size = _arguments.convolved_size("mbconv", x, dw_weight.shape[2], stride, padding)
-    return [_library.nchw((x.shape[0], weight.shape[0], *size), x)]
+def _out_spec(*args) -> list[TensorSpec]:
+    block = Block(*args)
+    kernel = block.dw_weight.shape[2]
+    size = _arguments.convolved_size("mbconv", block.x, kernel, block.stride, block.padding)
+    return [_library.nchw((block.x.shape[0], block.weight.shape[0], *size), block.x)]
 
 
 def _of_parts(backend: str) -> Callable[..., Tensor]:
     """What the three ops do on ``backend``, one after the other."""
 
-    def run(
-        x, expand_weight, expand_scale, expand_shift, dw_weight, dw_scale, dw_shift,
-        se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, weight, scale, shift,
-        stride, padding, act, se_act, gate, residual,
-    ):  # fmt: skip
-        geometry = dw_weight, dw_scale, dw_shift, stride, padding, act, True
-        if expand_weight is None:
-            wide, sums = _depthwise_conv.impls[backend](x, *geometry, False)
+    def run(*args):
+        block = Block(*args)
+        if block.expand_weight is None:
+            wide, sums = _depthwise_conv.impls[backend](*block.opening, False)
         else:
-            expansion = expand_weight, expand_scale, expand_shift
-            wide, sums = _expand_depthwise.impls[backend](x, *expansion, *geometry)
-        excite = se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias
+            wide, sums = _expand_depthwise.impls[backend](*block.opening)
         count = wide.shape[2] * wide.shape[3]
-        gates = _squeeze_excite.impls[backend](sums, *excite, count, se_act, gate)
-        gates = gates[0] if isinstance(gates, (list, tuple)) else gates
-        added = x if residual else None
-        return _pointwise_conv.impls[backend](
-            wide, weight, scale, shift, gates, added, "none", False
-        )[0]
+        excite = *block.excite, count, block.se_act, block.gate
+        gates = _squeeze_excite.impls[backend](sums, *excite)
+        projection = block.weight, block.scale, block.shift, gates, block.added, "none", False
+        return _pointwise_conv.impls[backend](wide, *projection)[0]
 
     return run
 

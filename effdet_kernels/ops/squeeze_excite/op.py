@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,27 +54,36 @@ def squeeze_excite(
     dtypes = (torch.float32, torch.float64)
     _checks.tensor(op, "sums", sums, ("B", "C"), dtypes=dtypes)
     channels = sums.shape[1]
-    _checks.tensor(op, "reduce_weight", reduce_weight, ("R", channels, 1, 1), device=sums.device)
-    reduced = reduce_weight.shape[0]
-    if min(channels, reduced) < 1:
-        got = _checks.describe(reduce_weight)
-        raise ValueError(f"{op}: reduce_weight: got {got}, takes at least one channel on each side")
-    others = {
-        "reduce_bias": (reduce_bias, (reduced,)),
-        "expand_weight": (expand_weight, (channels, reduced, 1, 1)),
-        "expand_bias": (expand_bias, (channels,)),
-    }
-    for name, (value, shape) in others.items():
-        _checks.tensor(op, name, value, shape, device=sums.device)
-        if value.dtype != reduce_weight.dtype:
-            want = str(reduce_weight.dtype).removeprefix("torch.")
-            got = _checks.describe(value)
-            raise TypeError(f"{op}: {name}: got {got}, takes {want} as reduce_weight has")
+    parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
+    check_parameters(op, "", parameters, channels, sums)
     _arguments.integer(op, "count", count, least=1)
     _arguments.activation(op, "act", act)
     _checks.choice(op, "gate", gate, GATES)
-    parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
     return _squeeze_excite(sums, *parameters, count, act, gate)
+
+
+def check_parameters(
+    op: str, prefix: str, parameters: Sequence[Tensor], channels: int, like: Tensor
+) -> None:
+    """Checks reduce_weight, reduce_bias, expand_weight and expand_bias, whose names begin with ``prefix``."""
+    first = parameters[0]
+    _checks.tensor(op, f"{prefix}reduce_weight", first, ("R", channels, 1, 1), device=like.device)
+    reduced = first.shape[0]
+    if min(channels, reduced) < 1:
+        got = _checks.describe(first)
+        raise ValueError(
+            f"{op}: {prefix}reduce_weight: got {got}, takes at least one channel on each side"
+        )
+    names = "reduce_bias", "expand_weight", "expand_bias"
+    shapes = (reduced,), (channels, reduced, 1, 1), (channels,)
+    for name, value, shape in zip(names, parameters[1:], shapes, strict=True):
+        _checks.tensor(op, prefix + name, value, shape, device=like.device)
+        if value.dtype != first.dtype:
+            want = str(first.dtype).removeprefix("torch.")
+            got = _checks.describe(value)
+            raise TypeError(
+                f"{op}: {prefix}{name}: got {got}, takes {want} as {prefix}reduce_weight has"
+            )
 
 
 def _out_spec(sums, *_) -> list[TensorSpec]:
