@@ -44,7 +44,7 @@ class Subject:
         return self._chosen(cases, gradient=True)
 
     def _small(self) -> list[Case]:
-        return self.spec.small_cases(vectors=self.backend in ("cuda", "cuda_emu"))
+        return self.spec.small_cases(vectors=testing.usual_layout(self.backend) is not None)
 
     def _chosen(self, cases: list[Case], gradient: bool = False) -> list[Case]:
         if not self.quick:

@@ -99,13 +99,21 @@ def takes(
     device: str = "cpu",
     gradient: bool = False,
 ) -> bool:
-    """Whether the kernel of ``backend`` takes this case, or its backward does; only those in CUDA refuse some."""
+    """Whether the kernel of ``backend`` takes this case, or its backward does; only those in CUDA refuse some.
+
+    The kernels do not run.
+    """
     usual = usual_layout(backend)
     if usual is None:
         return True
     inputs = arranged(spec.inputs(case, dtype, device), usual)
     try:
-        with torch.set_grad_enabled(gradient), _dispatch.strictly(), _dispatch.use_backend(backend):
+        with (
+            _cuda.recorded(),
+            torch.set_grad_enabled(gradient),
+            _dispatch.strictly(),
+            _dispatch.use_backend(backend),
+        ):
             leaves = with_leaves(spec, inputs) if gradient else inputs
             outputs = flatten(spec.op(**leaves))
             if gradient:
