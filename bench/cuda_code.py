@@ -24,9 +24,8 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 # template's arguments but the activation. Where that is -1 the loop has the code of all of them, of which one is run.
 # depthwise_conv's live rows times columns, two channels each, or four of float32 (csrc/depthwise_conv/matrix.h and
 # cuda.cu, cuda_bwd.cu); weighted_fusion's vectors of 16 bytes.
-_DEPTHWISE = {"3, 1": 24, "3, 2": 8, "5, 1": 40, "5, 2": 12}
 _MADE = {
-    "depthwise_conv_fwd_matrix_kernel": _DEPTHWISE,
+    "depthwise_conv_fwd_matrix_kernel": {"3, 1": 24, "3, 2": 8, "5, 1": 40, "5, 2": 12},
     "depthwise_conv_fwd_taps_kernel": {"3, 1": 48, "3, 2": 16, "5, 1": 80, "5, 2": 24},
     "depthwise_conv_bwd_matrix_kernel": {"3, 1": 24, "3, 2": 32, "5, 1": 40, "5, 2": 48},
     "weighted_fusion_fwd_kernel": {"16": 8, "float": 4},
@@ -51,9 +50,7 @@ class Kernel:
     matrix: int  # matrix instructions
     vector_loads: int  # of 8 and 16 bytes, asynchronous copies among them
     scalar_loads: int
-    made: (
-        int  # elements of the result in a turn of that loop, of a thread; 0: not of a fixed number
-    )
+    made: int  # elements of the result that a thread makes in a turn of that loop; 0: not told
 
     @property
     def most_warps(self) -> int:

@@ -327,6 +327,8 @@ def block(
 
     `excite`: what `squeeze_excite` takes beside the sums: its parameters, activation and gate.
     """
+    if not graph.counts_launches(x):
+        return None
     name, after = op_activation(act)
     stages = [stage for stage in (expansion, spatial, projection) if stage is not None]
     known = after is None and excite is not None and excite[0][0].numel() <= MOST_EXCITED
@@ -334,7 +336,7 @@ def block(
         isinstance(conv, nn.Conv2d) and norm is not None and is_folded(norm)
         for conv, norm in stages
     )
-    if torch.is_grad_enabled() or not graph.serves([x]) or not folded or not known:
+    if not folded or not known:
         return None
     vectors = [
         v for conv, norm in stages for v in (conv.weight, *fold_norm(cast(Any, norm), conv.bias))

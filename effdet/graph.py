@@ -85,6 +85,11 @@ def serves(inputs: Sequence[Tensor | None]) -> bool:
     return inputs[0] is not None and inputs[0].device.type in CAPTURES
 
 
+def counts_launches(x: Tensor) -> bool:
+    """Whether a forward of x takes its time by its launches: on a GPU, without gradients."""
+    return not torch.is_grad_enabled() and serves([x])
+
+
 def refusal(inputs: Sequence[Tensor]) -> str | None:
     """Why a call with `inputs` may not run by a graph, or None."""
     if any(t.device != inputs[0].device for t in inputs):

@@ -18,6 +18,11 @@ VECTORS = frozenset({"vectors"})
 GPU = frozenset({"bench", "gpu"})  # one that only a GPU has the memory or the speed for
 
 
+SAME = {
+    3: (1, 1, 1, 1),
+    5: (2, 2, 2, 2),
+}  # padding of a depthwise convolution, by the kernel's side
+HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # the same with stride 2 on even sizes
 FAR = 60.0  # standard deviation: values at which e^x overflows, and on both sides of every kink
 ACTS = tuple(name for name in ACTIVATIONS if name != "none")
 

@@ -108,3 +108,9 @@ def test_both_want_one_map_per_level(captures):
     model = build()
     with torch.no_grad(), pytest.raises(ValueError, match="got 4 maps, expected 5"):
         heads.both(model.class_net, model.box_net, _maps(model, levels=4))
+
+
+def test_no_maps_are_refused_as_a_head_does(captures):
+    model = build()
+    with torch.no_grad(), pytest.raises(ValueError, match="got 0 maps, expected 5"):
+        heads.both(model.class_net, model.box_net, [])

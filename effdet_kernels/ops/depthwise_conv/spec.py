@@ -16,6 +16,8 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    HALVED,
+    SAME,
     VECTORS,
     mutant,
     nbytes,
@@ -150,8 +152,6 @@ def _rounded_result(**a: Any) -> list[Tensor]:
 _reference = reference.depthwise_conv
 _RAW: Inputs = {"scale": None, "shift": None, "act": "none"}
 
-_SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
-_HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
 # BN is an op of its own.
 _STRIDED: Inputs = {"bn": False, "act": "none", "stride": 2}
 _TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False, "statistics": True}
@@ -159,7 +159,7 @@ _TRAINING: Inputs = {"bn": False, "act": "none", "squeeze": False, "statistics":
 
 def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, **options: Any) -> Case:
     """A layer of a model: squeezed for squeeze-excite."""
-    padding = (_SAME if stride == 1 else _HALVED)[k]
+    padding = (SAME if stride == 1 else HALVED)[k]
     options = {"squeeze": True, **options}
     return _case(name, *shape, k=k, stride=stride, padding=padding, tags=tags, **options)
 

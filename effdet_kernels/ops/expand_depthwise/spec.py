@@ -16,6 +16,8 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    HALVED,
+    SAME,
     VECTORS,
     mutant,
     nbytes,
@@ -158,13 +160,10 @@ def _one_activation(first: bool):
 _reference = reference.expand_depthwise
 _vectors = functools.partial(_case, tags=VECTORS)
 
-_SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
-_HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
-
 
 def _real(name: str, *shape: int, k: int = 3, stride: int = 1, tags=BENCH, times=1) -> Case:
     """The opening of an MBConv block, which expands six times."""
-    padding, expand = (_SAME if stride == 1 else _HALVED)[k], 6 * shape[1]
+    padding, expand = (SAME if stride == 1 else HALVED)[k], 6 * shape[1]
     options: Inputs = {"stride": stride, "squeeze": True, "tags": tags, "times": times}
     return _case(name, *shape, expand=expand, k=k, padding=padding, **options)
 
@@ -187,8 +186,8 @@ SPEC = OpSpec(
         _case("one_pixel", 1, 3, 1, 1, expand=4, act="hard_swish"),
         _vectors("vectors", 2, 8, 4, 35, expand=24, squeeze=True),
         _vectors("vectors_stride2", 1, 24, 9, 18, expand=16, stride=2, padding=(0, 1, 0, 1)),
-        _vectors("vectors_5x5", 1, 16, 6, 7, expand=40, k=5, padding=_SAME[5], squeeze=True),
-        _vectors("vectors_5x5_stride2", 1, 8, 8, 5, expand=8, k=5, stride=2, padding=_HALVED[5]),
+        _vectors("vectors_5x5", 1, 16, 6, 7, expand=40, k=5, padding=SAME[5], squeeze=True),
+        _vectors("vectors_5x5_stride2", 1, 8, 8, 5, expand=8, k=5, stride=2, padding=HALVED[5]),
         _vectors("vectors_raw", 1, 8, 3, 4, expand=8, raw=True, squeeze=True),
         _vectors("vectors_scale_only", 1, 8, 3, 4, expand=8, shift=None, padding=(2, 0, 1, 3)),
         _vectors("vectors_shift_only", 1, 8, 4, 4, expand=8, scale=None, padding=(0, 0, 0, 0)),

@@ -17,6 +17,8 @@ from effdet_kernels.ops._cases import (
     BLOCKS,
     FAR,
     GPU,
+    HALVED,
+    SAME,
     VECTORS,
     mutant,
     nbytes,
@@ -29,9 +31,6 @@ from effdet_kernels.ops.mbconv import op, reference
 from effdet_kernels.ops.pointwise_conv.reference import pointwise_conv
 from effdet_kernels.ops.squeeze_excite.reference import squeeze_excite
 from effdet_kernels.spec import Case, Inputs, OpSpec
-
-_SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2)}
-_HALVED = {3: (0, 1, 0, 1), 5: (1, 2, 1, 2)}  # "same" with stride 2 on even sizes
 
 
 def _case(
@@ -71,7 +70,7 @@ def _case(
             "scale": uniform(g, out, low=0.5, high=1.5),
             "shift": normal(g, out),
             "stride": 1,
-            "padding": _SAME[k],
+            "padding": SAME[k],
             "act": "swish",
             "se_act": "swish",
             "gate": "sigmoid",
@@ -202,7 +201,7 @@ def _real(
 ) -> Case:
     """A block of EfficientNet, which expands six times and squeezes to a quarter of its input."""
     options: Inputs = {"tags": tags, "times": times, "stride": stride, "k": k}
-    options["padding"] = (_SAME if stride == 1 else _HALVED)[k]
+    options["padding"] = (SAME if stride == 1 else HALVED)[k]
     options["residual"] = stride == 1 and out == shape[1]
     return _case(name, *shape, expand=6 * shape[1], reduced=shape[1] // 4, out=out, **options)
 
