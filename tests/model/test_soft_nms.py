@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import effdet_kernels
+from effdet.postprocess import SOFT_NMS
 from effdet.soft_nms import (
     batched_nms,
     batched_soft_nms,
@@ -99,7 +101,7 @@ def test_remove_small_boxes():
 
 def test_golden_numbers_of_real_candidates(data_dir):
     """Boxes before suppression on 206 photos: how many are kept, and the sum of their scores."""
-    raw = np.load(data_dir / "detections" / "raw_candidates.npz")
+    raw = dict(np.load(data_dir / "detections" / "raw_candidates.npz"))
     golden = json.loads((data_dir / "detections" / "golden.json").read_text())["raw_candidates"]
     kept = {"hard": 0, "soft": 0}
     total = {"hard": 0.0, "soft": 0.0}
@@ -117,3 +119,34 @@ def test_golden_numbers_of_real_candidates(data_dir):
     assert (kept["hard"], kept["soft"]) == (hard["n_kept"], soft["n_kept"])
     assert total["hard"] == pytest.approx(hard["sum_scores"], rel=1e-6)
     assert total["soft"] == pytest.approx(soft["sum_scores"], rel=1e-6)
+
+
+GOLDEN = {
+    "none": {"method": "hard", "iou_threshold": 1.0},
+    "hard_iou0.5": {"method": "hard", "iou_threshold": 0.5},
+    "soft_gaussian_sigma0.5_min0.001": SOFT_NMS,
+}
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_numbers_of_all_photos_in_one_call(data_dir, name, dtype, rtol):
+    """What pads the shorter lists of candidates would be picked first and suppress the rest."""
+    raw = dict(np.load(data_dir / "detections" / "raw_candidates.npz"))
+    golden = json.loads((data_dir / "detections" / "golden.json").read_text())["raw_candidates"]
+    photos = [np.flatnonzero(raw["image_id"] == image) for image in np.unique(raw["image_id"])]
+    longest = max(map(len, photos))
+    boxes = torch.tensor([0.0, 0, 640, 640], dtype=dtype).repeat(len(photos), longest, 1)
+    scores = torch.ones(len(photos), longest, dtype=dtype)
+    classes = torch.full(scores.shape, int(raw["category_id"][0]))
+    for photo, rows in enumerate(photos):
+        boxes[photo, : len(rows)] = torch.from_numpy(raw["boxes_xyxy"][rows])
+        scores[photo, : len(rows)] = torch.from_numpy(raw["scores"][rows])
+        classes[photo, : len(rows)] = torch.from_numpy(raw["category_id"][rows])
+    num_valid = torch.tensor([len(rows) for rows in photos])
+    index, score, count, dropped = effdet_kernels.soft_nms(
+        boxes, scores, classes, num_valid, longest, **GOLDEN[name]
+    )
+    assert count.sum() == golden[name]["n_kept"] and not dropped.any()
+    assert score.double().sum().item() == pytest.approx(golden[name]["sum_scores"], rel=rtol)
+    assert torch.equal((index >= 0).sum(1), count) and (index < num_valid[:, None]).all()
