@@ -1,4 +1,5 @@
-"""Models and benches on fake CUDA tensors: shapes, dtypes and devices come out right, eager, compiled and exported.
+"""Models and benches on fake CUDA tensors: shapes, dtypes and devices come out right, eager, compiled and exported;
+detection does not wait for the device.
 
 Fake tensors hold no values, so that no GPU is needed; code that touches a device or reads a value fails on them. They
 run in a process of their own, because a torch without CUDA needs a stand-in for its device guard, and that stays.
@@ -33,23 +34,36 @@ OUTPUTS = {"model": MAPS, "predict": {"": ROWS}, "train": {**LOSSES, "['detectio
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    command = [sys.executable, str(FOLDER / "run.py")]
-    if not torch.backends.cuda.is_built():
-        if COMPILER is None:
-            pytest.skip(
-                "this torch is built without CUDA, and there is no C++ compiler (g++, or CXX)"
-            )
-        guard = tmp_path_factory.mktemp("guard") / "guard.so"
-        torch_folder = Path(torch.__file__).parent
-        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
-        libraries = [f"-L{torch_folder / 'lib'}", "-lc10"]
-        source = str(FOLDER / "guard.cpp")
-        subprocess.run([COMPILER, *flags, source, *libraries, "-o", guard], check=True)
-        command.append(str(guard))
+def guard(tmp_path_factory) -> list[str]:
+    """The compiled stand-in, if this torch needs it."""
+    if torch.backends.cuda.is_built():
+        return []
+    if COMPILER is None:
+        pytest.skip("this torch is built without CUDA, and there is no C++ compiler (g++, or CXX)")
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
+    libraries = [f"-L{torch_folder / 'lib'}", "-lc10"]
+    source = str(FOLDER / "guard.cpp")
+    subprocess.run([COMPILER, *flags, source, *libraries, "-o", library], check=True)
+    return [str(library)]
+
+
+def printed(script: str, guard: list[str]) -> dict:
+    command = [sys.executable, str(FOLDER / script), *guard]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found(guard):
+    return printed("run.py", guard)
+
+
+@pytest.fixture(scope="module")
+def syncs(guard):
+    return printed("syncs.py", guard)
 
 
 @pytest.mark.parametrize("task", OUTPUTS)
@@ -60,3 +74,20 @@ def test_outputs(found, call, task):
 
 def test_losses_in_training_mode(found):
     assert found["training mode"] == LOSSES
+
+
+@pytest.mark.parametrize("call", ["hard", "soft", "hard, img_info", "soft, img_info"])
+def test_detection_waits_for_nothing(syncs, call):
+    launched = syncs["detection"][call]
+    assert isinstance(launched, list), launched
+    for op in "decode_topk", "soft_nms":
+        assert {f"{op} triton", f"{op} cuda"} <= set(launched)
+
+
+def test_what_waits_is_seen(syncs):
+    assert [call for call, words in syncs["planted"].items() if words is None] == []
+    assert len(syncs["planted"]) > 15
+
+
+def test_what_does_not_wait_is_let_pass(syncs):
+    assert set(syncs["harmless"].values()) == {None}

@@ -7,7 +7,9 @@ import contextlib
 import pytest
 import torch
 
+import effdet
 from effdet import graph as graph_module
+from effdet.plan import use_plan
 
 from .networks import (
     Reads,
@@ -107,6 +109,40 @@ def test_on_a_gpu_a_graph_that_is_dropped_gives_its_memory_back():
     model.refresh()
     torch.cuda.empty_cache()
     assert held - torch.cuda.memory_reserved() >= x.nbytes
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """An error where torch waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_on_a_gpu_waiting_is_seen():
+    x = torch.ones(3, device="cuda")
+    for wait in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.nonzero):
+        with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
+            wait(x[:1])
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("with_info", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_on_a_gpu_detection_waits_for_nothing(soft, with_info, planned):
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "pretrained_backbone": False}
+    bench = effdet.create_model("efficientdet_nano", "predict", **options).eval().cuda()
+    bench.soft_nms = soft
+    x = image().cuda()
+    info = {"img_scale": x.new_ones(2), "img_size": x.new_full((2, 2), 60.0)} if with_info else None
+    with torch.no_grad(), use_plan(planned):
+        want = bench(x, info)  # compiles kernels, brings anchors to the device
+        with no_waiting():
+            got = bench(x, info)
+    assert torch.equal(got, want) and got[..., 4].any()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs, torch sees fewer")
