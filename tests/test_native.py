@@ -15,7 +15,7 @@ from effdet_kernels import _native
 GOOD = {
     "dtype": 0, "boxes": 64, "scores": 64, "classes": 0, "num_valid": 0, "index": 64, "score": 64, "found": 64,
     "dropped": 64, "batch": 0, "count": 0, "max_det": 0, "method": 0, "sigma": 0.5, "iou": 0.3, "threshold": 0.0,
-    "threads": 1,
+    "max_per_class": 0, "threads": 1,
 }  # fmt: skip
 
 
@@ -26,6 +26,8 @@ GOOD = {
         ({"batch": -1}, "size"),
         ({"batch": 1 << 40, "count": 1 << 40}, "size"),
         ({"batch": 1, "max_det": 1 << 62}, "size"),
+        ({"batch": 1, "count": 1 << 31}, "size"),
+        ({"max_per_class": -1}, "out of range"),
         ({"method": 3}, "out of range"),
         ({"sigma": 0.0}, "out of range"),
         ({"sigma": float("nan")}, "out of range"),

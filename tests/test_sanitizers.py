@@ -46,28 +46,43 @@ def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[str]:
         return list(pool.map(build, sources))
 
 
-def run_sanitized(objects: list[str], program: Path) -> None:
+def run_sanitized(objects: list[str], program: Path, *arguments: str) -> None:
     subprocess.run([str(COMPILER), "-fopenmp", *SANITIZERS, "-o", program, *objects], check=True)
     # libgomp keeps its threads' memory to the end of the process: not a leak of ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=300)
+    command = [program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0 and done.stdout == "ok\n", done.stdout + done.stderr[-2000:]
 
 
-@needs_compiler
-def test_fuzz_soft_nms(tmp_path):
-    sources = [NATIVE / "soft_nms_fuzz.cpp", CSRC / "soft_nms" / "cpu.cpp"]
-    run_sanitized(compile_all(sources, tmp_path, *SANITIZERS), tmp_path / "fuzz")
-
-
-@needs_compiler
-@pytest.mark.parametrize(
+OLDEST_AND_NEWEST = pytest.mark.parametrize(
     "isa",
     [
         pytest.param("portable", marks=pytest.mark.slow),
         _native.ISAS[_native.module().isa()],
     ],
 )
+
+
+@needs_compiler
+@OLDEST_AND_NEWEST
+@pytest.mark.parametrize("problems", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_fuzz_soft_nms(isa, problems, tmp_path):
+    sources = [
+        CSRC / "soft_nms" / "cpu.cpp",
+        CSRC / "soft_nms" / "pick.simd.cpp",
+        CSRC / "common" / "isa.cpp",
+        CSRC / "common" / "scratch.cpp",
+        NATIVE / "soft_nms_fuzz.cpp",
+    ]
+    # One instruction set, under the name of the oldest.
+    one_set = ("-UEFFDET_X86", "-DEFFDET_ISA=portable", "-ffp-contract=off", *FLAGS[isa])
+    objects = compile_all(sources, tmp_path, *SANITIZERS, *one_set)
+    run_sanitized(objects, tmp_path / "fuzz", str(problems))
+
+
+@needs_compiler
+@OLDEST_AND_NEWEST
 def test_fuzz_kernels(isa, tmp_path):
     """The oldest and the newest instruction set that runs here."""
     sources = [

@@ -170,6 +170,58 @@ EFFDET_INLINE V nan_max(V a, V b) {
   return (a > b) | (a != a) ? a : b;
 }
 
+// Whether any element of a comparison's result is true.
+template <typename M>
+EFFDET_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+#else
+  std::uint64_t words[2];
+  std::memcpy(words, &mask, sizeof(mask));
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
+// The lanes in which two vectors are equal, a bit for each.
+template <typename V>
+EFFDET_INLINE unsigned equal_lanes(V a, V b) {
+  constexpr int kCount = static_cast<int>(sizeof(V) / sizeof(a[0]));
+  const auto mask = a == b;
+  unsigned lanes = 0;
+  if (any(mask))
+    for (int i = 0; i < kCount; ++i) lanes |= static_cast<unsigned>(mask[i] != 0) << i;
+  return lanes;
+}
+#if defined(__AVX512F__)
+template <>
+EFFDET_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+#elif defined(__AVX2__)
+template <>
+EFFDET_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+}
+#endif
+
+// The largest of a vector's elements, none of which is a NaN.
+template <typename T, int kBytes = kVectorBytes>
+struct Largest {
+  typedef T V __attribute__((vector_size(kBytes)));
+  static EFFDET_INLINE T of(V v) {
+    if constexpr (kBytes == 2 * sizeof(T)) {
+      return most(v[0], v[1]);
+    } else {
+      typedef T Half __attribute__((vector_size(kBytes / 2)));
+      Half halves[2];
+      std::memcpy(halves, &v, sizeof(v));
+      return Largest<T, kBytes / 2>::of(halves[0] > halves[1] ? halves[0] : halves[1]);
+    }
+  }
+};
+
 // 1 / x for x in [1, 1e38]; within 1 ulp or so for float.
 EFFDET_INLINE Vec<float> reciprocal(Vec<float> x) {
 #if defined(__AVX512F__)

@@ -5,7 +5,6 @@
 
 #include "common/dtype.h"
 #include "common/pointer.h"
-#include "common/status.h"
 #include "soft_nms/params.h"
 
 namespace effdet {
@@ -16,11 +15,12 @@ using Address = std::uintptr_t;
 template <typename T>
 Status run(Address boxes, Address scores, Address classes, Address num_valid, Address index, Address score,
            Address found, Address dropped, std::int64_t batch, std::int64_t count, std::int64_t max_det, int method,
-           double sigma, double iou_threshold, double score_threshold, int threads) {
+           double sigma, double iou_threshold, double score_threshold, std::int64_t max_per_class, int threads) {
+  constexpr std::int64_t kMostCandidates = std::numeric_limits<std::int32_t>::max() / 2;  // of an image
   constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max() / 64;
-  if (batch < 0 || count < 0 || max_det < 0) return kBadSize;
+  if (batch < 0 || count < 0 || max_det < 0 || count > kMostCandidates) return kBadSize;
   if (batch > 0 && (count > kLargest / batch || max_det > kLargest / batch)) return kBadSize;
-  if (method < 0 || method > 2 || !(sigma > 0) || threads < 1) return kBadParameter;
+  if (method < 0 || method > 2 || !(sigma > 0) || max_per_class < 0 || threads < 1) return kBadParameter;
   bool ok = true;
   SoftNmsParams<T> p{};
   p.boxes = as_pointer<const T>(boxes, batch * count, &ok);
@@ -35,11 +35,12 @@ Status run(Address boxes, Address scores, Address classes, Address num_valid, Ad
   p.batch = batch;
   p.count = count;
   p.max_det = max_det;
+  p.max_per_class = max_per_class;
   p.method = static_cast<Method>(method);
   p.sigma = static_cast<T>(sigma);
   p.iou_threshold = static_cast<T>(iou_threshold);
   p.score_threshold = static_cast<T>(score_threshold);
-  return soft_nms_cpu(p, threads) ? kOk : kOutOfMemory;
+  return soft_nms_cpu(p, threads);
 }
 
 template <typename... Args>
@@ -54,7 +55,7 @@ int soft_nms_cpu_entry(int dtype, Args... args) {
 void bind_soft_nms(pybind11::module_& module) {
   module.def("soft_nms_cpu",
              &soft_nms_cpu_entry<Address, Address, Address, Address, Address, Address, Address, Address, std::int64_t,
-                                 std::int64_t, std::int64_t, int, double, double, double, int>,
+                                 std::int64_t, std::int64_t, int, double, double, double, std::int64_t, int>,
              pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

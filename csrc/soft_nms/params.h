@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/status.h"
+
 namespace effdet {
 
 enum class Method : int { kGaussian = 0, kLinear = 1, kHard = 2 };
@@ -18,12 +20,12 @@ struct SoftNmsParams {
   std::int64_t* found;            // [batch]
   std::int64_t* dropped;          // [batch]
   std::int64_t batch, count, max_det;
+  std::int64_t max_per_class;  // 0: no limit
   Method method;
   T sigma, iou_threshold, score_threshold;
 };
 
-// False when memory ran out.
 template <typename T>
-bool soft_nms_cpu(const SoftNmsParams<T>& params, int threads);
+Status soft_nms_cpu(const SoftNmsParams<T>& params, int threads);
 
 }  // namespace effdet

@@ -1,0 +1,223 @@
+// The picks of an image whose candidates lie in tiles. Scores only fall, so a tile takes part from when one of its
+// scores could be the highest: most tiles of an image never do. Operations are the reference's, in its order; compiled
+// without fused multiply-adds.
+#include "cpu/activation.h"
+#include "soft_nms/tiles.h"
+
+namespace effdet {
+namespace EFFDET_ISA {
+namespace {
+
+template <typename T>
+constexpr T kGone = -T(__builtin_inff());
+
+// Gaussian: the factor e^(rate iou^2).
+template <typename T>
+struct Decay {
+  T rate, iou_threshold, score_threshold;
+};
+
+// e^x; far below 0, where exponential() ends, it is a subnormal number or 0.
+template <typename T>
+EFFDET_INLINE Vec<T> gaussian(Vec<T> x) {
+  constexpr T kLeast = -Exponents<T>::kLargest;
+  Vec<T> factor = exponential(lower(x, splat<T>(kLeast)));
+  if (any(x < kLeast))
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (x[i] < kLeast) factor[i] = static_cast<T>(__builtin_exp(x[i]));
+  return factor;
+}
+
+// Scores of candidates after a pick that overlaps some of them, by `width` and `height` where both are above 0.
+template <typename T, Method kMethod>
+EFFDET_INLINE Vec<T> decayed(Vec<T> score, Vec<T> width, Vec<T> height, Vec<T> areas, const Decay<T>& d) {
+  const Vec<T> intersection = lower(width, Vec<T>{}) * lower(height, Vec<T>{});
+  const Vec<T> total = areas - intersection;
+  const Vec<T> iou = total > T(0) ? intersection / total : Vec<T>{};
+  auto changes = iou > T(0);
+  Vec<T> factor{};
+  if constexpr (kMethod == Method::kGaussian) {
+    factor = gaussian<T>(iou * iou * d.rate);
+  } else {
+    changes &= iou > d.iou_threshold;
+    if constexpr (kMethod == Method::kLinear) factor = T(1) - iou;
+  }
+  const Vec<T> product = score * factor;
+  const Vec<T> left = (factor != T(0)) & (product > d.score_threshold) ? product : splat<T>(kGone<T>);
+  return changes ? left : score;
+}
+
+template <typename T, Method kMethod>
+struct Picker {
+  const SoftNmsParams<T>& p;
+  const TiledImage<T>& t;
+  const T* boxes;  // of the image
+  const T* scores;
+  Decay<T> decay;
+
+  void fill(int32_t tile) const {
+    Tile<T>& c = t.candidates[tile];
+    for (int lane = 0; lane < kTile; ++lane) {
+      const int32_t i = t.order[tile * int64_t{kTile} + lane];
+      const T none[4] = {};
+      const T* box = i < 0 ? none : boxes + i * int64_t{4};
+      c.x0[lane] = box[0];
+      c.y0[lane] = box[1];
+      c.x1[lane] = box[2];
+      c.y1[lane] = box[3];
+      c.score[lane] = i < 0 ? kGone<T> : scores[i];
+    }
+    for (int lane = 0; lane < kTile; lane += kLanes<T>)
+      store(c.area + lane, (load(c.x1 + lane) - load(c.x0 + lane)) * (load(c.y1 + lane) - load(c.y0 + lane)));
+  }
+
+  // Tells a tile of a pick.
+  EFFDET_INLINE void tell(int32_t tile, const T* box) const {
+    Tile<T>& c = t.candidates[tile];
+    bool changed = false;
+    for (int lane = 0; lane < kTile; lane += kLanes<T>) {
+      const Vec<T> width = upper(load(c.x1 + lane), splat<T>(box[2])) - lower(load(c.x0 + lane), splat<T>(box[0]));
+      const Vec<T> height = upper(load(c.y1 + lane), splat<T>(box[3])) - lower(load(c.y0 + lane), splat<T>(box[1]));
+      if (!any((width > T(0)) & (height > T(0)))) continue;
+      const Vec<T> areas = load(c.area + lane) + box[4];
+      store(c.score + lane, decayed<T, kMethod>(load(c.score + lane), width, height, areas, decay));
+      changed = true;
+    }
+    if (changed) t.highest[tile] = highest_of(tile);
+  }
+
+  EFFDET_INLINE T highest_of(int32_t tile) const {
+    const T* score = t.candidates[tile].score;
+    Vec<T> highest = load(score);
+    for (int lane = kLanes<T>; lane < kTile; lane += kLanes<T>) {
+      const Vec<T> other = load(score + lane);
+      highest = other > highest ? other : highest;
+    }
+    return Largest<T>::of(highest);
+  }
+
+  // The largest of `count` numbers, behind which there are vectors of -infinity or of numbers that count as well.
+  static EFFDET_INLINE T largest(const T* from, int32_t count) {
+    Vec<T> highest = splat<T>(kGone<T>);
+    int32_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) {
+      const Vec<T> value = load(from + i);
+      highest = value > highest ? value : highest;
+    }
+    T found = Largest<T>::of(highest);
+    for (; i < count; ++i) found = most(found, from[i]);
+    return found;
+  }
+
+  // Lets tiles of a group take part until no other can have a higher score, or the same.
+  void complete(Group<T>* group) const {
+    for (; group->next < group->end && t.highest[group->next] >= group->highest; ++group->next) {
+      fill(group->next);
+      t.highest[group->next] = highest_of(group->next);
+      for (int32_t pick = group->first_pick; pick != kNoPick; pick = t.next_pick[pick])
+        tell(group->next, t.picks + pick * int64_t{5});
+      group->highest = most(group->highest, t.highest[group->next]);
+    }
+  }
+
+  struct Best {
+    int64_t index = -1;  // of the candidate
+    int32_t group, tile, lane;
+  };
+
+  // The numbers from `begin` to `end`, behind which a vector can be read, that are equal to `value`.
+  template <typename F>
+  static EFFDET_INLINE void each_equal(const T* from, int32_t begin, int32_t end, T value, F&& f) {
+    for (int32_t i = begin; i < end; i += kLanes<T>)
+      for (unsigned lanes = equal_lanes(load(from + i), splat<T>(value)); lanes != 0; lanes &= lanes - 1) {
+        const int32_t found = i + __builtin_ctz(lanes);
+        if (found < end) f(found);
+      }
+  }
+
+  // The next pick, given what no score is above: of equal ones that of the lowest index. None where no score is that
+  // high, which then is known of its group.
+  Best best_of(T highest) const {
+    Best best;
+    each_equal(t.group_highest, 0, t.groups, highest, [&](int32_t g) {
+      Group<T>& group = t.group[g];
+      complete(&group);
+      t.group_highest[g] = group.highest;
+      if (group.highest != highest) return;
+      each_equal(t.highest, group.begin, group.next, highest, [&](int32_t tile) {
+        each_equal(t.candidates[tile].score, 0, kTile, highest, [&](int32_t lane) {
+          const int32_t index = t.order[tile * int64_t{kTile} + lane];
+          if (best.index < 0 || index < best.index) best = {index, g, tile, lane};
+        });
+      });
+    });
+    return best;
+  }
+
+  // Takes a pick out, and tells its group.
+  void take(int32_t pick, const Best& best) const {
+    Tile<T>& c = t.candidates[best.tile];
+    T* box = t.picks + pick * int64_t{5};
+    box[0] = c.x0[best.lane];
+    box[1] = c.y0[best.lane];
+    box[2] = c.x1[best.lane];
+    box[3] = c.y1[best.lane];
+    box[4] = c.area[best.lane];
+    c.score[best.lane] = kGone<T>;
+    t.highest[best.tile] = highest_of(best.tile);
+    Group<T>& group = t.group[best.group];
+    (group.last_pick == kNoPick ? group.first_pick : t.next_pick[group.last_pick]) = pick;
+    t.next_pick[pick] = kNoPick;
+    group.last_pick = pick;
+    if (p.max_per_class > 0 && --group.picks_left == 0) {
+      t.group_highest[best.group] = kGone<T>;
+      return;
+    }
+    for (int32_t tile = group.begin; tile < group.next; ++tile)
+      if (t.highest[tile] != kGone<T>) tell(tile, box);
+    group.highest = largest(t.highest + group.begin, group.next - group.begin);
+    const T others = group.next < group.end ? t.highest[group.next] : kGone<T>;
+    t.group_highest[best.group] = most(group.highest, others);
+  }
+
+  int64_t run(int64_t image) const {
+    const int64_t most_picks = least(p.max_det, p.count);
+    int64_t found = 0;
+    while (found < most_picks) {
+      const T highest = largest(t.group_highest, t.groups);
+      if (highest == kGone<T>) break;
+      const Best best = best_of(highest);
+      if (best.index < 0) continue;
+      p.index[image * p.max_det + found] = best.index;
+      p.score[image * p.max_det + found] = highest;
+      take(static_cast<int32_t>(found++), best);
+    }
+    return found;
+  }
+};
+
+template <typename T, Method kMethod>
+int64_t run(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t) {
+  const Decay<T> decay{T(-1) / p.sigma, p.iou_threshold, p.score_threshold};
+  return Picker<T, kMethod>{p, t, p.boxes + image * p.count * 4, p.scores + image * p.count, decay}.run(image);
+}
+
+template <typename T>
+int64_t pick(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t) {
+  if (p.method == Method::kGaussian) return run<T, Method::kGaussian>(p, image, t);
+  if (p.method == Method::kLinear) return run<T, Method::kLinear>(p, image, t);
+  return run<T, Method::kHard>(p, image, t);
+}
+
+}  // namespace
+
+int64_t soft_nms_pick_float(const SoftNmsParams<float>& p, int64_t image, const TiledImage<float>& t) {
+  return pick(p, image, t);
+}
+
+int64_t soft_nms_pick_double(const SoftNmsParams<double>& p, int64_t image, const TiledImage<double>& t) {
+  return pick(p, image, t);
+}
+
+}  // namespace EFFDET_ISA
+}  // namespace effdet
