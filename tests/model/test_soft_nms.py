@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import effdet_kernels
-from effdet.postprocess import SOFT_NMS
 from effdet.soft_nms import (
     batched_nms,
     batched_soft_nms,
@@ -124,7 +123,7 @@ def test_golden_numbers_of_real_candidates(data_dir):
 GOLDEN = {
     "none": {"method": "hard", "iou_threshold": 1.0},
     "hard_iou0.5": {"method": "hard", "iou_threshold": 0.5},
-    "soft_gaussian_sigma0.5_min0.001": SOFT_NMS,
+    "soft_gaussian_sigma0.5_min0.001": {"sigma": 0.5, "score_threshold": 0.001},
 }
 
 
