@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from effdet.object_detection import (
     TargetAssigner,
 )
 from effdet.soft_nms import batched_soft_nms, soft_nms
+from effdet_kernels import soft_nms as soft_nms_op
 
 PAIRS = [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]
 SMALL = {
@@ -390,6 +393,102 @@ def test_soft_nms(oracle, by_class, gaussian):
         index, score = soft_nms(boxes, scores, **settings)
     assert torch.equal(index, theirs["index"])
     torch.testing.assert_close(score, theirs["score"], rtol=1e-6, atol=1e-7)
+
+
+METHODS = ("gaussian", "linear", "hard")
+SIDE = 512.0
+
+
+def random_set(seed: int) -> dict[str, Tensor]:
+    """Up to 120 float64 boxes in an image, clustered, some of them twice, of up to 6 classes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    count, objects, classes = integer(0, integer(0, 120)), integer(1, 12), integer(1, 6)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    owner = torch.randint(objects, (count,), generator=generator)
+    center = (uniform(objects, 2) * SIDE)[owner] + uniform(count, 2) * 30
+    half = (uniform(objects, 2) * 60 + 5)[owner] * (0.8 + 0.4 * uniform(count, 2))
+    boxes = torch.cat([center - half, center + half], dim=1).clamp(0, SIDE)
+    boxes[: count // 10] = boxes[count - count // 10 :]
+    labels = torch.randint(classes, (count,), generator=generator)
+    return {"boxes": boxes, "scores": uniform(count), "classes": labels}
+
+
+def real_sets(data_dir, most: int | None) -> list[dict[str, Tensor]]:
+    """Per photo its candidates; the ``most`` best of them."""
+    raw = dict(np.load(data_dir / "detections" / "raw_candidates.npz"))
+    sets = []
+    for image in np.unique(raw["image_id"]):
+        rows = np.flatnonzero(raw["image_id"] == image)
+        rows = rows[np.argsort(-raw["scores"][rows], kind="stable")[:most]]
+        names = {"boxes": "boxes_xyxy", "scores": "scores", "classes": "category_id"}
+        values = {name: torch.from_numpy(raw[key][rows]) for name, key in names.items()}
+        sets.append(
+            {**values, "boxes": values["boxes"].double(), "scores": values["scores"].double()}
+        )
+    return sets
+
+
+def assert_suppressed_alike(oracle, method: str, sets: list[dict], options: list[dict]) -> None:
+    """The same picks in the same order, but for scores that differ by less than 1e-9 of them.
+
+    In float64, as the peer keeps classes apart by a shift.
+    """
+    names = {"gaussian": ("sigma",), "linear": ("iou_threshold",), "hard": ("iou_threshold",)}
+    questions = []
+    for given, chosen in zip(sets, options, strict=True):
+        settings = {name: chosen[name] for name in names[method]}
+        if method != "hard":
+            settings["score_threshold"] = chosen["score_threshold"]
+            settings["method_gaussian"] = method == "gaussian"
+        questions.append({**given, "settings": settings})
+    answers = oracle.call("suppress_each", sets=questions)
+    for given, chosen, theirs in zip(sets, options, answers, strict=True):
+        if method == "hard":
+            chosen = {**chosen, "score_threshold": -math.inf}
+        boxes, scores, classes = given.values()
+        index, score, count, _ = soft_nms_op(
+            boxes[None], scores[None], classes[None], None, len(scores), method=method, **chosen
+        )
+        index, score = index[0, : int(count)], score[0, : int(count)]
+        if not (scores > chosen["score_threshold"]).any():
+            assert len(index) == 0 and len(theirs["index"]) <= 1  # the peer's first pick
+            continue
+        assert torch.equal(index.sort().values, theirs["index"].sort().values)
+        its = torch.empty(len(scores), dtype=score.dtype)  # our scores in the peer's order
+        its[index] = score
+        torch.testing.assert_close(its[theirs["index"]], score, rtol=1e-9, atol=0)
+        torch.testing.assert_close(score, theirs["score"].double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_suppression_of_random_candidates(oracle, method):
+    draw = random.Random(12)
+    options = [
+        {
+            "sigma": draw.choice([0.1, 0.5, 1.0]),
+            "iou_threshold": draw.uniform(0, 0.9),
+            "score_threshold": draw.choice([0.0, 0.001, 0.05, 0.5]),
+        }
+        for _ in range(1000)
+    ]
+    assert_suppressed_alike(oracle, method, [random_set(i) for i in range(1000)], options)
+
+
+REAL = {"sigma": 0.5, "iou_threshold": 0.5, "score_threshold": 0.001}
+
+
+@pytest.mark.parametrize("most", [60, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", METHODS)
+def test_suppression_of_real_candidates(oracle, data_dir, method, most):
+    sets = real_sets(data_dir, most)
+    assert_suppressed_alike(oracle, method, sets, [REAL] * len(sets))
 
 
 LARGEST_CODE = 0.5

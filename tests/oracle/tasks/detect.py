@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops.boxes import batched_nms
 
 from effdet import DetBenchPredict, DetBenchTrain, create_model
 from effdet import loss as losses
@@ -142,6 +143,20 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor | None, settings: di
     else:
         index, score = batched_soft_nms(boxes, scores, classes, **settings)
     return {"index": index, "score": score}
+
+
+@task
+def suppress_each(sets: list[dict]) -> list[dict]:
+    """``suppress`` of several sets; hard where the settings are of hard NMS, as in ``generate_detections``."""
+    found = []
+    for given in sets:
+        settings = given["settings"]
+        if settings.keys() == {"iou_threshold"}:
+            index = batched_nms(given["boxes"], given["scores"], given["classes"], **settings)
+            found.append({"index": index, "score": given["scores"][index]})
+        else:
+            found.append(suppress(**given))
+    return found
 
 
 @task
