@@ -147,6 +147,7 @@ def _own_arguments(drawn: dict[str, Tensor], hard: bool) -> dict[str, Any]:
         "sigma": SIGMA,
         "iou_threshold": HARD_IOU,
         "score_threshold": SCORE_THRESHOLD,
+        "max_per_class": None,
     }
 
 

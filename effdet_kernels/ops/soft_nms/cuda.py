@@ -22,6 +22,7 @@ def refusal(
     sigma: float,
     iou_threshold: float,
     score_threshold: float,
+    max_per_class: int | None,
 ) -> str | None:
     """Why the kernel does not take a call, or None."""
     if boxes.dtype != torch.float32:
@@ -30,6 +31,8 @@ def refusal(
         return f"boxes: has {boxes.shape[1]} candidates, takes at most {_MOST_CANDIDATES}"
     if max_det >= 1 << 30:
         return f"max_det: got {max_det}, takes less than {1 << 30}"
+    if max_per_class is not None:
+        return f"max_per_class: got {max_per_class}, takes None"
     return _cuda.misaligned("boxes", boxes) if boxes.is_contiguous() else None
 
 
@@ -43,6 +46,7 @@ def run(
     sigma: float,
     iou_threshold: float,
     score_threshold: float,
+    max_per_class: int | None,
 ) -> list[Tensor]:
     boxes, scores = boxes.contiguous(), scores.contiguous()
     classes, num_valid = _cuda.dense(classes), _cuda.dense(num_valid)

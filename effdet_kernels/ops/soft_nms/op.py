@@ -23,6 +23,7 @@ def soft_nms(
     sigma: float = 0.5,
     iou_threshold: float = 0.3,
     score_threshold: float = 0.001,
+    max_per_class: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Repeats per image: pick the best score s_i, then decay the others of its class, s_j <- s_j * f(IoU(i, j)).
 
@@ -41,6 +42,8 @@ def soft_nms(
         sigma: width of the gaussian, > 0. (TensorFlow's ``soft_nms_sigma`` is half of it.)
         iou_threshold: of "linear" and "hard".
         score_threshold: a candidate exists while its score is > this; ``-inf`` keeps all.
+        max_per_class: picks per class and image at most, >= 1; a class that has had them has no candidates left.
+            None: no limit. Without ``classes`` all candidates are of one class.
 
     Returns:
         index: [B, max_det] int64, positions of the picks in order of their (decayed) score; -1 beyond ``count``.
@@ -70,6 +73,8 @@ def soft_nms(
     _checks.number(op, "sigma", sigma, above=0)
     _checks.number(op, "iou_threshold", iou_threshold, least=0)
     _checks.number(op, "score_threshold", score_threshold, least=-float("inf"))
+    if max_per_class is not None:
+        _checks.number(op, "max_per_class", max_per_class, least=1)
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     return _soft_nms(
         boxes.detach().to(dtype),
@@ -81,6 +86,7 @@ def soft_nms(
         sigma,
         iou_threshold,
         score_threshold,
+        max_per_class,
     )
 
 
@@ -94,7 +100,18 @@ def _out_spec(boxes: Tensor, scores: Tensor, classes, num_valid, max_det, *_) ->
     ]
 
 
-def _cpu(boxes, scores, classes, num_valid, max_det, method, sigma, iou_threshold, score_threshold):
+def _cpu(
+    boxes,
+    scores,
+    classes,
+    num_valid,
+    max_det,
+    method,
+    sigma,
+    iou_threshold,
+    score_threshold,
+    max_per_class,
+):
     boxes, scores = boxes.contiguous(), scores.contiguous()
     classes = None if classes is None else classes.contiguous()
     num_valid = None if num_valid is None else num_valid.contiguous()
@@ -112,6 +129,7 @@ def _cpu(boxes, scores, classes, num_valid, max_det, method, sigma, iou_threshol
         sigma,
         iou_threshold,
         score_threshold,
+        0 if max_per_class is None else max_per_class,
         torch.get_num_threads(),
     )
     _native.check(status, "soft_nms")
@@ -120,7 +138,8 @@ def _cpu(boxes, scores, classes, num_valid, max_det, method, sigma, iou_threshol
 
 _soft_nms = _library.define(
     "soft_nms(Tensor boxes, Tensor scores, Tensor? classes, Tensor? num_valid, SymInt max_det, str method,"
-    " float sigma, float iou_threshold, float score_threshold) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float sigma, float iou_threshold, float score_threshold, SymInt? max_per_class)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
     impls={
         "cpu": _cpu,

@@ -16,6 +16,7 @@ def soft_nms(
     sigma: float,
     iou_threshold: float,
     score_threshold: float,
+    max_per_class: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``effdet_kernels.soft_nms``; same arguments, all given."""
     batch, count = scores.shape
@@ -31,6 +32,9 @@ def soft_nms(
     value = scores.new_zeros((batch, max_det))
     found = torch.zeros(batch, dtype=torch.int64, device=scores.device)
     rows = torch.arange(batch, device=scores.device)
+    taken = torch.zeros_like(score, dtype=torch.int64)  # picks of a candidate's class
+    if classes is None:
+        classes = torch.zeros_like(taken)
     for step in range(min(max_det, count)):
         best = score.amax(1)
         alive = best > -torch.inf
@@ -42,10 +46,13 @@ def soft_nms(
         value[:, step] = torch.where(alive, best, 0)
         found += alive
         iou = _iou(boxes[rows, pick][:, None], boxes)
-        if classes is not None:
-            iou = iou.masked_fill(classes != classes[rows, pick][:, None], 0)
+        other = classes != classes[rows, pick][:, None]
+        iou = iou.masked_fill(other, 0)
         score = _decayed(score, iou, method, sigma, iou_threshold)
         score[rows, pick] = -torch.inf
+        if max_per_class is not None:
+            taken += ~other
+            score = score.masked_fill(taken >= max_per_class, -torch.inf)
         score = score.masked_fill(~(score > score_threshold), -torch.inf)
     return index, value, found, dropped
 

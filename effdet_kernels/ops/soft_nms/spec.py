@@ -49,6 +49,7 @@ def _scene(
         "sigma": 0.5,
         "iou_threshold": 0.3,
         "score_threshold": 0.001,
+        "max_per_class": None,
     }
     return {**arguments, **options}
 
@@ -152,6 +153,8 @@ def _replay(
     limit = len(scores) if inputs["num_valid"] is None else int(inputs["num_valid"][image])
     alive = boxes.isfinite().all(-1) & scores.isfinite() & (torch.arange(len(scores)) < limit)
     boxes = boxes.masked_fill(~boxes.isfinite(), 0)
+    taken = torch.zeros(len(scores), dtype=torch.int64)  # picks of a candidate's class
+    kinds = taken.clone() if classes is None else classes[image]
     # Each decay multiplies by a factor with a few roundings: of the IoU (magnified by 2 iou / sigma), exp, product.
     unit = roundoff(accumulator(dtype)) * (4 + 8 / inputs["sigma"])
     current = torch.where(alive, scores, -torch.inf)
@@ -175,11 +178,14 @@ def _replay(
             return math.inf
         worst = max(worst, ratio(score[step], current[pick], slack * current[pick].abs()))
         iou = reference._iou(boxes[pick], boxes)
-        if classes is not None:
-            iou = iou.masked_fill(classes[image] != classes[image, pick], 0)
+        other = kinds != kinds[pick]
+        iou = iou.masked_fill(other, 0)
         method, sigma, limit = (inputs[k] for k in ("method", "sigma", "iou_threshold"))
         current = reference._decayed(current, iou, method, sigma, limit)
         current[pick] = -torch.inf
+        if inputs["max_per_class"] is not None:
+            taken += ~other
+            current = current.masked_fill(taken >= inputs["max_per_class"], -torch.inf)
         current = current.masked_fill(~(current > threshold), -torch.inf)
     left = float(current.max()) if len(current) else -math.inf
     finished = count == max_det or not left > threshold + unit * (count + 1) * abs(threshold)
@@ -238,6 +244,14 @@ def _undecayed_scores(**arguments):
     return index, score, count, dropped
 
 
+def _limit_of_all_classes(max_per_class, **arguments):
+    index, score, count, dropped = reference.soft_nms(**arguments, max_per_class=None)
+    if max_per_class is not None:
+        index[:, max_per_class:], score[:, max_per_class:] = -1, 0
+        count = count.clamp(max=max_per_class)
+    return index, score, count, dropped
+
+
 _right_iou, _right_decayed = reference._iou, reference._decayed
 
 SPEC = OpSpec(
@@ -261,6 +275,9 @@ SPEC = OpSpec(
         Case("at_the_threshold", _at_the_threshold),
         Case("awkward", _awkward),
         Case("negative_classes", _negative_classes),
+        Case("limit", lambda g: _scene(g, 2, 67, 30, 4, "gaussian", max_per_class=5)),
+        Case("limit_one", lambda g: _scene(g, 2, 67, 80, 4, "hard", max_per_class=1)),
+        Case("limit_agnostic", lambda g: _scene(g, 2, 33, 33, 0, "linear", max_per_class=7)),
         Case("one", lambda g: _scene(g, 1, 1, 1, 1, "gaussian")),
         Case("no_candidates", lambda g: _scene(g, 2, 0, 5, 2, "gaussian")),
         Case("no_images", lambda g: _scene(g, 0, 7, 5, 2, "gaussian")),
@@ -272,9 +289,15 @@ SPEC = OpSpec(
         ],
         Case("vectors_no_picks", lambda g: _scene(g, 2, 40, 0, 3, "gaussian"), VECTORS),
         Case("vectors_one_pick", lambda g: _scene(g, 2, 40, 1, 3, "gaussian"), VECTORS),
+        Case("vectors_limit", lambda g: {**_ties(g), "max_per_class": 3}, VECTORS),
         Case("blocks", lambda g: _scene(g, 2, 1100, 150, 90, "gaussian"), BLOCKS),
         Case("blocks_agnostic", lambda g: _scene(g, 1, 4500, 50, 0, "linear"), BLOCKS),
         Case("blocks_hard", lambda g: _scene(g, 2, 1100, 150, 90, "hard"), BLOCKS),
+        Case(
+            "blocks_limit",
+            lambda g: _scene(g, 2, 1100, 150, 90, "linear", max_per_class=1),
+            BLOCKS,
+        ),
         _real("d0", 512),
         _real("d0_all", 512, max_det=5000),
         _real("d0_hard", 512, method="hard"),
@@ -293,6 +316,8 @@ SPEC = OpSpec(
             **{**a, "sigma": a["sigma"] / 2}
         ),
         "threshold ignored": lambda **a: reference.soft_nms(**{**a, "score_threshold": -math.inf}),
+        "max_per_class ignored": lambda **a: reference.soft_nms(**{**a, "max_per_class": None}),
+        "max_per_class over all classes": _limit_of_all_classes,
     },
     batched=("boxes", "scores", "classes", "num_valid"),
     bytes=_bytes,

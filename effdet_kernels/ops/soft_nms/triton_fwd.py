@@ -138,14 +138,17 @@ def _overlap(ax0, ay0, ax1, ay1, bx0, by0, bx1, by1):
     return tl.where(union > 0, quotient, zero)
 
 
-@triton.jit(do_not_specialize=["rate", "iou_threshold", "threshold"])
+@triton.jit(do_not_specialize=["rate", "iou_threshold", "threshold", "max_per_class"])
 def soft_nms_pick_kernel(
-    box_ptr, score_ptr, kind_ptr, index_ptr, counts_ptr, dropped_parts_ptr,
+    box_ptr, score_ptr, kind_ptr, index_ptr, taken_ptr, counts_ptr, dropped_parts_ptr,
     out_index_ptr, out_score_ptr, out_count_ptr, out_dropped_ptr,
-    room_units, chunks, max_det, rate, iou_threshold, threshold,
+    room_units, chunks, max_det, rate, iou_threshold, threshold, max_per_class,
     METHOD: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program: the picks of an image. The best candidate of each group is kept; a pick decays its group."""
+    """A program: the picks of an image. The best candidate of each group is kept; a pick decays its group.
+
+    ``taken_ptr`` counts the picks of each candidate's class; None: no limit.
+    """
     image = tl.program_id(0).to(tl.int64)
     room = room_units * _ALIGN
     box_ptr += image * room * 4
@@ -153,6 +156,8 @@ def soft_nms_pick_kernel(
     index_ptr += image * room
     if kind_ptr is not None:
         kind_ptr += image * room
+    if taken_ptr is not None:
+        taken_ptr += image * room
     out_index_ptr += image * max_det
     out_score_ptr += image * max_det
     dtype: tl.constexpr = score_ptr.dtype.element_ty
@@ -198,6 +203,8 @@ def soft_nms_pick_kernel(
         x1, y1 = tl.load(box_ptr + 2 * room + at), tl.load(box_ptr + 3 * room + at)
         if kind_ptr is not None:
             kind = tl.load(kind_ptr + at)
+        if taken_ptr is not None:
+            taken = tl.load(taken_ptr + at) + 1
 
         next_best = tl.full([BLOCK], 0, gone.dtype) + gone
         next_at = tl.zeros([BLOCK], tl.int32) + first
@@ -224,6 +231,9 @@ def soft_nms_pick_kernel(
                 factor = tl.where(iou > iou_threshold, 0.0, 1.0)
             decayed = score * factor
             stays = (factor != 0) & (decayed > threshold) & (j != at) & (j < last)
+            if taken_ptr is not None:
+                tl.store(taken_ptr + j, tl.zeros([BLOCK], tl.int32) + taken, mask=inside & decays)
+                stays &= (decays == 0) | (taken < max_per_class)
             score = tl.where(stays, decayed, -float("inf"))
             tl.store(score_ptr + j, score, mask=inside)
             key = ordered(score)
@@ -255,6 +265,7 @@ def run(
     sigma: float,
     iou_threshold: float,
     score_threshold: float,
+    max_per_class: int | None,
 ) -> list[Tensor]:
     boxes, scores = boxes.contiguous(), scores.contiguous()
     classes, num_valid = _gpu.dense(classes), _gpu.dense(num_valid)
@@ -277,6 +288,9 @@ def run(
         None if classes is None else torch.empty(batch, room, dtype=classes.dtype, device=device),
         torch.empty(batch, room, dtype=torch.int32, device=device),
     )
+    taken = None
+    if max_per_class is not None:
+        taken = torch.zeros(batch, room, dtype=torch.int32, device=device)
     _triton.launch(
         soft_nms_count_kernel, batch * chunks,
         *given, counts, dropped, count, chunks, threshold,
@@ -292,8 +306,8 @@ def run(
     passes = triton.cdiv(expected, options["BLOCK"])
     _triton.launch(
         soft_nms_pick_kernel, batch,
-        *candidates, counts, dropped, *outputs, room_units, chunks, max_det,
-        _gpu.bits(-1 / (sigma * math.log(2))), _gpu.bits(iou_threshold), threshold,
+        *candidates, taken, counts, dropped, *outputs, room_units, chunks, max_det,
+        _gpu.bits(-1 / (sigma * math.log(2))), _gpu.bits(iou_threshold), threshold, max_per_class,
         METHOD=method, GROUPS=_GROUPS, **options,
         trips=(rows, triton.cdiv(expected, options["BLOCK_C"]), rows, max_det, max_det * passes, 1),
     )  # fmt: skip
