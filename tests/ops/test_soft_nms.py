@@ -11,21 +11,20 @@ import torch
 import effdet_kernels
 from effdet_kernels.ops.soft_nms import reference, spec
 
-IMAGES = 10  # of a batch
 LABELS = torch.tensor([0, 1, 7, -1, 89, 1 << 40, -(1 << 63), (1 << 63) - 1])
 
 
-def awkward_boxes(generator, count, dtype, grid):
+def awkward_boxes(generator, images, count, dtype, grid):
     """Clusters; some boxes without area, reversed, huge or not finite. On a grid overlaps are simple fractions."""
 
     def uniform(*shape):
         return torch.rand(*shape, generator=generator, dtype=dtype)
 
     objects = 1 + int(torch.randint(1 + count // 4, (), generator=generator))
-    owner = torch.randint(objects, (IMAGES, count), generator=generator)
-    rows = torch.arange(IMAGES)[:, None]
-    center = (uniform(IMAGES, objects, 2) * 300)[rows, owner] + uniform(IMAGES, count, 2) * 20
-    half = (uniform(IMAGES, objects, 2) * 60)[rows, owner] * (0.8 + 0.4 * uniform(IMAGES, count, 2))
+    owner = torch.randint(objects, (images, count), generator=generator)
+    rows = torch.arange(images)[:, None]
+    center = (uniform(images, objects, 2) * 300)[rows, owner] + uniform(images, count, 2) * 20
+    half = (uniform(images, objects, 2) * 60)[rows, owner] * (0.8 + 0.4 * uniform(images, count, 2))
     boxes = torch.cat([center - half, center + half], -1)
     boxes = (boxes / 32).round() * 32 if grid else boxes
     huge = torch.full_like(boxes, torch.finfo(dtype).max) * torch.tensor([-1, -1, 1, 1])
@@ -36,21 +35,24 @@ def awkward_boxes(generator, count, dtype, grid):
         boxes[..., [2, 3, 0, 1]],
         boxes * 1e30,
         huge,
-        boxes.where(uniform(IMAGES, count, 4) < 0.7, math.nan),
-        boxes.where(uniform(IMAGES, count, 4) < 0.7, math.inf),
+        boxes.where(uniform(images, count, 4) < 0.7, math.nan),
+        boxes.where(uniform(images, count, 4) < 0.7, math.inf),
     ]
-    kind = torch.randint(len(kinds) * 12, (IMAGES, count), generator=generator)
+    kind = torch.randint(len(kinds) * 12, (images, count), generator=generator)
     for i, odd in enumerate(kinds):
         boxes = torch.where(kind[..., None] == i, odd, boxes)
     return boxes
 
 
-def problem(seed, dtype):
+def problem(seed, dtype, images=10):
     """Arguments of a call."""
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
     count = draw.choice([draw.randint(0, 10), draw.randint(10, 100), draw.randint(100, 300)])
-    boxes = awkward_boxes(generator, count, dtype, draw.random() < 0.3)
-    scores = torch.rand(IMAGES, count, generator=generator, dtype=dtype)
+    method = draw.choice(["gaussian", "linear", "hard"])
+    # Ties of unlike products of simple fractions are no ties once exponentials are rounded.
+    grid = method != "gaussian" and draw.random() < 0.4
+    boxes = awkward_boxes(generator, images, count, dtype, grid)
+    scores = torch.rand(images, count, generator=generator, dtype=dtype)
     threshold = draw.choice([-math.inf, 0.0, 0.001, 0.3])
     kind = draw.choice(["any", "levels", "equal", "descending", "ascending", "signed", "huge"])
     if kind == "levels":
@@ -72,8 +74,7 @@ def problem(seed, dtype):
     )
     labels = torch.randint(1 << 40, scores.shape, generator=generator)
     classes = draw.choice([None, LABELS[labels % len(LABELS)], labels % 3, labels % 90, labels])
-    num_valid = torch.randint(-3, count + 4, (IMAGES,), generator=generator)
-    method = draw.choice(["gaussian", "linear", "hard"])
+    num_valid = torch.randint(-3, count + 4, (images,), generator=generator)
     sigma = draw.choice([0.001, 0.1, 0.5, 2.0])
     max_det = draw.choice([0, 1, 7, 40, 100, 400, 400])
     if method == "gaussian" and threshold <= 0:  # what is left of a score must not be subnormal
@@ -111,16 +112,13 @@ def assert_as_the_reference(given, outputs):
         assert spec.compare(one, [out[row] for out in outputs], dtype) <= 1
 
 
-CI, ALL = 100, 5000  # batches of each dtype: 2,000 images and 100,000 together
-
-
 @pytest.mark.parametrize(
-    "seeds", [range(CI), pytest.param(range(CI, ALL), marks=pytest.mark.slow)], ids=["ci", "all"]
+    ("batches", "images"), [(100, 10), pytest.param(1000, 50, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_random_batches(dtype, seeds):
-    for seed in seeds:
-        given = problem(seed, dtype)
+def test_random_batches(dtype, batches, images):
+    for seed in range(batches):
+        given = problem(seed, dtype, images)
         with effdet_kernels.use_backend("cpu"):
             outputs = effdet_kernels.soft_nms(**given)
         assert_as_the_reference(given, outputs)
