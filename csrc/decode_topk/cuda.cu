@@ -142,14 +142,26 @@ struct Pick {
   int anchor, class_of;
   T logit, code[4];
   float4 corners;
+  float moved[2];  // by how much the anchor is
 
   __device__ __forceinline__ void read(const DecodeTopkParams& p, const Division& d, std::int64_t image, int at) {
     const int level = level_of(d.first_logit, p.level_count, at);
     logit = static_cast<const T*>(p.levels[level].logits)[image * p.levels[level].length + at - d.first_logit[level]];
     anchor = static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(p.classes));
     class_of = at - anchor * p.classes;
-    corners = load<float4>(p.anchors + static_cast<std::int64_t>(anchor) * 4);
-    const std::int64_t of_maps = image * d.anchors[level] + anchor - d.first_anchor[level];
+    const unsigned of_level = static_cast<unsigned>(anchor - d.first_anchor[level]);
+    std::int64_t given = anchor;  // which of the anchors
+    moved[0] = moved[1] = 0.0f;
+    if (p.strides) {
+      const unsigned width = static_cast<unsigned>(p.levels[level].width);
+      const unsigned per_location = static_cast<unsigned>(p.per_location);
+      const unsigned location = of_level / per_location, row = location / width;
+      given = level * per_location + of_level - location * per_location;
+      moved[0] = static_cast<float>(location - row * width) * p.strides[level * 2];
+      moved[1] = static_cast<float>(row) * p.strides[level * 2 + 1];
+    }
+    corners = load<float4>(p.anchors + given * 4);
+    const std::int64_t of_maps = image * d.anchors[level] + of_level;
     EFFDET_UNROLL
     for (int i = 0; i < 4; ++i) code[i] = static_cast<const T*>(p.levels[level].codes)[of_maps * 4 + i];
   }
@@ -162,7 +174,7 @@ struct Pick {
     for (int i = 0; i < 2; ++i) {
       const float size = high[i] - low[i];
       const float half = expf(widen(code[3 - i])) * size * 0.5f;
-      const float centre = widen(code[1 - i]) * size + (low[i] + high[i]) * 0.5f;
+      const float centre = widen(code[1 - i]) * size + ((low[i] + high[i]) * 0.5f + moved[i]);
       first[i] = centre - half;
       second[i] = centre + half;
       if (p.limits) {

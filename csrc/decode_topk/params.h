@@ -14,11 +14,13 @@ struct DecodeLevel {
   const void* logits;  // [batch, length]
   const void* codes;   // [batch, length / classes, 4], as (ty, tx, th, tw)
   int length;          // logits of an image
+  int width;           // locations of a row
 };
 
 struct DecodeTopkParams {
   DecodeLevel levels[kMostLevels];
-  const float* anchors;        // [all levels' length / classes, 4], xyxy
+  const float* anchors;        // [all levels' length / classes, 4], xyxy; with strides [levels, per_location, 4]
+  const float* strides;        // [levels, 2], (x, y); or null: all anchors are given, not the first location's
   const float* limits;         // [batch, 2], or null: boxes are not clipped
   void* scratch;               // 16-byte aligned
   std::int64_t scratch_bytes;  // at least decode_topk_scratch's
@@ -27,7 +29,7 @@ struct DecodeTopkParams {
   std::int64_t* anchor_index;  // [batch, kept]
   std::int64_t* classes_of;    // [batch, kept]
   std::int64_t batch;
-  int level_count, classes, kept;
+  int level_count, per_location, classes, kept;
   int room;  // candidates that are collected before the worst are dropped, more than `kept`; 0: what there is memory
              // for
   int dtype;

@@ -62,7 +62,7 @@ def _check(draw, dtype, k, elements=0):
     limits = torch.rand(BATCH, 2, generator=generator) * 50
     with use_backend("cuda_emu"):
         found = ek.decode_topk(logits, codes, anchors, num_classes=CLASSES, k=k, limits=limits)
-    expected = reference.decode_topk(logits, codes, anchors, CLASSES, k, limits)
+    expected = reference.decode_topk(logits, codes, anchors, CLASSES, k, limits, None)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(found[1].view(bits), expected[1].view(bits))
     assert torch.equal(found[2], expected[2])

@@ -13,6 +13,7 @@ import effdet
 from effdet.graph import Graph
 from effdet.plan import use_plan
 from effdet_kernels import _library
+from effdet_kernels.ops.decode_topk import reference
 
 from .networks import image
 
@@ -25,7 +26,7 @@ def detector() -> nn.Module:
     return effdet.create_model("efficientdet_nano", "predict", **options).eval()
 
 
-def sync_free_decode(cls_outputs, box_outputs, anchors, num_classes, k, limits):
+def sync_free_decode(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides):
     """`decode_topk` as a kernel computes it: without a value on the host. Here: no ties, no NaN."""
     rows = [m.permute(0, 2, 3, 1).flatten(1) for m in cls_outputs]
     logits, flat = torch.cat(rows, 1).topk(min(k, sum(row.shape[1] for row in rows)))
@@ -34,6 +35,8 @@ def sync_free_decode(cls_outputs, box_outputs, anchors, num_classes, k, limits):
     )
     index = flat // num_classes
     code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))
+    if strides is not None:
+        anchors = reference.grid(anchors, strides, cls_outputs).to(code.dtype)
     corners = anchors.index_select(0, index.flatten()).view(*index.shape, 4)
     size = corners[..., 2:] - corners[..., :2]
     centre = code[..., :2].flip(-1) * size + (corners[..., 2:] + corners[..., :2]) / 2

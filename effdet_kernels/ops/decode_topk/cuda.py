@@ -26,6 +26,7 @@ def refusal(
     num_classes: int,
     k: int,
     limits: Tensor | None,
+    strides: Tensor | None,
 ) -> str | None:
     """Why the kernels do not take a call, or None."""
     first = cls_outputs[0]
@@ -35,7 +36,7 @@ def refusal(
         )
     if len(cls_outputs) > _LEVELS:
         return f"cls_outputs: are {len(cls_outputs)} levels, takes {_LEVELS}"
-    logits = anchors.shape[0] * num_classes
+    logits = sum(level.shape[1:].numel() for level in cls_outputs)
     if logits > _LOGITS:
         return f"cls_outputs: an image has {logits} logits, takes {_LOGITS}"
     if min(k, logits) > _PICKS:
@@ -50,8 +51,9 @@ def run(
     num_classes: int,
     k: int,
     limits: Tensor | None,
+    strides: Tensor | None,
 ) -> list[Tensor]:
-    specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits)
+    specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
     boxes, logits, anchor_index, classes = outputs = [spec.empty() for spec in specs]
     batch, kept = logits.shape
     if batch == 0 or kept == 0:
@@ -68,7 +70,6 @@ def run(
     chosen = kept + kept // 8
     of_image = groups * (16 + size) + len(maps) * 2 * _RUN * size + chosen * (16 + 4)
     scratch = torch.empty(batch * of_image, dtype=torch.uint8, device=logits.device)
-    anchors = _cuda.aligned(anchors.to(torch.float32))
     _cuda.launch(
         "decode_topk",
         logits,
@@ -77,9 +78,11 @@ def run(
         classes=num_classes,
         kept=kept,
         room=_ROOM,
-        levels=list(zip(maps, codes, lengths, strict=True)),
-        anchors=anchors,
-        limits=None if limits is None else limits.to(torch.float32).contiguous(),
+        per_location=maps[0].shape[1] // num_classes,
+        levels=list(zip(maps, codes, lengths, [x.shape[3] for x in maps], strict=True)),
+        anchors=_cuda.aligned(anchors.to(torch.float32)),
+        strides=_floats(strides),
+        limits=_floats(limits),
         scratch=scratch,
         scratch_bytes=scratch.numel(),
         boxes=boxes,
@@ -88,3 +91,7 @@ def run(
         classes_of=classes,
     )
     return outputs
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(torch.float32).contiguous()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _cuda, _library, _triton
+from effdet_kernels import _checks, _cuda, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
-from effdet_kernels.ops import _arguments
+from effdet_kernels.ops import _arguments, _cpu
 from effdet_kernels.ops._activations import accumulation_dtype
 from effdet_kernels.ops.decode_topk import reference
 
@@ -22,6 +22,7 @@ def decode_topk(
     num_classes: int,
     k: int,
     limits: Tensor | None = None,
+    strides: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The K largest logits of each image, K = min(k, N * C), and the boxes of their anchors.
 
@@ -36,16 +37,19 @@ def decode_topk(
         box_outputs: per level [B, A * 4, H_l, W_l] codes (ty, tx, th, tw), dtype of
             ``cls_outputs``.
         anchors: [N, 4] float32 or float64, xyxy, in pixels, in level, row, column, anchor order;
-            N = A * sum of H_l * W_l.
+            N = A * sum of H_l * W_l. With ``strides`` [L, A, 4]: those of row 0 and column 0 of
+            each of the L levels.
         num_classes: C, at least 1.
         k: pairs wanted, at least 0; an anchor may appear once for each class.
         limits: [B, 2] (width, height), any floating dtype: boxes are clipped to x in [0, width]
             and y in [0, height]; None: they are not.
+        strides: [L, 2] (x, y), in pixels, dtype of ``anchors``: an anchor of (row, column) is that
+            of (0, 0) moved by (column * x, row * y). None: ``anchors`` has all of them.
 
     Returns:
         boxes: [B, K, 4] float32 (float64 with float64), xyxy, in the unit of ``anchors``.
         logits: [B, K], dtype of ``cls_outputs``, descending.
-        anchor_index: [B, K] int64, row of ``anchors``.
+        anchor_index: [B, K] int64, 0 to N - 1 in the order of level, row, column, anchor.
         classes: [B, K] int64, 0-based.
 
     Equal logits: the lower (anchor, class) first. NaN ranks with +inf, so that it is seen and not
@@ -72,17 +76,23 @@ def decode_topk(
         shape = (batch, 4 * per_location, height, width)
         _arguments.dense(op, f"box_outputs[{i}]", box, shape, first)
         total += per_location * height * width
-    wide = (torch.float32, torch.float64)
-    _checks.tensor(op, "anchors", anchors, (total, 4), dtypes=wide, device=first.device)
+    levels, dtypes = len(cls_outputs), [torch.float32, torch.float64]
+    given = [total, 4]
+    if strides is not None:
+        _checks.tensor(op, "strides", strides, (levels, 2), dtypes=dtypes, device=first.device)
+        given, dtypes = [levels, per_location, 4], [strides.dtype]
+    _checks.tensor(op, "anchors", anchors, given, dtypes=dtypes, device=first.device)
     if limits is not None:
         _checks.tensor(op, "limits", limits, (batch, 2), device=first.device)
-    return _decode_topk(cls_outputs, box_outputs, anchors, num_classes, k, limits)
+    return _decode_topk(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
 
 
-def _out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits) -> list[TensorSpec]:
+def _out_spec(
+    cls_outputs, box_outputs, anchors, num_classes, k, limits, strides
+) -> list[TensorSpec]:
     first = cls_outputs[0]
     batch, device = first.shape[0], first.device
-    kept = min(k, anchors.shape[0] * num_classes)
+    kept = min(k, sum(level.shape[1:].numel() for level in cls_outputs))
     return [
         TensorSpec((batch, kept, 4), accumulation_dtype(first.dtype), device),
         TensorSpec((batch, kept), first.dtype, device),
@@ -91,11 +101,49 @@ def _out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits) -> list
     ]
 
 
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """``x``, or a copy where it is not dense, and whether pixels are inside, not channels."""
+    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return x, True
+    return x.contiguous(memory_format=torch.channels_last), False
+
+
+def _run_cpu(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides):
+    dtype = cls_outputs[0].dtype
+    cls_outputs, box_outputs = _cpu.widened((cls_outputs, box_outputs))
+    specs = _out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
+    boxes, logits, anchor_index, classes = outputs = [spec.empty() for spec in specs]
+    if logits.numel() == 0:
+        return outputs
+    levels = []
+    for cls, box in zip(cls_outputs, box_outputs, strict=True):
+        (cls, planar), (box, box_planar) = _dense(cls), _dense(box)
+        levels.append((cls, box, *cls.shape[2:], planar, box_planar))
+    _native.launch(
+        "decode_topk",
+        dtype=_native.DTYPE_CODES[logits.dtype],
+        batch=len(logits),
+        anchors=_arguments.anchors_per_location("decode_topk", cls_outputs[0], num_classes),
+        classes=num_classes,
+        levels=levels,
+        kept=logits.shape[1],
+        anchor_boxes=anchors.to(boxes.dtype if strides is None else torch.float64).contiguous(),
+        strides=None if strides is None else strides.to(torch.float64).contiguous(),
+        limits=None if limits is None else limits.to(boxes.dtype).contiguous(),
+        boxes=boxes,
+        logits=logits,
+        anchor_index=anchor_index,
+        classes_of=classes,
+    )
+    return boxes, logits.to(dtype), anchor_index, classes
+
+
 _decode_topk = _library.define(
     "decode_topk(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, SymInt num_classes,"
-    " SymInt k, Tensor? limits) -> (Tensor, Tensor, Tensor, Tensor)",
+    " SymInt k, Tensor? limits, Tensor? strides) -> (Tensor, Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
     impls={
+        "cpu": _run_cpu,
         "triton": _triton.deferred("effdet_kernels.ops.decode_topk.triton_fwd"),
         "cuda": _cuda.Implementation("effdet_kernels.ops.decode_topk.cuda"),
         "reference": reference.decode_topk,

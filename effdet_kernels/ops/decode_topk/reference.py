@@ -31,6 +31,19 @@ def _top(values: Tensor, k: int) -> Tensor:
     return chosen[key[chosen].argsort(descending=True, stable=True)]
 
 
+def grid(anchors: Tensor, strides: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """All anchors [N, 4] of levels that have the sizes of ``maps``, from the first ones [L, A, 4]."""
+    levels = []
+    for level, first, stride in zip(maps, anchors, strides, strict=True):
+        x, y = (
+            stride[side] * torch.arange(level.shape[3 - side], device=stride.device)
+            for side in range(2)
+        )
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + first).flatten(0, 2))
+    return torch.cat(levels)
+
+
 def decode_topk(
     cls_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
@@ -38,6 +51,7 @@ def decode_topk(
     num_classes: int,
     k: int,
     limits: Tensor | None,
+    strides: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best (anchor, class) logits of each image, and their boxes from (ty, tx, th, tw)."""
     logits = _rows(cls_outputs, num_classes).flatten(1)
@@ -47,6 +61,9 @@ def decode_topk(
     flat = torch.stack(picks) if picks else logits.new_zeros((0, k), dtype=torch.long)
     anchor_index = flat // num_classes
     code = codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4))
+    if strides is not None:
+        wide = torch.promote_types(anchors.dtype, code.dtype)
+        anchors = grid(anchors.to(wide), strides.to(wide), cls_outputs)
     corners = anchors.to(code.dtype)[anchor_index]
     size = corners[..., 2:] - corners[..., :2]
     centre = (corners[..., :2] + corners[..., 2:]) / 2

@@ -24,13 +24,17 @@ def _case(
     classes: int = 3,
     per_location: int = 3,
     limits: bool = True,
+    strides: Sequence[tuple[float, float]] | None = None,
     ties: bool = False,
     spoilt: bool = False,
     code: float = 0.5,
     tags: frozenset[str] = frozenset(),
     times: int = 1,
 ) -> Case:
-    """Levels of ``sizes`` (H, W); ``ties``: few values; ``spoilt``: some NaN, some infinite."""
+    """Levels of ``sizes`` (H, W), with anchors of a grid if ``strides`` (x, y) are given.
+
+    ``ties``: few values; ``spoilt``: some NaN, some infinite.
+    """
 
     def make(g) -> Inputs:
         logits = [normal(g, batch, per_location * classes, *size, std=2) for size in sizes]
@@ -40,16 +44,24 @@ def _case(
             for place, value in enumerate((torch.inf, torch.nan, -torch.inf, torch.inf)):
                 for level in logits:
                     level.view(-1)[place :: level.numel() // 3 + 1] = value
-        total = per_location * sum(height * width for height, width in sizes)
-        corner = uniform(g, total, 2, low=-16, high=112)
-        extent = uniform(g, total, 2, low=8, high=64)
+        if strides is None:
+            given = [per_location * sum(height * width for height, width in sizes)]
+            steps, image = None, torch.tensor(128.0)
+            corner = uniform(g, *given, 2, low=-16, high=112)
+        else:
+            given = [len(sizes), per_location]
+            steps = torch.tensor(strides, dtype=torch.float64)
+            image = steps[0] * torch.tensor(sizes[0][::-1])
+            corner = uniform(g, *given, 2, low=-32, high=16)
+        extent = uniform(g, *given, 2, low=8, high=64)
         return {
             "cls_outputs": logits,
             "box_outputs": [normal(g, batch, per_location * 4, *size, std=code) for size in sizes],
-            "anchors": torch.cat([corner, corner + extent], 1),
+            "anchors": torch.cat([corner, corner + extent], -1),
             "num_classes": classes,
             "k": k,
-            "limits": uniform(g, batch, 2, low=64, high=96) if limits else None,
+            "limits": uniform(g, batch, 2, low=0.5, high=0.75) * image if limits else None,
+            "strides": steps,
         }
 
     if ties or spoilt:  # the smallest change of an equal logit exchanges whole boxes
@@ -58,19 +70,26 @@ def _case(
 
 
 def _real(name: str, largest: int, *, batch: int = 2, tags=BENCH, times: int = 1) -> Case:
-    """The five levels of a model for COCO, the largest of ``largest`` pixels a side."""
+    """The five levels of a model for COCO, the largest of ``largest`` pixels a side; anchors of a grid."""
     sizes = [(largest >> level, largest >> level) for level in range(5)]
+    strides = [(8.0 * 2**level, 8.0 * 2**level) for level in range(5)]
     options: Inputs = {"classes": 90, "per_location": 9, "tags": tags, "times": times}
-    return _case(name, sizes, k=5000, batch=batch, **options)
+    return _case(name, sizes, k=5000, batch=batch, strides=strides, **options)
 
 
 def _picked(a: Inputs, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of anchors ``index``: codes (tx, ty, tw, th), sizes, and magnitudes of the centres."""
+    """Of anchors ``index``: codes (tx, ty, tw, th), and magnitudes of the sizes and the centres."""
     codes = reference._rows(a["box_outputs"], 4)
     code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))[..., [1, 0, 3, 2]]
-    corners = a["anchors"][index]
-    size = (corners[..., 2:] - corners[..., :2]).abs()
-    return code, size, corners[..., :2].abs() + corners[..., 2:].abs()
+    anchors, strides = a["anchors"], a["strides"]
+    if strides is None:
+        corners = anchors[index]
+        size = (corners[..., 2:] - corners[..., :2]).abs()
+        return code, size, corners[..., :2].abs() + corners[..., 2:].abs()
+    # A corner is a sum, and a size the difference of two.
+    corners = reference.grid(anchors.abs(), strides.abs(), a["cls_outputs"])[index]
+    centre = corners[..., :2] + corners[..., 2:]
+    return code, centre, centre
 
 
 def _magnitude(**a: Any) -> list[Tensor]:
@@ -113,12 +132,15 @@ def _counts(a: Inputs) -> tuple[int, int, int]:
 
 
 def _bytes(**a: Any) -> int:
-    """Every logit; a code and an anchor per pick; the outputs."""
+    """Every logit; a code per pick, and its anchor or, once, all those of a grid; the outputs."""
     images, candidates, picks = _counts(a)
-    codes, anchors = a["box_outputs"][0], a["anchors"]
-    boxes = min(picks, candidates // a["num_classes"])
-    read = nbytes(a["cls_outputs"], a["limits"])
-    read += images * boxes * 4 * (codes.element_size() + anchors.element_size())
+    codes, anchors, strides = a["box_outputs"][0], a["anchors"], a["strides"]
+    boxes = images * min(picks, candidates // a["num_classes"])
+    read = nbytes(a["cls_outputs"], a["limits"]) + boxes * 4 * codes.element_size()
+    if strides is None:
+        read += boxes * 4 * anchors.element_size()
+    else:
+        read += nbytes(anchors, strides)
     return read + images * picks * _pick_bytes(a)
 
 
@@ -164,6 +186,10 @@ def _limits_swapped(a: Inputs) -> Inputs:
     return {"limits": None if a["limits"] is None else a["limits"].flip(1)}
 
 
+def _strides_swapped(a: Inputs) -> Inputs:
+    return {"strides": None if a["strides"] is None else a["strides"].flip(1)}
+
+
 def _class_major(a: Inputs) -> Inputs:
     """Channels read as [C, A] in place of [A, C]."""
     shape = (a["num_classes"], -1)
@@ -193,6 +219,7 @@ def _higher_index_first(**a: Any) -> tuple[Tensor, ...]:
 
 _reference = reference.decode_topk
 _vectors = functools.partial(_case, tags=VECTORS)
+_STRIDES = ((100 / 13, 8.0), (100 / 7, 17.5))  # of two levels
 
 SPEC = OpSpec(
     name="decode_topk",
@@ -209,12 +236,19 @@ SPEC = OpSpec(
         _case("one_pixel", [(1, 1)], k=2, batch=1, classes=1),
         _case("none_wanted", [(2, 2)], k=0),
         _case("no_images", [(2, 2), (1, 1)], k=5, batch=0),
+        _case("grid", [(3, 4), (2, 2)], k=20, strides=_STRIDES),
+        _case("grid_unclipped", [(5, 2), (2, 3)], k=25, limits=False, strides=_STRIDES),
+        _case("grid_ties", [(3, 4), (2, 2)], k=31, ties=True, strides=_STRIDES),
+        _case("grid_one_anchor", [(4, 3)], k=9, per_location=1, strides=[(8.0, 16.0)]),
+        _case("grid_more_than_all", [(2, 3), (1, 1)], k=1000, batch=3, strides=_STRIDES),
         _case("blocks", [(16, 17), (8, 9)], k=300, classes=29, per_location=9, tags=BLOCKS),
         _case("blocks_ties", [(16, 17), (8, 9)], k=1500, classes=29, ties=True, tags=BLOCKS),
+        _case("blocks_grid", [(13, 16), (7, 9)], k=300, classes=7, strides=_STRIDES, tags=BLOCKS),
         _vectors("odd_lengths", [(5, 7), (3, 3), (1, 1)], k=100, batch=3, classes=5),
         _vectors("few_of_many", [(9, 11), (4, 4)], k=3, classes=8),
         _vectors("few_of_many_tied", [(9, 11), (4, 4)], k=13, classes=9, ties=True),
         _vectors("few_of_many_spoilt", [(9, 11), (5, 4)], k=4, classes=7, spoilt=True),
+        _vectors("grid_few_of_many", [(9, 13), (5, 7)], k=11, classes=8, strides=_STRIDES),
         _real("d0", 64, batch=1),
         _real("d0_batch8", 64, batch=8, tags=GPU),
         _real("d0_batch128", 64, tags=GPU, times=64),
@@ -227,12 +261,13 @@ SPEC = OpSpec(
         "boxes in yxyx": _yxyx,
         "codes in xy order": mutant(_reference, _codes_swapped),
         "limits in (H, W)": mutant(_reference, _limits_swapped),
+        "strides in (y, x)": mutant(_reference, _strides_swapped),
         "no clipping": mutant(_reference, lambda a: {"limits": None}),
         "class-major channels": mutant(_reference, _class_major),
         "higher index first on ties": _higher_index_first,
     },
     diff_args=("cls_outputs", "box_outputs"),
-    keep_wide=("anchors", "limits"),
+    keep_wide=("anchors", "limits", "strides"),
     batched=("cls_outputs", "box_outputs", "limits"),
     magnitude=_magnitude,
     reduction=lambda **_: 4,

@@ -12,7 +12,7 @@ from effdet_kernels import _library, _triton
 from effdet_kernels.ops import _gpu
 from effdet_kernels.ops._gradients import chosen, wanted
 from effdet_kernels.ops._tl import revealed
-from effdet_kernels.ops.decode_topk.triton_fwd import corners
+from effdet_kernels.ops.decode_topk.triton_fwd import corners, widths
 from effdet_kernels.ops.decode_topk.triton_search import block_of_list, levels
 from effdet_kernels.ops.decode_topk.triton_sort import sort
 from effdet_kernels.ops.detection_loss.triton_fwd import flat_maps, of_level
@@ -42,10 +42,11 @@ def _unclipped(grad, x, limit):
     return tl.where(clipped == limit, grad * 0.5, grad)
 
 
-@triton.jit(do_not_specialize=["kept", "classes"])
+@triton.jit(do_not_specialize=["kept", "classes", "per_location"])
 def decode_topk_bwd_codes_kernel(
-    grad_ptr, anchor_index_ptr, order_ptr, code_ptrs, anchor_ptr, limit_ptr, dx_ptrs,
-    units, firsts, kept, classes, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, anchor_index_ptr, order_ptr, code_ptrs, anchor_ptr, stride_ptr, limit_ptr, dx_ptrs,
+    units, firsts, widths, kept, classes, per_location,
+    UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK places of an image's picks in the order of their anchors; the first of each anchor adds up.
 
@@ -80,7 +81,8 @@ def decode_topk_bwd_codes_kernel(
     anchor = anchor.to(tl.int32)
     for side in tl.static_range(2):
         size, half, low, high, code_at = corners(
-            code_ptrs, anchor_ptr, units, firsts, image, anchor, first, classes, UNIT, ACC, side
+            code_ptrs, anchor_ptr, stride_ptr, units, firsts, widths, image, anchor, first, classes,
+            per_location, UNIT, ACC, side,
         )  # fmt: skip
         of_low, of_high = (x0, x1) if side == 0 else (y0, y1)
         if limit_ptr is not None:
@@ -104,6 +106,7 @@ def run(
     num_classes: int,
     k: int,
     limits: Tensor | None,
+    strides: Tensor | None,
     picks: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -130,8 +133,9 @@ def run(
             _triton.launch(
                 decode_topk_bwd_codes_kernel, batch * triton.cdiv(kept, options["BLOCK"]),
                 of_boxes.contiguous(), anchor_index, sort((-anchor_index).int()),
-                flat_maps(box_outputs), anchors.contiguous(), _gpu.dense(limits), d_box,
-                units, firsts, kept, num_classes,
+                flat_maps(box_outputs), anchors.contiguous(), _gpu.dense(strides), _gpu.dense(limits), d_box,
+                units, firsts, widths(cls_outputs, strides), kept, num_classes,
+                cls_outputs[0].shape[1] // num_classes,
                 UNIT=unit, ACC=_gpu.accumulator(of_boxes.dtype), **options,
             )  # fmt: skip
     return [*chosen(d_cls, of_cls if d_cls else ()), *chosen(d_box, of_box if d_box else ())]

@@ -18,13 +18,23 @@ from effdet_kernels.ops.detection_loss.triton_fwd import flat_maps, of_level
 
 
 @triton.jit
+def _level_of(firsts, logit):
+    """The number of the level of a logit."""
+    level = tl.zeros_like(logit)
+    for i in tl.static_range(1, len(firsts)):
+        level += (logit >= revealed(firsts[i])).to(level.dtype)
+    return level
+
+
+@triton.jit
 def corners(
-    code_ptrs, anchor_ptr, units, firsts, image, anchor, inside, classes,
-    UNIT: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
+    code_ptrs, anchor_ptr, stride_ptr, units, firsts, widths, image, anchor, inside, classes,
+    per_location, UNIT: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Of anchors, along SIDE (0: x, 1: y): size, half of the box's, and the box's two corners.
 
-    And where in the maps of codes that of the offset is; that of the size is two further.
+    And where in the maps of codes that of the offset is; that of the size is two further. stride_ptr None: all anchors
+    are given. Else those of each level's first location, of which there are ``per_location``; rows have ``widths``.
     """
     logit = anchor * classes
     first = revealed(of_level(firsts, firsts, logit)) // classes
@@ -33,12 +43,23 @@ def corners(
     code_ptr = of_level(code_ptrs, firsts, logit) + at
     offset = tl.load(code_ptr, mask=inside, other=0.0).to(ACC)
     extent = tl.load(code_ptr + 2, mask=inside, other=0.0).to(ACC)
-    low_ptr = anchor_ptr + anchor.to(tl.int64) * 4 + SIDE
+    given = anchor
+    if stride_ptr is not None:
+        level = _level_of(firsts, logit)
+        location = (anchor - first) // per_location
+        width = revealed(of_level(widths, firsts, logit))
+        step = location // width if SIDE == 1 else location % width
+        stride = tl.load(stride_ptr + level * 2 + SIDE, mask=inside, other=0.0).to(ACC)
+        given = level * per_location + (anchor - first - location * per_location)
+    low_ptr = anchor_ptr + given.to(tl.int64) * 4 + SIDE
     low = tl.load(low_ptr, mask=inside, other=0.0).to(ACC)
     high = tl.load(low_ptr + 2, mask=inside, other=0.0).to(ACC)
     size = high - low
     half = tl.exp(extent) * size * 0.5
-    centre = offset * size + (low + high) * 0.5
+    middle = (low + high) * 0.5
+    if stride_ptr is not None:
+        middle += step.to(ACC) * stride
+    centre = offset * size + middle
     return size, half, centre - half, centre + half, at
 
 
@@ -48,10 +69,11 @@ def _clipped(x, limit):
     return tl.minimum(tl.where(x < 0, 0.0, x), limit, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["kept", "parents", "classes"])
+@triton.jit(do_not_specialize=["kept", "parents", "classes", "per_location"])
 def decode_topk_decode_kernel(
     box_ptr, logit_ptr, anchor_index_ptr, class_ptr, order_ptr, row_ptr, parent_ptr,
-    logit_ptrs, code_ptrs, anchor_ptr, limit_ptr, units, firsts, kept, parents, classes,
+    logit_ptrs, code_ptrs, anchor_ptr, stride_ptr, limit_ptr, units, firsts, widths,
+    kept, parents, classes, per_location,
     UNIT: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program: the outputs of BLOCK picks of an image, logits that ``located`` finds."""
@@ -69,13 +91,19 @@ def decode_topk_decode_kernel(
     tl.store(class_ptr + to, (flat - anchor * classes).to(tl.int64), mask=inside)
     for side in tl.static_range(2):
         _, _, low, high, _ = corners(
-            code_ptrs, anchor_ptr, units, firsts, image, anchor, inside, classes, UNIT, ACC, side
+            code_ptrs, anchor_ptr, stride_ptr, units, firsts, widths, image, anchor, inside, classes,
+            per_location, UNIT, ACC, side,
         )  # fmt: skip
         if limit_ptr is not None:
             limit = tl.load(limit_ptr + image * 2 + side).to(ACC)
             low, high = _clipped(low, limit), _clipped(high, limit)
         tl.store(box_ptr + to * 4 + side, low, mask=inside)
         tl.store(box_ptr + to * 4 + side + 2, high, mask=inside)
+
+
+def widths(maps: Sequence[Tensor], strides: Tensor | None) -> tuple[int, ...] | None:
+    """The ``corners`` argument; with None for strides it is not needed."""
+    return None if strides is None else _gpu.opaque(*(x.shape[3] for x in maps))
 
 
 def run(
@@ -85,8 +113,9 @@ def run(
     num_classes: int,
     k: int,
     limits: Tensor | None,
+    strides: Tensor | None,
 ) -> list[Tensor]:
-    specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits)
+    specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
     outputs = _gpu.allocate(specs)
     batch, kept = outputs[1].shape
     if kept == 0:
@@ -98,7 +127,8 @@ def run(
     _triton.launch(
         decode_topk_decode_kernel, batch * triton.cdiv(kept, options["BLOCK"]),
         *outputs, sort(keys), rows, parents, maps, flat_maps(box_outputs),
-        anchors.contiguous(), _gpu.dense(limits), units, firsts, kept, parents.shape[1], num_classes,
+        anchors.contiguous(), _gpu.dense(strides), _gpu.dense(limits), units, firsts, widths(maps, strides),
+        kept, parents.shape[1], num_classes, maps[0].shape[1] // num_classes,
         UNIT=unit, EACH=each, ACC=_gpu.accumulator(maps[0].dtype), **options,
     )  # fmt: skip
     return outputs
