@@ -61,7 +61,8 @@ class Anchors(nn.Module):
     The buffer ``boxes`` is ``[N, 4]`` float32 (y_min, x_min, y_max, x_max) in pixels of an image of
     ``image_size``, not clipped. Its order: level, row, column, scale octave, aspect ratio. It
     stays float32 when the module is cast, since half precision would move boxes by up to half a
-    pixel.
+    pixel. A program may replace it, or write to it, but not through ``.data`` or numpy, which leaves
+    no trace: then ``grid`` does not see it.
 
     Args:
         min_level: first pyramid level; level l has stride 2 ** l.
@@ -115,6 +116,8 @@ class Anchors(nn.Module):
         self.config = self._generate_configs()
         self.register_buffer("boxes", self._generate_boxes())
         self._other_sizes: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._seen: tuple[Tensor, int, int, bool] | None = None
 
     @classmethod
     def from_config(cls, config) -> Anchors:
@@ -144,6 +147,36 @@ class Anchors(nn.Module):
                 self._other_sizes.clear()
             self._other_sizes[key] = boxes
         return boxes
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """What ``boxes_for`` gives, in a few numbers: ``anchors`` and ``strides`` of ``decode_topk``.
+
+        Returns:
+            Per level the anchors of its first location ``[L, A, 4]``, here (x_min, y_min, x_max,
+            y_max), and its stride ``[L, 2]``, (x, y), in pixels; float64 on a CPU, else float32;
+            some are kept. None where ``boxes`` may have other values: they were replaced, and of
+            replicas, of tensors without values or versions, and in code that is compiled or traced.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or "_is_replica" in vars(self):
+            return None
+        size = _checked_size(image_size)
+        if type(self.boxes) is not Tensor or self.boxes.is_meta:
+            return None
+        if size == self.image_size and not self._boxes_are_generated():
+            return None
+        device = self.boxes.device
+        key = (*size, device)
+        grid = self._grids.get(key)
+        if grid is None:
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            other = None if size == self.image_size else size
+            with torch.inference_mode(False):  # for calls with gradients as well
+                first, stride = (t.to(device, dtype) for t in self._generate_grid(other))
+            grid = first, stride
+            if len(self._grids) >= _SIZES_KEPT:
+                self._grids.clear()
+            self._grids[key] = grid
+        return grid
 
     def level_sizes(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """Feature map (H, W) per pyramid level, of ``self.image_size`` by default."""
@@ -188,12 +221,38 @@ class Anchors(nn.Module):
             levels.append(boxes.reshape(-1, 4))
         return torch.from_numpy(np.concatenate(levels).astype(np.float32))
 
+    def _generate_grid(self, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """``[L, A, 4]`` (x, y, x, y) of row 0 and column 0, and strides ``[L, 2]`` (x, y), float64."""
+        configs = self.config if image_size is None else self._generate_configs(image_size)
+        first, strides = [], []
+        for config in configs.values():
+            stride = np.array(config[0][0])
+            half = np.array([_half_size(*entry) for entry in config])  # [A, 2], (y, x)
+            corners = [(stride / 2 - half)[:, ::-1], (stride / 2 + half)[:, ::-1]]
+            first.append(np.concatenate(corners, axis=-1))
+            strides.append(stride[::-1])
+        return torch.from_numpy(np.stack(first)), torch.from_numpy(np.stack(strides))
+
+    def _boxes_are_generated(self) -> bool:
+        """Whether ``boxes`` has the values that the arguments give; compared when it has changed."""
+        boxes = self.boxes
+        if boxes.is_inference():  # has no version
+            return False
+        address, version = boxes.data_ptr(), boxes._version
+        seen = self._seen
+        if seen is None or seen[0] is not boxes or seen[1:3] != (address, version):
+            same = torch.equal(boxes.cpu(), self._generate_boxes())
+            self._seen = seen = boxes, address, version, same
+        return seen[3]
+
     def _apply(self, fn, recurse: bool = True) -> Anchors:
         boxes = self.boxes
         super()._apply(fn, recurse)
         if self.boxes.dtype != torch.float32:
             self.boxes = boxes.to(self.boxes.device)
         self._other_sizes.clear()
+        self._grids.clear()
+        self._seen = None
         return self
 
 

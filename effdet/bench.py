@@ -154,21 +154,28 @@ class _DetBench(nn.Module):
         self._head_key = key
         return True
 
+    def _anchors_for(self, image_size: Size) -> tuple[Tensor, Tensor | None]:
+        """``anchors`` and ``strides`` of ``decode_topk`` for images of a size."""
+        grid = self.anchors.grid(image_size)
+        return (swap_xy(self.anchors.boxes_for(image_size)), None) if grid is None else grid
+
     def _detect(
         self,
         cls_outputs: Sequence[Tensor],
         box_outputs: Sequence[Tensor],
-        anchor_boxes: Tensor,
+        anchors: Tensor,
+        strides: Tensor | None,
         img_scale: Tensor | None,
         img_size: Tensor | None,
     ) -> Tensor:
         boxes, logits, _, classes = decode_topk(
             cls_outputs,
             box_outputs,
-            swap_xy(anchor_boxes),
+            anchors,
             num_classes=self.num_classes,
             k=self.max_detection_points,
             limits=clip_limits(img_size, img_scale, cls_outputs[0].shape[0]),
+            strides=strides,
         )
         return detection_rows(
             boxes.float(), logits, classes, img_scale, self.max_det_per_image, self.soft_nms
@@ -212,7 +219,7 @@ class DetBenchPredict(_DetBench):
         if img_info is not None:
             img_scale = _float(_require(img_info, "img_info", "img_scale"))
             img_size = _float(_require(img_info, "img_info", "img_size"))
-        inputs = x, self.anchors.boxes_for(spatial_size(x)), img_scale, img_size
+        inputs = x, *self._anchors_for(spatial_size(x)), img_scale, img_size
         rows = None
         if type(self.model) is EfficientDet:  # anything else may do more than compute
             settings = self.max_detection_points, self.max_det_per_image, self.soft_nms
@@ -222,12 +229,13 @@ class DetBenchPredict(_DetBench):
     def _predict(
         self,
         x: Tensor,
-        anchor_boxes: Tensor,
+        anchors: Tensor,
+        strides: Tensor | None,
         img_scale: Tensor | None,
         img_size: Tensor | None,
     ) -> Tensor:
         cls_outputs, box_outputs = self.model(x)
-        return self._detect(cls_outputs, box_outputs, anchor_boxes, img_scale, img_size)
+        return self._detect(cls_outputs, box_outputs, anchors, strides, img_scale, img_size)
 
     def warmup(
         self,
@@ -320,7 +328,7 @@ class DetBenchTrain(_DetBench):
             output["detections"] = self._detect(
                 cls_outputs,
                 box_outputs,
-                self.anchors.boxes_for(input_size),
+                *self._anchors_for(input_size),
                 _require(target, "target", "img_scale"),
                 _require(target, "target", "img_size"),
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 
 from effdet.anchors import Anchors, get_feat_sizes
 from effdet.config import get_efficientdet_config
+from effdet_kernels.ops.decode_topk import reference
 
 PAIRS = [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]
 
@@ -101,6 +103,102 @@ def test_boxes_for_many_sizes_keeps_few():
         anchors.boxes_for((side, side))
     assert len(anchors._other_sizes) <= 8
     assert torch.equal(anchors.boxes_for((8, 8)), make((8, 8)).boxes)
+
+
+def whole(anchors: Anchors, size) -> torch.Tensor:
+    """All boxes that the grid of a size stands for, as ``boxes`` has them."""
+    maps = [torch.empty(1, 1, *level) for level in anchors.level_sizes(size)]
+    return reference.grid(*anchors.grid(size), maps).float()[:, [1, 0, 3, 2]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"anchor_scale": [4.0, 3.0, 5.0, 4.0, 2.5]}])
+@pytest.mark.parametrize("size", [(128, 192), (512, 512), (100, 333), (33, 7), (1000, 1537)])
+def test_the_grid_stands_for_the_boxes(size, changes):
+    bits = {"rtol": 0, "atol": 0} if size[0] % 128 == 0 else {"rtol": 2**-23, "atol": 1e-12}
+    for anchors in (make(size, **changes), make(**changes)):
+        first, strides = anchors.grid(size)
+        assert (first.shape, strides.shape) == ((5, 9, 4), (5, 2))
+        torch.testing.assert_close(whole(anchors, size), anchors.boxes_for(size), **bits)
+        assert anchors.grid(size)[0] is first
+    rows, columns = anchors.level_sizes(size)[0]
+    assert strides[0].tolist() == [size[1] / columns, size[0] / rows]
+
+
+def test_few_grids_are_kept():
+    anchors = make()
+    for side in range(8, 60):
+        anchors.grid((side, side))
+    assert len(anchors._grids) <= 8
+    assert torch.equal(whole(anchors, (8, 8)), make((8, 8)).boxes)
+
+
+def _assigned(anchors: Anchors) -> None:
+    anchors.boxes = anchors.boxes + 1
+
+
+def _written(anchors: Anchors) -> None:
+    anchors.boxes[7, 2] += 1
+
+
+def _moved(anchors: Anchors) -> None:
+    anchors.boxes.data = anchors.boxes * 2
+
+
+def _loaded(anchors: Anchors) -> None:
+    anchors.load_state_dict({"boxes": anchors.boxes.flip(0)})
+
+
+@pytest.mark.parametrize("change", [_assigned, _written, _moved, _loaded])
+@pytest.mark.parametrize("used", [False, True])
+def test_boxes_that_were_changed_are_no_grid(change, used):
+    anchors = make()
+    if used:
+        assert anchors.grid((128, 192)) is not None
+    change(anchors)
+    for each in (anchors, copy.deepcopy(anchors), pickle.loads(pickle.dumps(anchors))):
+        assert each.grid((128, 192)) is None
+        assert torch.equal(whole(each, (64, 64)), make((64, 64)).boxes)
+    anchors.load_state_dict(make().state_dict())
+    assert torch.equal(whole(anchors, (128, 192)), anchors.boxes)
+
+
+def test_the_same_boxes_loaded_copied_and_cast_stay_a_grid():
+    anchors = make()
+    for _ in range(2):
+        for each in (
+            anchors,
+            copy.deepcopy(anchors),
+            pickle.loads(pickle.dumps(anchors)),
+            make().double().float().half(),
+        ):
+            assert torch.equal(whole(each, (128, 192)), make().boxes)
+        anchors.load_state_dict(make().state_dict())
+
+
+def test_boxes_are_compared_when_they_change_only(monkeypatch):
+    anchors = make()
+    calls = []
+    generate = anchors._generate_boxes
+    monkeypatch.setattr(anchors, "_generate_boxes", lambda: calls.append(1) or generate())
+    for _ in range(3):
+        anchors.grid((128, 192))
+    anchors.load_state_dict(make().state_dict())
+    for _ in range(3):
+        anchors.grid((128, 192))
+    assert len(calls) == 2
+
+
+def test_tensors_without_values_or_versions_are_no_grid():
+    assert make().to("meta").grid((128, 192)) is None
+    with torch.inference_mode():
+        assert make().grid((128, 192)) is None
+
+
+def test_a_grid_made_in_inference_mode_serves_calls_with_gradients():
+    anchors = make()
+    with torch.inference_mode():
+        grid = anchors.grid((128, 192))
+    assert not any(t.is_inference() for t in grid)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,52 @@ def test_half_bench_has_exact_anchors():
     assert torch.equal(confident(rows[0])[:, :4], confident(exact[0])[:, :4])
 
 
+class AnySize(Maps):
+    """Maps of the size of the images, always the same."""
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        levels = Anchors.from_config(self.config).level_sizes(tuple(x.shape[2:]))
+        draw = [torch.randn(len(x), 54, *level, generator=generator) for level in levels]
+        return [level[:, :18] for level in draw], [level[:, 18:] for level in draw]
+
+
+@pytest.mark.parametrize("size", [SIZE, (128, 128), (100, 333), (33, 7)])
+def test_anchors_of_a_grid_give_what_stored_ones_give(size, monkeypatch):
+    bench = DetBenchPredict(AnySize())
+    x = torch.zeros(2, 3, *size)
+    info = {"img_scale": torch.ones(2), "img_size": torch.tensor([[size[1] - 5.0, size[0]]] * 2)}
+    computed = bench(x), bench(x, info)
+    assert bench.anchors._grids
+    monkeypatch.setattr(bench.anchors, "grid", lambda size: None)
+    for rows, stored in zip(computed, (bench(x), bench(x, info)), strict=True):
+        torch.testing.assert_close(rows, stored, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_replaced_anchors_are_honoured(used, in_place):
+    model = Maps()
+    model.see(0, 3, 5, label=1, logit=2.0)
+    exact = confident(predict(model)[0])
+    bench = DetBenchPredict(model)
+    x = torch.zeros(1, 3, *SIZE)
+    if used:
+        bench(x)
+    if in_place:
+        bench.anchors.boxes += torch.tensor([3.0, 1.0, 3.0, 1.0])  # y, x, y, x
+    else:
+        state = bench.state_dict()
+        state["anchors.boxes"] = state["anchors.boxes"] + torch.tensor([3.0, 1.0, 3.0, 1.0])
+        bench.load_state_dict(state)
+    moved = exact.clone()
+    moved[:, :4] += torch.tensor([1.0, 3.0, 1.0, 3.0])  # x, y, x, y
+    for each in (bench, copy.deepcopy(bench), pickle.loads(pickle.dumps(bench))):
+        torch.testing.assert_close(confident(each(x)[0]), moved)
+    bench.load_state_dict(DetBenchPredict(model).state_dict())
+    assert torch.equal(confident(bench(x)[0]), exact)
+
+
 def test_parts_give_what_the_bench_gives():
     model = Maps(batch=2, num_classes=3)
     generator = torch.Generator().manual_seed(0)

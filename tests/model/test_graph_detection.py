@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import effdet
+from effdet.anchors import Anchors
 from effdet.graph import Graph
 from effdet.plan import use_plan
 from effdet_kernels import _library
@@ -98,6 +99,27 @@ def test_detection_with_integers_or_on_another_image_size(bench, captures):
     got = rows(bench, x, info)
     with use_plan(False):
         assert torch.equal(got, rows(bench, x, info)) and got.shape == want.shape
+
+
+def test_detection_by_a_graph_follows_the_anchors(bench, captures):
+    x = image()
+    config = bench.config
+    arguments = config.num_scales, config.aspect_ratios, config.anchor_scale, x.shape[2:]
+    bench.anchors = Anchors(config.min_level, config.max_level, *arguments).eval()
+    state = copy.deepcopy(bench.anchors.state_dict())
+    exact = rows(bench, x)
+    bench.anchors.boxes += 1
+    moved = rows(bench, x)
+    with use_plan(False):
+        assert torch.equal(moved, rows(bench, x))
+    assert not torch.equal(moved, exact)
+    bench.anchors.boxes -= 2
+    with use_plan(False):
+        want = rows(bench, x)
+    assert torch.equal(rows(bench, x), want) and not torch.equal(want, moved)
+    bench.anchors.load_state_dict(state)
+    assert torch.equal(rows(bench, x), exact)
+    assert [c.replays for c in captures] == [2, 2]  # of a grid, of stored anchors
 
 
 def test_detection_that_cannot_be_captured_still_runs_the_network_by_a_graph(
