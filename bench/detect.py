@@ -1,7 +1,8 @@
 """``python -m bench detect``: what comes after the network, in float32.
 
 Direction "nms": candidates to picks, gaussian soft-NMS (sigma 0.5, scores above 0.001) and NMS (IoU above 0.5), at most
-100 picks an image. Direction "postprocess": head outputs to detection rows, by the same two.
+100 picks an image; of one image also to completion, and of one class. Direction "postprocess": head outputs to rows, by
+the same two. Direction "predict": images to rows, by soft-NMS.
 
 Coordinates of candidates are multiples of 1/16 pixel and not negative. Then boxes shifted by class, as PyPI effdet has
 them, and integer rectangles, as OpenCV has them, are exact, and all engines compute the same function. What an engine
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import effdet
 from bench import machine, peers
-from bench.model import default_size, has_kernels
+from bench.model import build, default_size, has_kernels, images, weights
 from bench.peers import candidates
 from bench.peers.contest import Check, Engine, compete, here, peer
 from bench.peers.replay import Rule, worst_share
@@ -72,6 +73,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                     run = functools.partial(_measure_rows, args, found, name, size, batch, hard)
                     case = f"{size}x{size} b{batch} {_label(hard)}"
                     yield Job("detect", name, case, "postprocess", "fp32", args.device, run)
+                    if not hard:
+                        run = functools.partial(_measure_predict, args, found, name, size, batch)
+                        yield Job("detect", name, case, "predict", "fp32", args.device, run)
 
 
 def _nms_jobs(
@@ -82,13 +86,19 @@ def _nms_jobs(
     sources: dict[str, Callable[[], dict[str, Tensor]]] = {
         f"{count} of 90 classes": lambda: candidates.synthetic(few, count, 90)
     }
+    if batch == 1:
+        sources[f"{count} of one class"] = lambda: candidates.synthetic(1, count, 1)
     if args.data is not None:
         file = args.data / "detections" / "raw_candidates.npz"
         sources["photos"] = lambda: candidates.of_photos(file, few)
     for source, draw in sources.items():
-        run = functools.partial(_measure_picks, args, found, draw, batch, hard)
-        case = f"{source} b{batch} {_label(hard)}"
-        yield Job("detect", "soft_nms", case, "nms", "fp32", args.device, run)
+        limits = {"": MAX_DET}
+        if batch == 1 and source != "photos":
+            limits[" all"] = count
+        for label, max_det in limits.items():
+            run = functools.partial(_measure_picks, args, found, draw, batch, hard, max_det)
+            case = f"{source} b{batch} {_label(hard)}{label}"
+            yield Job("detect", "soft_nms", case, "nms", "fp32", args.device, run)
 
 
 def _label(hard: bool) -> str:
@@ -104,20 +114,21 @@ def _measure_picks(
     draw: Callable[[], dict[str, Tensor]],
     batch: int,
     hard: bool,
+    max_det: int,
 ) -> list[Row]:
     drawn = draw()
     few, count = drawn["scores"].shape
     repeated = {name: _repeated(t, batch) for name, t in drawn.items()}
-    rule = Rule(hard, SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET)
+    rule = Rule(hard, SIGMA, HARD_IOU, SCORE_THRESHOLD, max_det)
 
     def error(outputs: list[Tensor]) -> float:
         images = zip(drawn["boxes"], drawn["scores"], drawn["classes"], *outputs, strict=True)
         return max(worst_share(rule, *image) for image in images)
 
-    engines = _own_pickers(repeated, hard, args.device)
+    engines = _own_pickers(repeated, hard, max_det, args.device)
     if found is not None:
-        engines += _peer_pickers(found, repeated, hard, args.device)
-    arguments = _own_arguments(repeated, hard)
+        engines += _peer_pickers(found, repeated, hard, max_det, args.device)
+    arguments = _own_arguments(repeated, hard, max_det)
     cost = _moved(SPEC.bytes(**arguments), args.device)
     check = Check(error, 1.0, _ERROR_OF, _last(few, batch))
     return compete(engines, check, cost, f"{batch}x{count}", args.device, args.smoke)
@@ -138,11 +149,11 @@ _ERROR_OF = (
 )
 
 
-def _own_arguments(drawn: dict[str, Tensor], hard: bool) -> dict[str, Any]:
+def _own_arguments(drawn: dict[str, Tensor], hard: bool, max_det: int) -> dict[str, Any]:
     return {
         **drawn,
         "num_valid": None,
-        "max_det": MAX_DET,
+        "max_det": max_det,
         "method": "hard" if hard else "gaussian",
         "sigma": SIGMA,
         "iou_threshold": HARD_IOU,
@@ -151,9 +162,9 @@ def _own_arguments(drawn: dict[str, Tensor], hard: bool) -> dict[str, Any]:
     }
 
 
-def _own_pickers(drawn: dict[str, Tensor], hard: bool, device: str) -> list[Engine]:
+def _own_pickers(drawn: dict[str, Tensor], hard: bool, max_det: int, device: str) -> list[Engine]:
     moved = {name: t.to(device) for name, t in drawn.items()}
-    arguments = _own_arguments(moved, hard)
+    arguments = _own_arguments(moved, hard, max_det)
 
     def engine(name: str, backend: str | None) -> Engine:
         def call() -> tuple[Tensor, ...]:
@@ -169,9 +180,9 @@ def _own_pickers(drawn: dict[str, Tensor], hard: bool, device: str) -> list[Engi
 
 
 def _peer_pickers(
-    found: peers.Peers, drawn: dict[str, Tensor], hard: bool, device: str
+    found: peers.Peers, drawn: dict[str, Tensor], hard: bool, max_det: int, device: str
 ) -> list[Engine]:
-    common = {**drawn, "max_det": MAX_DET, "sigma": SIGMA}
+    common = {**drawn, "max_det": max_det, "sigma": SIGMA}
     options = {**common, "iou_threshold": HARD_IOU, "hard": hard, "grid": candidates.GRID}
     engines = []
     if hard:
@@ -304,6 +315,55 @@ def _rows_share(rule: Rule, rows: Tensor, boxes: Tensor, scores: Tensor, labels:
         share = worst_share(rule, boxes[image], scores[image], labels[image], index, found[:, 4])
         worst = max(worst, share)
     return worst
+
+
+# From images to rows ---------------------------------------------------------------------------------
+
+_COMPARED = 50  # best rows of an image
+_STRAY = 1  # of them, that may have no partner: rounding of the network decides near ties
+
+
+def _measure_predict(
+    args: argparse.Namespace, found: peers.Peers | None, name: str, size: int, batch: int
+) -> list[Row]:
+    state, x = weights(name), images(math.gcd(batch, _DRAWN), size)
+    times = batch // len(x)
+    bench = effdet.DetBenchPredict(build(name, size, state)).to(args.device).eval()
+    bench.soft_nms = True
+    repeated = x.repeat(times, 1, 1, 1).to(args.device)
+
+    def engine(label: str, backend: str | None) -> Engine:
+        def call() -> list[Tensor]:
+            with torch.inference_mode(), use_backend(backend):
+                return [bench(repeated)]
+
+        return here(label, lambda: call, args.device, graph=True)
+
+    engines = [engine("effdet_kernels", None)]
+    if has_kernels(args.device):
+        engines.append(engine("reference", "reference"))
+    if found is not None:
+        task = "pypi_effdet:predict"
+        shared = {"name": name, "state": state, "x": x, "times": times}
+        engines.append(peer("effdet eager", found, task, device=args.device, **shared))
+    with torch.inference_mode(), use_backend("reference"):
+        expected = bench(x.to(args.device)).cpu()
+    check = Check(
+        lambda rows: max(map(_strays, rows[0], expected)),
+        _STRAY,
+        f"of the {_COMPARED} best rows of an image, those without a partner (class, half a pixel, score within 1e-3)"
+        f" among the rows of our float32 reference, at most {_STRAY}",
+        _last(len(x), batch),
+    )
+    cost = _moved(repeated.nbytes + batch * MAX_DET * 6 * 4, args.device)
+    return compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.device, args.smoke)
+
+
+def _strays(rows: Tensor, expected: Tensor) -> float:
+    """How many of the best ``rows`` ``[max_det, 6]`` have no partner among those ``expected``."""
+    far = (rows[:_COMPARED, None] - expected).abs()
+    partner = (far[..., :4].amax(-1) < 0.5) & (far[..., 4] < 1e-3) & (far[..., 5] == 0)
+    return float((~partner.any(1)).sum())
 
 
 def _moved(nbytes: int, device: str) -> Row:

@@ -17,6 +17,8 @@ _OBJECTS = 12
 def synthetic(batch: int, count: int, classes: int) -> dict[str, Tensor]:
     """Boxes jittered around an eighth as many objects, as a detector's are, in an image of 512 pixels.
 
+    None is empty: of such, which overlap nothing, OpenVINO's scores become infinite, and OpenCV drops them.
+
     ``boxes`` ``[batch, count, 4]`` (x_min, y_min, x_max, y_max), ``scores`` ``[batch, count]``, all different,
     ``classes`` ``[batch, count]``.
     """
@@ -28,7 +30,7 @@ def synthetic(batch: int, count: int, classes: int) -> dict[str, Tensor]:
     objects = max(1, count // 8)
     owner = torch.randint(objects, (batch, count), generator=generator)
     rows = torch.arange(batch)[:, None]
-    center = (uniform(batch, objects, 2) * 512)[rows, owner] + uniform(batch, count, 2) * 12
+    center = (uniform(batch, objects, 2) * 500)[rows, owner] + uniform(batch, count, 2) * 12
     size = (uniform(batch, objects, 2) * 120 + 8)[rows, owner]
     half = size * (0.4 + 0.2 * uniform(batch, count, 2))
     order = torch.stack([torch.randperm(count, generator=generator) for _ in range(batch)])

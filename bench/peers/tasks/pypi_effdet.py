@@ -13,7 +13,7 @@ from torch import Tensor, nn
 COMPILED_OPS = torchvision_or_stub.prepare()
 import effdet  # noqa: E402  after torchvision's operators are declared
 from effdet.anchors import Anchors, generate_detections  # noqa: E402
-from effdet.bench import _batch_detection, _post_process  # noqa: E402
+from effdet.bench import DetBenchPredict, _batch_detection, _post_process  # noqa: E402
 from effdet.config import get_efficientdet_config  # noqa: E402
 from effdet.soft_nms import batched_soft_nms  # noqa: E402
 from effdet.version import __version__  # noqa: E402
@@ -201,6 +201,21 @@ def postprocess(
                 for i in range(batch)
             ]
         return [torch.stack(rows)]
+
+    return call
+
+
+def predict(device: str, name: str, state: dict[str, Tensor], x: Tensor, times: int) -> Call:
+    """Rows of ``times`` times the images ``x``, with soft-NMS."""
+    if device == "cuda":
+        raise ImportError("PyPI effdet's soft-NMS fails on CUDA with this torch: it is not timed")
+    bench = DetBenchPredict(_model(name, list(x.shape[2:]), state)).eval()
+    bench.soft_nms = True
+    x = x.repeat(times, 1, 1, 1)
+
+    def call() -> list[Tensor]:
+        with torch.inference_mode():
+            return [bench(x)]
 
     return call
 
