@@ -141,6 +141,7 @@ void sort_by_level(const T* scores, std::int64_t count, std::int32_t** candidate
 // Deals the kept candidates to the tiles of their classes, in their order.
 template <typename T>
 void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t max_per_class, Workspace<T>* w) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
   TiledImage<T>& image = w->image;
   image.groups = static_cast<std::int32_t>(classes);
   std::fill_n(w->to, classes, 0);
@@ -150,7 +151,7 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
     const std::int32_t begin = image.tiles;
     image.tiles += (w->to[g] + kTile - 1) / kTile;
     w->to[g] = begin * kTile;
-    image.group[g] = {begin, image.tiles, begin, kNoPick, kNoPick, -std::numeric_limits<T>::infinity(), max_per_class};
+    image.group[g] = {begin, image.tiles, begin, kNoPick, kNoPick, 0, kNone, max_per_class};
   }
   std::fill_n(image.order, static_cast<std::int64_t>(image.tiles) * kTile, -1);
   // A score below 0 rises, but not above it.
@@ -161,7 +162,6 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
     image.order[to] = w->kept[k];
     image.highest[to / kTile] = std::max(image.highest[to / kTile], scores[w->kept[k]]);
   }
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
   for (std::int32_t tile = image.tiles; tile < image.tiles + kTile; ++tile) image.highest[tile] = kNone;
   for (std::int64_t g = 0; g < classes; ++g) {
     const Group<T>& group = image.group[g];

@@ -11,6 +11,9 @@ namespace {
 template <typename T>
 constexpr T kGone = -T(__builtin_inff());
 
+// A group of more tiles than kSmall is filled up every so many picks.
+constexpr int32_t kOften = 16, kSmall = 4;
+
 // Gaussian: the factor e^(rate iou^2).
 template <typename T>
 struct Decay {
@@ -27,6 +30,21 @@ EFFDET_INLINE Vec<T> gaussian(Vec<T> x) {
       if (x[i] < kLeast) factor[i] = static_cast<T>(__builtin_exp(x[i]));
   return factor;
 }
+
+#if defined(__AVX512F__)
+// e^x = 2^n 2^r, n being the integer nearest to x / ln 2; 2^r by the polynomial of sigmoid(). The scaling by 2^n rounds
+// to subnormal numbers and to 0.
+template <>
+EFFDET_INLINE Vec<float> gaussian<float>(Vec<float> x) {
+  const Vec<float> y = x * 1.44269504f;
+  const Vec<float> n = _mm512_maskz_roundscale_ps(0xffff, y, _MM_FROUND_TO_NEAREST_INT);
+  const Vec<float> r = y - n;
+  Vec<float> p = _mm512_fmadd_ps(r, splat(1.5353362e-4f), splat(1.3398875e-3f));
+  constexpr float kRest[] = {9.618437e-3f, 5.5503324e-2f, 0.24022648f, 0.6931472f, 1.0f};
+  for (const float c : kRest) p = _mm512_fmadd_ps(p, r, splat(c));
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
+}
+#endif
 
 // Scores of candidates after a pick that overlaps some of them, by `width` and `height` where both are above 0.
 template <typename T, Method kMethod>
@@ -125,33 +143,68 @@ struct Picker {
     int32_t group, tile, lane;
   };
 
-  // The numbers from `begin` to `end`, behind which a vector can be read, that are equal to `value`.
-  template <typename F>
-  static EFFDET_INLINE void each_equal(const T* from, int32_t begin, int32_t end, T value, F&& f) {
-    for (int32_t i = begin; i < end; i += kLanes<T>)
-      for (unsigned lanes = equal_lanes(load(from + i), splat<T>(value)); lanes != 0; lanes &= lanes - 1) {
-        const int32_t found = i + __builtin_ctz(lanes);
-        if (found < end) f(found);
+  // Of the lanes from `from` on, those before `end` whose number is `value`, a bit for each.
+  static EFFDET_INLINE unsigned equal_before(const T* numbers, int32_t from, int32_t end, T value) {
+    const unsigned inside = end - from < kLanes<T> ? (1u << (end - from)) - 1 : ~0u;
+    return equal_lanes(load(numbers + from), splat<T>(value)) & inside;
+  }
+
+  // The candidate of the lowest index of those of a tile that have the score `highest`, if it is lower than the best's.
+  void find_in_tile(int32_t group, int32_t tile, T highest, Best* best) const {
+    for (int32_t from = 0; from < kTile; from += kLanes<T>) {
+      unsigned lanes = equal_before(t.candidates[tile].score, from, kTile, highest);
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int32_t lane = from + __builtin_ctz(lanes);
+        const int32_t index = t.order[tile * int64_t{kTile} + lane];
+        if (best->index < 0 || index < best->index) *best = {index, group, tile, lane};
       }
+    }
+  }
+
+  // The same of a group, of which it was not known whether it has that score.
+  void find_in_group(int32_t g, T highest, Best* best) const {
+    Group<T>& group = t.group[g];
+    complete(&group);
+    t.group_highest[g] = group.highest;
+    if (group.highest != highest) return;
+    for (int32_t from = group.begin; from < group.next; from += kLanes<T>) {
+      unsigned lanes = equal_before(t.highest, from, group.next, highest);
+      for (; lanes != 0; lanes &= lanes - 1) find_in_tile(g, from + __builtin_ctz(lanes), highest, best);
+    }
   }
 
   // The next pick, given what no score is above: of equal ones that of the lowest index. None where no score is that
   // high, which then is known of its group.
   Best best_of(T highest) const {
     Best best;
-    each_equal(t.group_highest, 0, t.groups, highest, [&](int32_t g) {
-      Group<T>& group = t.group[g];
-      complete(&group);
-      t.group_highest[g] = group.highest;
-      if (group.highest != highest) return;
-      each_equal(t.highest, group.begin, group.next, highest, [&](int32_t tile) {
-        each_equal(t.candidates[tile].score, 0, kTile, highest, [&](int32_t lane) {
-          const int32_t index = t.order[tile * int64_t{kTile} + lane];
-          if (best.index < 0 || index < best.index) best = {index, g, tile, lane};
-        });
-      });
-    });
+    for (int32_t from = 0; from < t.groups; from += kLanes<T>) {
+      unsigned lanes = equal_before(t.group_highest, from, t.groups, highest);
+      for (; lanes != 0; lanes &= lanes - 1) find_in_group(from + __builtin_ctz(lanes), highest, &best);
+    }
     return best;
+  }
+
+  // Moves what is left of a group together, if all of it takes part.
+  void fill_up(Group<T>* group) const {
+    group->picks = 0;
+    if (group->next < group->end) return;
+    int64_t to = int64_t{group->begin} * kTile;
+    for (int64_t from = to; from < int64_t{group->end} * kTile; ++from) {
+      const Tile<T>& c = t.candidates[from / kTile];
+      Tile<T>& moved = t.candidates[to / kTile];
+      const int64_t lane = from % kTile, lane_to = to % kTile;
+      if (c.score[lane] == kGone<T>) continue;
+      moved.x0[lane_to] = c.x0[lane];
+      moved.y0[lane_to] = c.y0[lane];
+      moved.x1[lane_to] = c.x1[lane];
+      moved.y1[lane_to] = c.y1[lane];
+      moved.area[lane_to] = c.area[lane];
+      moved.score[lane_to] = c.score[lane];
+      t.order[to++] = t.order[from];
+    }
+    for (; to % kTile != 0; ++to) t.candidates[to / kTile].score[to % kTile] = kGone<T>;
+    group->next = group->end = static_cast<int32_t>(to / kTile);
+    for (int32_t tile = group->begin; tile < group->end; ++tile) t.highest[tile] = highest_of(tile);
   }
 
   // Takes a pick out, and tells its group.
@@ -173,6 +226,7 @@ struct Picker {
       t.group_highest[best.group] = kGone<T>;
       return;
     }
+    if (++group.picks >= kOften && group.next - group.begin > kSmall) fill_up(&group);
     for (int32_t tile = group.begin; tile < group.next; ++tile)
       if (t.highest[tile] != kGone<T>) tell(tile, box);
     group.highest = largest(t.highest + group.begin, group.next - group.begin);

@@ -25,7 +25,8 @@ template <typename T>
 struct Group {
   std::int32_t begin, end, next;
   std::int32_t first_pick, last_pick;
-  T highest;  // score of the tiles that take part
+  std::int32_t picks;  // since its tiles were filled up
+  T highest;           // score of the tiles that take part
   std::int64_t picks_left;
 };
 
