@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from .efficientdet import EfficientDet
 from .loss import DetectionLoss
 from .padding import Size, spatial_size
 from .plan import Plans, images_of
-from .postprocess import batch_rows, clip_limits, detection_rows, swap_xy
+from .postprocess import Suppression, batch_rows, clip_limits, detection_rows, swap_xy
 
 __all__ = [
     "AnchorLabeler",
@@ -45,18 +47,21 @@ def _post_process(
 
     Returns:
         logits ``[B, K, 1]`` in descending order, codes ``[B, K, 4]``, anchor indices ``[B, K]``
-        int64, classes ``[B, K]`` int64, 0-based. The order of equal logits is not defined.
+        int64, classes ``[B, K]`` int64, 0-based. Of equal logits the lower anchor comes first,
+        of one anchor's the lower class; NaN comes where infinity does.
     """
-    logits = _flat_levels(cls_outputs[:num_levels], num_classes).flatten(1)
     codes = _flat_levels(box_outputs[:num_levels], 4)
-    best, position = logits.topk(min(max_detection_points, logits.shape[1]), dim=1)
-    anchor = position // num_classes
-    return (
-        best[..., None],
-        codes.gather(1, anchor[..., None].expand(-1, -1, 4)),
-        anchor,
-        position % num_classes,
+    # No anchors are at hand, and the boxes that they would give are not wanted.
+    anchors = torch.zeros(1, 4, device=codes.device).expand(codes.shape[1], 4)
+    _, logits, anchor, classes = decode_topk(
+        list(cls_outputs[:num_levels]),
+        [level.detach() for level in box_outputs[:num_levels]],
+        anchors,
+        num_classes=num_classes,
+        k=max_detection_points,
     )
+    codes = codes.gather(1, anchor[..., None].expand(-1, -1, 4))
+    return logits[..., None], codes, anchor, classes
 
 
 def _batch_detection(
@@ -98,8 +103,7 @@ def _batch_detection(
         classes,
         img_scale,
         img_size,
-        max_det_per_image,
-        soft_nms,
+        Suppression(soft_nms, max_det_per_image),
     )
 
 
@@ -115,7 +119,9 @@ class _DetBench(nn.Module):
     """A model with its anchors and detection settings.
 
     ``max_detection_points``, ``max_det_per_image`` and ``soft_nms`` are copied from the model's
-    config and may be changed. ``config``, ``num_classes`` and ``num_levels`` are read from the
+    config and may be changed, as may ``score_threshold``, ``iou_threshold``, ``sigma``,
+    ``class_agnostic`` and ``max_per_class``: see ``effdet.postprocess.Suppression``, whose
+    defaults ``None`` stands for. ``config``, ``num_classes`` and ``num_levels`` are read from the
     model, so that they are right after ``reset_head``.
     """
 
@@ -131,6 +137,11 @@ class _DetBench(nn.Module):
         self.max_detection_points = self.config.max_detection_points
         self.max_det_per_image = self.config.max_det_per_image
         self.soft_nms = self.config.soft_nms
+        self.score_threshold: float | None = None
+        self.iou_threshold: float | None = None
+        self.sigma: float | None = None
+        self.class_agnostic = False
+        self.max_per_class: int | None = None
         self._head_key = _head_key(self.config)
 
     @property
@@ -150,9 +161,28 @@ class _DetBench(nn.Module):
         key = _head_key(self.config)
         if key == self._head_key:
             return False
-        self.anchors = Anchors.from_config(self.config).to(self.anchors.boxes.device)
+        anchors = Anchors.from_config(self.config).to(self.anchors.boxes.device)
+        self.anchors = anchors.train(self.training)
         self._head_key = key
         return True
+
+    def suppression(self, **changed: Any) -> Suppression:
+        """The bench's settings, but for those of ``changed`` that are not ``None``.
+
+        Raises:
+            TypeError, ValueError: as ``Suppression``.
+        """
+        own = {
+            "soft_nms": self.soft_nms,
+            "max_det": self.max_det_per_image,
+            "score_threshold": self.score_threshold,
+            "iou_threshold": self.iou_threshold,
+            "sigma": self.sigma,
+            "class_agnostic": self.class_agnostic,
+            "max_per_class": self.max_per_class,
+        }
+        given = [*own.items(), *changed.items()]
+        return Suppression(**{name: value for name, value in given if value is not None})
 
     def _anchors_for(self, image_size: Size) -> tuple[Tensor, Tensor | None]:
         """``anchors`` and ``strides`` of ``decode_topk`` for images of a size."""
@@ -167,6 +197,7 @@ class _DetBench(nn.Module):
         strides: Tensor | None,
         img_scale: Tensor | None,
         img_size: Tensor | None,
+        suppression: Suppression,
     ) -> Tensor:
         boxes, logits, _, classes = decode_topk(
             cls_outputs,
@@ -177,9 +208,7 @@ class _DetBench(nn.Module):
             limits=clip_limits(img_size, img_scale, cls_outputs[0].shape[0]),
             strides=strides,
         )
-        return detection_rows(
-            boxes.float(), logits, classes, img_scale, self.max_det_per_image, self.soft_nms
-        )
+        return detection_rows(boxes.float(), logits, classes, img_scale, suppression)
 
 
 class DetBenchPredict(_DetBench):
@@ -196,7 +225,19 @@ class DetBenchPredict(_DetBench):
         super().__init__(model)
         self._plans = Plans(graphs_only=True)
 
-    def forward(self, x: Tensor, img_info: Mapping[str, Tensor | None] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        img_info: Mapping[str, Tensor | None] | None = None,
+        *,
+        max_det: int | None = None,
+        score_threshold: float | None = None,
+        iou_threshold: float | None = None,
+        sigma: float | None = None,
+        soft_nms: bool | None = None,
+        class_agnostic: bool | None = None,
+        max_per_class: int | None = None,
+    ) -> Tensor:
         """Detect objects in a batch of images of any size.
 
         Args:
@@ -205,29 +246,50 @@ class DetBenchPredict(_DetBench):
                 ``[B, 2]``, the original (W, H); either may be ``None``, other keys are ignored.
                 With both, boxes are clipped to the image before NMS; with ``img_scale`` they are
                 returned in pixels of the original. Without, in pixels of the model input.
+            max_det: rows per image. This and what follows is as in
+                ``effdet.postprocess.Suppression``, for this call; ``None``: the bench's own, which
+                is ``max_det_per_image`` for this one.
+            score_threshold: scores are above it.
+            iou_threshold: NMS removes what overlaps by more.
+            sigma: width of soft-NMS.
+            soft_nms: soft-NMS instead of NMS.
+            class_agnostic: boxes suppress those of other classes too.
+            max_per_class: rows per image and class at most.
 
         Returns:
-            ``[B, max_det_per_image, 6]`` float32 rows (x_min, y_min, x_max, y_max, score, class
+            ``[B, max_det, 6]`` float32 rows (x_min, y_min, x_max, y_max, score, class
             from 1) in descending order of score, then rows of zeros. A candidate whose box is
             not finite is left out and suppresses nothing.
 
         Raises:
             KeyError: ``img_info`` lacks one of the two keys.
+            TypeError, ValueError: an option of the wrong type or out of its range.
         """
+        suppression = self.suppression(
+            max_det=max_det,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            sigma=sigma,
+            soft_nms=soft_nms,
+            class_agnostic=class_agnostic,
+            max_per_class=max_per_class,
+        )
         self._follow_head()
         img_scale = img_size = None
         if img_info is not None:
             img_scale = _float(_require(img_info, "img_info", "img_scale"))
             img_size = _float(_require(img_info, "img_info", "img_size"))
         inputs = x, *self._anchors_for(spatial_size(x)), img_scale, img_size
+        predict = functools.partial(self._predict, suppression)
         rows = None
         if type(self.model) is EfficientDet:  # anything else may do more than compute
-            settings = self.max_detection_points, self.max_det_per_image, self.soft_nms
-            rows = self._plans.run(self, self._predict, *inputs, settings=settings)
-        return self._predict(*inputs) if rows is None else rows
+            settings = self.max_detection_points, suppression
+            rows = self._plans.run(self, predict, *inputs, settings=settings)
+        return predict(*inputs) if rows is None else rows
 
     def _predict(
         self,
+        suppression: Suppression,
         x: Tensor,
         anchors: Tensor,
         strides: Tensor | None,
@@ -235,7 +297,9 @@ class DetBenchPredict(_DetBench):
         img_size: Tensor | None,
     ) -> Tensor:
         cls_outputs, box_outputs = self.model(x)
-        return self._detect(cls_outputs, box_outputs, anchors, strides, img_scale, img_size)
+        return self._detect(
+            cls_outputs, box_outputs, anchors, strides, img_scale, img_size, suppression
+        )
 
     def warmup(
         self,
@@ -331,6 +395,7 @@ class DetBenchTrain(_DetBench):
                 *self._anchors_for(input_size),
                 _require(target, "target", "img_scale"),
                 _require(target, "target", "img_size"),
+                self.suppression(),
             )
         return output
 

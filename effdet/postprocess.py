@@ -5,20 +5,63 @@ Boxes are (x_min, y_min, x_max, y_max) in model-input pixels until ``detection_r
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+import numbers
 
 import torch
 from torch import Tensor
 
 from effdet_kernels import soft_nms as _soft_nms_op
 
-HARD_NMS: dict[str, Any] = {"method": "hard", "iou_threshold": 0.5, "score_threshold": 0.0}
-SOFT_NMS: dict[str, Any] = {
-    "method": "gaussian",
-    "sigma": 0.5,
-    "iou_threshold": 0.3,
-    "score_threshold": 0.001,
-}
+
+@dataclasses.dataclass(frozen=True)
+class Suppression:
+    """Which candidates of an image become detections.
+
+    Attributes:
+        soft_nms: candidates that overlap a better one by IoU have their scores multiplied by
+            ``exp(-IoU ** 2 / sigma)`` (gaussian soft-NMS); otherwise they are removed (NMS).
+        max_det: detections per image at most, >= 0.
+        score_threshold: in [0, 1]; a candidate is gone when its score is at or below it. ``None``:
+            0.001 for soft-NMS, 0 for NMS.
+        iou_threshold: in [0, 1], of NMS, which removes at an IoU above it.
+        sigma: above 0, of soft-NMS.
+        class_agnostic: candidates suppress those of other classes too.
+        max_per_class: detections per image and class at most, >= 1; ``None``: no limit. Not with
+            ``class_agnostic``.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of its range, named in the message.
+    """
+
+    soft_nms: bool = False
+    max_det: int = 100
+    score_threshold: float | None = None
+    iou_threshold: float = 0.5
+    sigma: float = 0.5
+    class_agnostic: bool = False
+    max_per_class: int | None = None
+
+    def __post_init__(self) -> None:
+        share = "a number in [0, 1]", numbers.Real, 0, 1
+        _check("max_det", self.max_det, "an integer >= 0", numbers.Integral, 0)
+        if self.score_threshold is not None:
+            _check("score_threshold", self.score_threshold, *share)
+        _check("iou_threshold", self.iou_threshold, *share)
+        _check("sigma", self.sigma, "a number above 0", numbers.Real, math.ulp(0.0))
+        if self.max_per_class is not None:
+            _check("max_per_class", self.max_per_class, "an integer >= 1", numbers.Integral, 1)
+            if self.class_agnostic:
+                got = f"got {self.max_per_class} with class_agnostic"
+                raise ValueError(f"max_per_class: {got}, takes None")
+
+    @property
+    def least_score(self) -> float:
+        """``score_threshold``, or its default."""
+        if self.score_threshold is not None:
+            return self.score_threshold
+        return 0.001 if self.soft_nms else 0.0
 
 
 def swap_xy(boxes: Tensor) -> Tensor:
@@ -75,8 +118,7 @@ def detection_rows(
     logits: Tensor,
     classes: Tensor,
     img_scale: Tensor | None,
-    max_det_per_image: int,
-    soft_nms: bool,
+    suppression: Suppression,
 ) -> Tensor:
     """Suppress overlapping candidates of B images at once; no synchronisation with the device.
 
@@ -85,25 +127,33 @@ def detection_rows(
         logits: ``[B, K]``; of equal scores the lower position comes first.
         classes: ``[B, K]`` int64, 0-based.
         img_scale: ``[B]``, multiplies the boxes at the end; ``None`` leaves them.
-        max_det_per_image: rows per image.
-        soft_nms: gaussian soft-NMS (sigma 0.5, scores above 0.001) instead of NMS at IoU 0.5.
+        suppression: which of them become rows.
 
     Returns:
-        ``[B, max_det_per_image, 6]`` float32: x_min, y_min, x_max, y_max, score, class from 1.
+        ``[B, max_det, 6]`` float32: x_min, y_min, x_max, y_max, score, class from 1.
         In descending order of score, then rows of zeros.
     """
     batch, candidates = logits.shape
     if candidates == 0:
-        return boxes.new_zeros(batch, max_det_per_image, 6)
+        return boxes.new_zeros(batch, suppression.max_det, 6)
     scores = logits.float().sigmoid()
     index, score, _, _ = _soft_nms_op(
-        boxes, scores, classes, None, max_det_per_image, **(SOFT_NMS if soft_nms else HARD_NMS)
+        boxes,
+        scores,
+        None if suppression.class_agnostic else classes,
+        None,
+        suppression.max_det,
+        method="gaussian" if suppression.soft_nms else "hard",
+        sigma=suppression.sigma,
+        iou_threshold=suppression.iou_threshold,
+        score_threshold=suppression.least_score,
+        max_per_class=suppression.max_per_class,
     )
     picked = index.clamp(min=0)
     picked_boxes = boxes.gather(1, picked[..., None].expand(-1, -1, 4))
     if img_scale is not None:
         picked_boxes = picked_boxes * _per_image(img_scale, batch)[..., None]
-    if not soft_nms:
+    if not suppression.soft_nms:
         score = scores.gather(1, picked)  # the same numbers, differentiable
     label = classes.gather(1, picked).float() + 1  # 0 is background
     rows = torch.cat([picked_boxes, score[..., None], label[..., None]], dim=-1)
@@ -146,8 +196,7 @@ def generate_detections(
         classes[None],
         None if img_scale is None else torch.as_tensor(img_scale).reshape(1),
         None if img_size is None else img_size[None],
-        max_det_per_image,
-        soft_nms,
+        Suppression(soft_nms, max_det_per_image),
     )[0]
 
 
@@ -159,16 +208,25 @@ def batch_rows(
     classes: Tensor,
     img_scale: Tensor | None,
     img_size: Tensor | None,
-    max_det_per_image: int,
-    soft_nms: bool,
+    suppression: Suppression,
 ) -> Tensor:
-    """``generate_detections`` of B images: every argument but ``anchor_boxes`` has B in front."""
+    """``generate_detections`` of B images: every tensor but ``anchor_boxes`` has B in front."""
     boxes = decode_box_outputs(box_out.float(), anchor_boxes.float()[indices], output_xyxy=True)
     limits = clip_limits(img_size, img_scale, class_out.shape[0])
     if limits is not None:
         boxes = clip_boxes_xyxy(boxes, limits)
     logits = class_out.squeeze(-1)
-    return detection_rows(boxes, logits, classes, img_scale, max_det_per_image, soft_nms)
+    return detection_rows(boxes, logits, classes, img_scale, suppression)
+
+
+def _check(
+    name: str, value: float, takes: str, kind: type, low: float, high: float = math.inf
+) -> None:
+    """Checks that ``value`` is a number of this kind in [low, high]; NaN is refused."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: got {value!r}, takes {takes}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
 
 
 def _per_image(img_scale: Tensor, batch: int) -> Tensor:

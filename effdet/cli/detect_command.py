@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .options import add_command, add_model_options, score_type
+from .options import (
+    add_command,
+    add_model_options,
+    add_suppression_options,
+    share_type,
+    suppression_of,
+)
 
 if TYPE_CHECKING:
     from effdet.engine.detector import Detections
@@ -39,10 +45,11 @@ def add_parser(commands: Any) -> None:
         "--out", default="detections", metavar="DIR", help="where to write (default: detections)"
     )
     parser.add_argument(
-        "--score", type=score_type, default=0.3, help="lowest score to keep (default: 0.3)"
+        "--score", type=share_type, default=0.3, help="lowest score to keep (default: 0.3)"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write detections.json only")
     add_model_options(parser)
+    add_suppression_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if not files:
         return 1
     loaded = load_model(args.model, args.checkpoint, args.size)
-    detector = Detector(
-        loaded.model, resolve_device(args.device), args.score, args.max_det, args.soft_nms
-    )
+    device = resolve_device(args.device)
+    detector = Detector(loaded.model, device, args.score, **suppression_of(args))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"{loaded.name} at {detector.size[0]}x{detector.size[1]}, weights {loaded.source}")

@@ -7,7 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .options import add_command, add_model_options, natural_int, positive_int
+from .options import (
+    add_command,
+    add_model_options,
+    add_suppression_options,
+    natural_int,
+    positive_int,
+    suppression_of,
+)
 
 _TEXT = """\
 Prints COCO's figures (AP is averaged over IoU 0.50:0.95) and the AP of each class. DATA is laid
@@ -36,6 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--workers", type=natural_int, default=2, help="default: 2")
     parser.add_argument("--results", default="", metavar="FILE", help="write detections as json")
     add_model_options(parser)
+    add_suppression_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         batch_size=args.batch_size,
         workers=args.workers,
-        soft_nms=args.soft_nms,
-        max_det=args.max_det,
         results=args.results,
+        **suppression_of(args),
     )
     return 0
 
@@ -66,11 +73,12 @@ def measure(
     device: str = "auto",
     batch_size: int = 8,
     workers: int = 2,
-    soft_nms: bool = False,
-    max_det: int = 100,
     results: str = "",
+    **suppression: Any,
 ) -> dict[str, float]:
     """Evaluate a `effdet.engine.weights.LoadedModel`, print the table and return the figures.
+
+    `suppression` is as for `effdet.engine.evaluate.evaluate`.
 
     Raises:
         ValueError: the data set has more classes than the model.
@@ -95,9 +103,8 @@ def measure(
             loader,
             dataset,
             progress=bar.update,
-            soft_nms=soft_nms,
-            max_det=max_det,
             result_file=results,
+            **suppression,
         )
     assert result is not None  # nothing could stop it
     print(f"{len(dataset)} images of {data}, split {split}")

@@ -18,14 +18,25 @@ def size_type(text: str) -> tuple[int, int]:
     return height, width
 
 
-def score_type(text: str) -> float:
+def share_type(text: str) -> float:
     """A number in [0, 1]."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no score; takes a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} takes a number from 0 to 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} takes a number above 0")
     return value
 
 
@@ -78,6 +89,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="input size in pixels (default: the one trained at); pictures are letterboxed to it",
     )
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+
+
+def add_suppression_options(parser: argparse.ArgumentParser) -> None:
+    """Which candidates become detections: see `effdet.postprocess.Suppression`."""
+    group = parser.add_argument_group("suppression of overlapping boxes")
     group.add_argument(
         "--soft-nms", action="store_true", help="gaussian soft-NMS instead of hard NMS"
     )
@@ -88,3 +104,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most objects per picture (default: 100)",
     )
+    group.add_argument(
+        "--max-per-class",
+        type=positive_int,
+        metavar="N",
+        help="most objects of a class per picture (default: no limit)",
+    )
+    group.add_argument(
+        "--iou",
+        type=share_type,
+        metavar="X",
+        help="hard NMS removes boxes that overlap a better one by more (default: 0.5)",
+    )
+    group.add_argument(
+        "--sigma",
+        type=positive_float,
+        metavar="X",
+        help="soft-NMS multiplies their scores by exp(-IoU^2 / X) (default: 0.5)",
+    )
+    group.add_argument(
+        "--class-agnostic", action="store_true", help="boxes suppress those of other classes too"
+    )
+
+
+def suppression_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_suppression_options` read, by the names that `DetBenchPredict` has for it."""
+    return {
+        "soft_nms": args.soft_nms,
+        "max_det": args.max_det,
+        "max_per_class": args.max_per_class,
+        "iou_threshold": args.iou,
+        "sigma": args.sigma,
+        "class_agnostic": args.class_agnostic,
+    }

@@ -39,9 +39,10 @@ class Detector:
         score: lowest score to keep, in [0, 1].
         max_det: most objects per picture.
         soft_nms: suppress overlaps with gaussian soft-NMS instead of hard NMS.
+        iou_threshold, sigma, class_agnostic, max_per_class: see `effdet.postprocess.Suppression`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is of the wrong type or out of its range.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class Detector:
         score: float = 0.3,
         max_det: int = 100,
         soft_nms: bool = False,
+        *,
+        iou_threshold: float | None = None,
+        sigma: float | None = None,
+        class_agnostic: bool = False,
+        max_per_class: int | None = None,
     ) -> None:
         if not 0.0 <= score <= 1.0:
             raise ValueError(f"score: got {score}, takes a number in [0, 1]")
@@ -65,6 +71,14 @@ class Detector:
         self.bench = DetBenchPredict(model).to(device).eval()
         self.bench.max_det_per_image = max_det
         self.bench.soft_nms = soft_nms
+        self.bench.iou_threshold = iou_threshold
+        self.bench.sigma = sigma
+        self.bench.class_agnostic = class_agnostic
+        self.bench.max_per_class = max_per_class
+        # What is found stays the same: picks come in the order of their scores, so those below
+        # `score` suppress none that are kept. The bench's scores are above its threshold.
+        below = float(np.nextafter(np.float32(score), np.float32(0)))
+        self.bench.score_threshold = max(below, self.bench.suppression().least_score)
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Detections:

@@ -39,6 +39,7 @@ def evaluate(
     soft_nms: bool = False,
     max_det: int = 100,
     result_file: str = "",
+    **suppression: Any,
 ) -> Evaluation | None:
     """Run ``model`` over ``loader`` and compare with the annotations of ``dataset``.
 
@@ -51,18 +52,18 @@ def evaluate(
         stop: looked at after each batch; when it becomes true, None is returned.
         soft_nms, max_det: of the post-processing.
         result_file: also write the detections there, in COCO's result format.
+        suppression: what else a call of ``DetBenchPredict`` takes.
     """
     model.eval()
     bench = DetBenchPredict(model)
-    bench.soft_nms = soft_nms
-    bench.max_det_per_image = max_det
+    options = {"soft_nms": soft_nms, "max_det": max_det, **suppression}
     evaluator = CocoEvaluator(dataset)
     for images, target in loader:
         if autocast is None:
-            detections = bench(images, img_info=target)
+            detections = bench(images, img_info=target, **options)
         else:
             with autocast():
-                detections = bench(images, img_info=target)
+                detections = bench(images, img_info=target, **options)
         evaluator.add_predictions(detections, target)
         if progress is not None:
             progress(len(images))

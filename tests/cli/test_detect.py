@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from effdet.engine.detector import Detector
+from effdet.engine.weights import load_model
+
 
 def _picture(path, size=(80, 60), mode="RGB", **save):
     levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -37,6 +40,65 @@ def test_boxes_are_drawn_listed_and_counted(cli, weights, tmp_path):
         assert np.asarray(drawn).tobytes() != np.asarray(Image.open(image)).tobytes()
     line = next(x for x in result.out.splitlines() if x.startswith(str(image)))
     assert line.split()[1:3] == ["100x50", "7"]
+
+
+def _rows(out):
+    """Per detection (class, box, score)."""
+    annotations = json.loads((out / "detections.json").read_text())["annotations"]
+    return [(a["category_id"], a["bbox"], a["score"]) for a in annotations]
+
+
+def _iou(a, b):
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    width = min(ax + aw, bx + bw) - max(ax, bx)
+    height = min(ay + ah, by + bh) - max(ay, by)
+    common = max(width, 0) * max(height, 0)
+    return common / (aw * ah + bw * bh - common)
+
+
+def test_suppression_options_reach_the_detections(cli, weights, tmp_path):
+    image = _picture(tmp_path / "a.png")
+
+    def rows(*options):
+        out = tmp_path / "out"
+        assert _detect(cli, weights, out, image, options=["--no-pictures", *options]).code == 0
+        return _rows(out)
+
+    def largest(found, agnostic=False):
+        """The largest overlap of two boxes of a class; coordinates are rounded to 1 / 100."""
+        found = [row for row in found if min(row[1][2:]) > 2]
+        return max(
+            _iou(a[1], b[1])
+            for i, a in enumerate(found)
+            for b in found[:i]
+            if agnostic or a[0] == b[0]
+        )
+
+    plain = rows()
+    assert len(plain) == 100
+    assert 0.2 < largest(plain) <= 0.51 < largest(plain, agnostic=True)
+    assert largest(rows("--iou", 0.2)) <= 0.21
+    assert largest(rows("--class-agnostic"), agnostic=True) <= 0.51
+    labels = [row[0] for row in rows("--max-per-class", 2)]
+    assert sorted(labels) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert len(rows("--max-det", 140)) == 140
+    soft, softer = rows("--soft-nms"), rows("--soft-nms", "--sigma", 0.05)
+    assert soft != plain and sum(row[2] for row in softer) < sum(row[2] for row in soft)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_lowest_score_only_filters(cli, weights, tmp_path, soft):
+    torch.manual_seed(0)
+    model = load_model("", str(weights), None).model
+    picture = Image.open(_picture(tmp_path / "a.png"))
+    every = Detector(model, torch.device("cpu"), 0.0, 1000, soft)(picture)
+    score = every.scores[37].item()
+    for least, kept in ((score, every.scores >= score), (np.nextafter(score, 1), None)):
+        found = Detector(model, torch.device("cpu"), least, 1000, soft)(picture)
+        kept = every.scores >= least if kept is None else kept
+        assert 0 < len(found.scores) < len(every.scores)
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(getattr(found, name), getattr(every, name)[kept])
 
 
 def test_folders_patterns_and_duplicates(cli, weights, tmp_path):
@@ -162,6 +224,10 @@ def test_a_bad_checkpoint_is_named_and_nothing_written(cli, weights, tmp_path, m
         (["--checkpoint", "none.pth"], "none.pth"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--device", "cuda:99"], "device: got 'cuda:99'"),
+        (
+            ["--max-per-class", "2", "--class-agnostic"],
+            "max_per_class: got 2 with class_agnostic, takes None",
+        ),
     ],
 )
 def test_bad_options_are_named(cli, weights, tmp_path, options, says):

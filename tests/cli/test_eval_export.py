@@ -18,6 +18,18 @@ def test_eval_prints_the_coco_table_and_each_class(cli, scenes, weights, tmp_pat
     assert all(set(row) >= {"image_id", "category_id", "bbox", "score"} for row in rows)
 
 
+def test_eval_suppresses_as_it_is_told(cli, scenes, weights, tmp_path):
+    results = tmp_path / "results.json"
+    sums = []
+    for options in ([], ["--soft-nms"], ["--soft-nms", "--sigma", 0.05], ["--max-per-class", 1]):
+        given = ["eval", scenes, "--checkpoint", weights, "--results", results, "--workers", 0]
+        assert cli(*given, *options).code == 0
+        rows = json.loads(results.read_text())
+        sums.append(sum(row["score"] for row in rows))
+    assert sums[0] > sums[1] > sums[2]
+    assert len(rows) == len({(row["image_id"], row["category_id"]) for row in rows}) == 4 * 5
+
+
 def test_eval_of_a_missing_split_is_named(cli, scenes, weights):
     result = cli("eval", scenes, "--checkpoint", weights, "--split", "test")
     assert result.code == 1

@@ -20,6 +20,8 @@ from effdet.bench import (
     unwrap_bench,
 )
 from effdet.config import default_detection_model_configs
+from effdet.postprocess import decode_box_outputs
+from effdet.soft_nms import pairwise_iou
 
 SIZE = (64, 96)
 QUIET = -9.0
@@ -277,6 +279,155 @@ def test_parts_give_what_the_bench_gives():
         max_det_per_image=20,
     )
     torch.testing.assert_close(last, whole[1, :20])
+
+
+def crowd() -> Maps:
+    """Boxes that overlap, of three classes, with scores on both sides of 1 / 2."""
+    model = Maps(num_classes=3)
+    generator = torch.Generator().manual_seed(0)
+    for cls, box in zip(model.cls_maps, model.box_maps, strict=True):
+        cls.data = torch.randn(cls.shape, generator=generator) * 1.5
+        box.data = torch.randn(box.shape, generator=generator) * 0.3
+    return model
+
+
+def suppressed(
+    model: Maps,
+    points: int,
+    max_det=100,
+    score_threshold=None,
+    iou_threshold=0.5,
+    sigma=0.5,
+    soft_nms=False,
+    class_agnostic=False,
+    max_per_class=10**6,
+) -> list[list[float]]:
+    """The rows of an image, a pick at a time."""
+    cls, box, indices, classes = (t[0] for t in _post_process(*model(None), 5, 3, points))
+    anchors = Anchors.from_config(model.config).boxes[indices]
+    boxes, scores = decode_box_outputs(box, anchors, output_xyxy=True), cls[:, 0].sigmoid()
+    if score_threshold is None:
+        score_threshold = 0.001 if soft_nms else 0.0
+    rows: list[list[float]] = []
+    while len(rows) < max_det:
+        best = int(scores.argmax())
+        if scores[best] <= score_threshold:
+            break
+        label = classes[best]
+        rows.append([*boxes[best].tolist(), scores[best].item(), label.item() + 1])
+        iou = pairwise_iou(boxes[best, None], boxes)[0]
+        factor = (-(iou**2) / sigma).exp() if soft_nms else (iou <= iou_threshold).float()
+        alike = torch.ones_like(label == classes) if class_agnostic else label == classes
+        scores = torch.where(alike, scores * factor, scores)
+        scores[best] = 0
+        if sum(row[5] == label + 1 for row in rows) == max_per_class:
+            scores[label == classes] = 0
+    return rows
+
+
+OPTIONS = [
+    {"max_det": 7},
+    {"max_det": 170},
+    {"score_threshold": 0.97},
+    {"iou_threshold": 0.2},
+    {"soft_nms": True},
+    {"soft_nms": True, "sigma": 0.1},
+    {"soft_nms": True, "score_threshold": 0.9},
+    {"class_agnostic": True},
+    {"max_per_class": 5},
+    {"soft_nms": True, "max_per_class": 20},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
+def test_options_of_a_call_and_of_the_bench(options):
+    model, x = crowd(), torch.zeros(1, 3, *SIZE)
+    bench = DetBenchPredict(model)
+    bench.max_detection_points = 400
+    expected = torch.tensor(suppressed(model, 400, **options))
+    plain = bench(x)
+    rows = bench(x, **options)[0]
+    assert len(rows) == options.get("max_det", 100)
+    torch.testing.assert_close(rows[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+    assert (rows[len(expected) :] == 0).all()
+    for name in options:  # each counts
+        others = {k: v for k, v in options.items() if k != name}
+        assert suppressed(model, 400, **others) != expected.tolist()
+    assert torch.equal(bench(x), plain)  # of that call only
+    train = DetBenchTrain(model).eval()
+    train.max_detection_points = 400
+    for name, value in options.items():
+        for either in (bench, train):
+            setattr(either, "max_det_per_image" if name == "max_det" else name, value)
+    assert torch.equal(bench(x)[0], rows)
+    assert torch.equal(train(x, TARGET)["detections"][0], rows)
+    defaults = {"max_det": 100, "soft_nms": False, "class_agnostic": False}
+    numbers = {"score_threshold": 0.0, "iou_threshold": 0.5, "sigma": 0.5, "max_per_class": 1000}
+    if "class_agnostic" not in options:
+        assert torch.equal(bench(x, **defaults, **numbers), plain)
+
+
+@torch.no_grad()
+def test_more_detections_than_candidates():
+    model = crowd()
+    rows = predict(model, max_detection_points=30, max_det_per_image=200)[0]
+    expected = torch.tensor(suppressed(model, 30, max_det=200))
+    assert rows.shape == (200, 6) and len(expected) <= 30
+    torch.testing.assert_close(rows[: len(expected)], expected)
+    assert (rows[len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"max_det": -1}, ValueError, "max_det: got -1, takes an integer >= 0"),
+        ({"max_det": 2.5}, TypeError, "max_det: got 2.5, takes an integer >= 0"),
+        ({"score_threshold": 30}, ValueError, r"score_threshold: got 30, takes .* in \[0, 1\]"),
+        ({"score_threshold": float("nan")}, ValueError, "score_threshold: got nan"),
+        ({"iou_threshold": "0.5"}, TypeError, "iou_threshold: got '0.5', takes a number"),
+        ({"iou_threshold": 1.5}, ValueError, "iou_threshold: got 1.5"),
+        ({"sigma": 0}, ValueError, "sigma: got 0, takes a number above 0"),
+        ({"max_per_class": 0}, ValueError, "max_per_class: got 0, takes an integer >= 1"),
+        ({"max_per_class": True}, TypeError, "max_per_class: got True"),
+        (
+            {"max_per_class": 2, "class_agnostic": True},
+            ValueError,
+            "max_per_class: got 2 with class_agnostic, takes None",
+        ),
+    ],
+)
+def test_bad_options_are_named(options, error, says):
+    bench, x = DetBenchPredict(Maps()), torch.zeros(1, 3, *SIZE)
+    with pytest.raises(error, match=says):
+        bench(x, **options)
+    for name, value in options.items():
+        setattr(bench, "max_det_per_image" if name == "max_det" else name, value)
+    with pytest.raises(error, match=says):
+        bench(x)
+
+
+def test_candidates_of_equal_logits_are_in_order():
+    model = Maps(num_classes=3)
+    model.see(0, 3, 5, label=1, logit=QUIET + 1, anchor=2)
+    _, _, indices, classes = _post_process(model.cls_maps, model.box_maps, 5, 3, 50)
+    best = (3 * 12 + 5) * 9 + 2
+    assert (indices[0] * 3 + classes[0]).tolist() == [best * 3 + 1, *range(49)]
+
+
+def test_candidates_are_differentiable_and_their_codes_are_not_decoded():
+    model = Maps(num_classes=3)
+    model.see(0, 3, 5, label=1, logit=QUIET + 1)
+    model.box_maps[0].data[0, :4, 3, 5] = torch.tensor([1.0, 2.0, 300.0, 4.0])
+    cls, box, _, _ = _post_process(model.cls_maps, model.box_maps, 5, 3, 1)
+    assert cls.tolist() == [[[QUIET + 1]]] and box.tolist() == [[[1, 2, 300, 4]]]
+    (cls.sum() + (box * torch.arange(4)).sum()).backward()
+    for maps, at, value in (
+        (model.cls_maps, slice(1, 2), [1]),
+        (model.box_maps, slice(0, 4), [0, 1, 2, 3]),
+    ):
+        assert maps[0].grad[0, at, 3, 5].tolist() == value
+        assert sum(level.grad.abs().sum() for level in maps) == sum(value)
 
 
 def test_generate_detections_without_candidates():

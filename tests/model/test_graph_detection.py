@@ -86,6 +86,30 @@ def test_detection_follows_settings_and_the_head(bench, captures):
     bench.model.reset_head(num_classes=5)
     assert rows(bench, x)[..., 5].max() <= 5
     assert [c.replays for c in captures] == [1, 1, 1]
+    assert not any(module.training for module in bench.modules())
+
+
+def test_detection_follows_the_options_of_a_call(bench, captures):
+    x = image()
+    seen = []
+    for options in (
+        {},
+        {"soft_nms": True},
+        {"sigma": 0.1, "soft_nms": True},
+        {"iou_threshold": 0.1},
+        {"score_threshold": 0.02},
+        {"max_det": 3},
+        {"class_agnostic": True},
+        {"max_per_class": 2},
+    ):
+        with torch.no_grad():
+            got = [bench(x, **options) for _ in range(2)]
+            with use_plan(False):
+                want = bench(x, **options)
+        assert torch.equal(got[0], want) and torch.equal(got[1], want)
+        seen.append(want)
+    assert [c.replays for c in captures] == [2] * len(seen)
+    assert all(got.shape != seen[0].shape or not torch.equal(got, seen[0]) for got in seen[1:])
 
 
 def test_detection_with_integers_or_on_another_image_size(bench, captures):
