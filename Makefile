@@ -44,7 +44,7 @@ dry-run: triton-quick emulator  ## what `bench gpu` will do, without a GPU: Trit
 	$(BIN)/python -m bench gpu --device cpu --smoke --out out/dry-run --again
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
-	$(PYTEST) $(PARALLEL) tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ verify: $(INSTALLED)  ## every op on every backend that is here, as a table
 check: test emulate triton-quick lint types parity wheel demo
 
 check-full: check triton  ## also the tests that take minutes
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --oracle=$(ORACLE)/bin/python
 
 peers: $(PEERS)/.installed  ## an environment with what the benchmarks compare with
 
