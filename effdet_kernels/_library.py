@@ -9,6 +9,7 @@ differentiable arguments.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,8 +52,14 @@ class TensorSpec:
         if min(self.shape, default=2) > 1:
             return out
         # contiguous() may leave any stride in a dimension of size 1 or in an empty tensor.
-        strides = torch.empty(self.shape, device="meta", memory_format=self.memory_format).stride()
+        strides = _strides(tuple(self.shape), self.memory_format)
         return out if out.stride() == strides else out.as_strided(self.shape, strides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
+    """Those of a new tensor."""
+    return torch.empty(shape, device="meta", memory_format=memory_format).stride()
 
 
 def nchw(shape: Sequence[Any], like: Tensor) -> TensorSpec:
@@ -138,12 +145,19 @@ class Op:
     def _route(self, args: Sequence[Any]) -> tuple[str, str]:
         """How a call is served, and its device: by the "dispatcher", or past it by a backend.
 
-        Only eager calls with gradients spare the dispatcher. Those that the reference serves go through its own graph,
-        so that nothing is computed twice.
+        Only eager calls with gradients spare the dispatcher, and those of ops that have none. Calls with gradients that
+        the reference serves go through its own graph, so that nothing is computed twice.
         """
-        if not self._differentiable or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return "dispatcher", ""
         tensors = _tensors(args)
+        if not self._differentiable:
+            device = tensors[0].device.type
+            if device not in ("cpu", "cuda") or not _direct.possible(tensors):
+                return "dispatcher", ""
+            return _dispatch.choose(self.name, self.impls, device, args), device
+        if not torch.is_grad_enabled():
+            return "dispatcher", ""
         if not any(t.requires_grad for t in tensors):
             return "dispatcher", ""
         device = tensors[0].device.type
@@ -166,6 +180,8 @@ class Op:
     def _served(self, backend: str, args: Sequence[Any]) -> Any:
         if backend == "reference":
             return self._conformed(self.impls["reference"], args)
+        if not self._differentiable:
+            return self.direct(backend, args)
         output = _direct.Call.apply(self, backend, args, *_tensors(args))
         return list(output) if self._returns_list else output
 
@@ -203,6 +219,8 @@ class Op:
     def _forward(self, *args: Any) -> Any:
         device = _tensors(args)[0].device.type
         backend = _dispatch.choose(self.name, self.impls, device, args)
+        if backend != "reference":
+            return self.direct(backend, args)
         return self._conformed(self.impls[backend], args)
 
     def _conformed(self, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
