@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -18,48 +20,33 @@ def size_type(text: str) -> tuple[int, int]:
     return height, width
 
 
+def _number(text: str, kind: type, fits: Callable[[Any], bool], takes: str) -> Any:
+    value = None
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} takes {takes}")
+    return value
+
+
 def share_type(text: str) -> float:
     """A number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} takes a number from 0 to 1")
-    return value
+    return _number(text, float, lambda x: 0.0 <= x <= 1.0, "a number from 0 to 1")
 
 
 def positive_float(text: str) -> float:
     """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0.0:
-        raise argparse.ArgumentTypeError(f"{text!r} takes a number above 0")
-    return value
+    return _number(text, float, lambda x: x > 0.0, "a number above 0")
 
 
 def positive_int(text: str) -> int:
     """An integer >= 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} takes an integer >= 1")
-    return value
+    return _number(text, int, lambda x: x >= 1, "an integer >= 1")
 
 
 def natural_int(text: str) -> int:
     """An integer >= 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} takes an integer >= 0")
-    return value
+    return _number(text, int, lambda x: x >= 0, "an integer >= 0")
 
 
 def add_command(commands: Any, name: str, summary: str, text: str) -> argparse.ArgumentParser:
