@@ -105,7 +105,7 @@ class Part {
   using E = Entry<T>;
 
   Part(const DecodeTopkCpuParams& p, std::int64_t image, std::int64_t begin, std::int64_t end)
-      : p_(p), image_(image), begin_(begin), end_(end), room_(3 * p.kept + 2 * kBlock) {}
+      : p_(p), image_(image), begin_(begin), end_(end), room_(std::min(3 * p.kept, end - begin) + 2 * kBlock) {}
 
   // Writes up to p.kept of them, in any order, and how many.
   Status best(E* best, std::int64_t* count) {
