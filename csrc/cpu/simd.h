@@ -184,27 +184,22 @@ EFFDET_INLINE bool any(M mask) {
 #endif
 }
 
-// The lanes in which two vectors are equal, a bit for each.
-template <typename V>
-EFFDET_INLINE unsigned equal_lanes(V a, V b) {
-  constexpr int kCount = static_cast<int>(sizeof(V) / sizeof(a[0]));
-  const auto mask = a == b;
+// The lanes in which a comparison's result is true, a bit for each.
+template <typename M>
+EFFDET_INLINE unsigned lanes_of(M mask) {
+  constexpr int kElement = static_cast<int>(sizeof(mask[0]));
+#if defined(__AVX512DQ__)
+  if constexpr (kElement == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  if constexpr (kElement == 8) return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  if constexpr (kElement == 4) return static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  if constexpr (kElement == 8) return static_cast<unsigned>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+#endif
   unsigned lanes = 0;
   if (any(mask))
-    for (int i = 0; i < kCount; ++i) lanes |= static_cast<unsigned>(mask[i] != 0) << i;
+    for (int i = 0; i < static_cast<int>(sizeof(M)) / kElement; ++i) lanes |= static_cast<unsigned>(mask[i] != 0) << i;
   return lanes;
 }
-#if defined(__AVX512F__)
-template <>
-EFFDET_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
-}
-#elif defined(__AVX2__)
-template <>
-EFFDET_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) {
-  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
-}
-#endif
 
 // The largest of a vector's elements, none of which is a NaN.
 template <typename T, int kBytes = kVectorBytes>

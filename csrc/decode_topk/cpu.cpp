@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <utility>
 
 #include "common/parallel_for.h"
@@ -98,24 +99,22 @@ void each_stretch(const DecodeTopkCpuParams& p, std::int64_t image, std::int64_t
   }
 }
 
-// The best entries of a part of an image: the logits from `begin` to `end` in the order of the memory.
+// Of an image's logits in the order of the memory, of which there are `logits`.
 template <typename T>
-class Part {
+class Image {
  public:
   using E = Entry<T>;
 
-  Part(const DecodeTopkCpuParams& p, std::int64_t image, std::int64_t begin, std::int64_t end)
-      : p_(p), image_(image), begin_(begin), end_(end), room_(std::min(3 * p.kept, end - begin) + 2 * kBlock) {}
+  Image(const DecodeTopkCpuParams& p, std::int64_t image, std::int64_t logits)
+      : p_(p), image_(image), logits_(logits), room_(std::min(3 * p.kept, logits) + 2 * kBlock) {}
 
-  // Writes up to p.kept of them, in any order, and how many.
-  Status best(E* best, std::int64_t* count) {
+  // Writes up to p.kept entries of the logits from `begin` to `end`, in any order, and how many: the best, or those
+  // above what is likely to be the least of the best.
+  Status best(std::int64_t begin, std::int64_t end, bool by_sample, E* best, std::int64_t* count) {
     collected_ = static_cast<E*>(thread_scratch(static_cast<std::size_t>(room_) * sizeof(E)));
     if (!collected_) return kOutOfMemory;
-    std::int64_t found = 0;
-    if (end_ - begin_ > 16 * room_) found = collect(sampled());
-    if (found < p_.kept) found = collect(0);
-    std::copy_n(collected_, found, best);
-    *count = found;
+    *count = collect(begin, end, by_sample && logits_ > 16 * room_ ? sampled() : E(0));
+    std::copy_n(collected_, *count, best);
     return kOk;
   }
 
@@ -129,21 +128,20 @@ class Part {
     double at = 0;
     for (std::int64_t i = 0; i < runs; ++i) {
       at += at + kGolden < 1 ? kGolden : kGolden - 1;
-      const auto from = begin_ + static_cast<std::int64_t>(at * static_cast<double>(end_ - begin_ - kRun));
+      const auto from = static_cast<std::int64_t>(at * static_cast<double>(logits_ - kRun));
       each_stretch<T>(p_, image_, from, from + kRun,
                       [&](const Stretch& stretch) { count += scan(stretch, p_.dtype, E(0), collected_ + count); });
     }
-    const double expected =
-        static_cast<double>(count) * static_cast<double>(p_.kept) / static_cast<double>(end_ - begin_);
+    const double expected = static_cast<double>(count) * static_cast<double>(p_.kept) / static_cast<double>(logits_);
     E least = 0;
     keep_best(collected_, count, static_cast<std::int64_t>(1.5 * expected + 3 * std::sqrt(expected)) + 8, 0, &least);
     return least;
   }
 
-  // Those above `least`; fewer than are kept where it is too high.
-  std::int64_t collect(E least) {
+  // Those above `least`, or the best of them.
+  std::int64_t collect(std::int64_t begin, std::int64_t end, E least) {
     std::int64_t count = 0;
-    each_stretch<T>(p_, image_, begin_, end_, [&](const Stretch& stretch) {
+    each_stretch<T>(p_, image_, begin, end, [&](const Stretch& stretch) {
       if (count + kBlock > room_) count = keep_best(collected_, count, p_.kept, p_.kept / 8, &least);
       count += scan(stretch, p_.dtype, least, collected_ + count);
     });
@@ -151,7 +149,7 @@ class Part {
   }
 
   const DecodeTopkCpuParams& p_;
-  const std::int64_t image_, begin_, end_;
+  const std::int64_t image_, logits_;
   const std::int64_t room_;
   E* collected_ = nullptr;
 };
@@ -163,25 +161,27 @@ Status run(const DecodeTopkCpuParams& p, int threads) {
   for (const TopkLevel& level : p.levels) logits += level.pixels() * p.anchors * p.classes;
   const std::int64_t idle = (threads + p.batch - 1) / p.batch;
   const std::int64_t parts = std::max<std::int64_t>(std::min(idle, logits / kLeastPart), 1);
-  const std::int64_t share = (logits + parts - 1) / parts;
   const std::unique_ptr<E[]> best(new (std::nothrow) E[static_cast<std::size_t>(p.batch * parts * p.kept)]);
   const std::unique_ptr<std::int64_t[]> counts(new (std::nothrow)
                                                    std::int64_t[static_cast<std::size_t>(p.batch * parts)]);
   if (!best || !counts) return kOutOfMemory;
   std::atomic<bool> enough_memory{true};
-  parallel_for(p.batch * parts, threads, [&](std::int64_t i) {
-    const std::int64_t begin = i % parts * share;
-    const std::int64_t end = std::min(begin + share, logits);
-    if (Part<T>(p, i / parts, begin, end).best(best.get() + i * p.kept, counts.get() + i) != kOk) enough_memory = false;
-  });
+  const auto collect = [&](std::int64_t image, std::int64_t part, bool by_sample) {
+    const std::int64_t at = image * parts + part;
+    const std::int64_t begin = part * logits / parts, end = (part + 1) * logits / parts;
+    if (Image<T>(p, image, logits).best(begin, end, by_sample, best.get() + at * p.kept, counts.get() + at) != kOk)
+      enough_memory = false;
+  };
+  parallel_for(p.batch * parts, threads, [&](std::int64_t i) { collect(i / parts, i % parts, true); });
   if (!enough_memory) return kOutOfMemory;
   parallel_for(p.batch, threads, [&](std::int64_t image) {
+    const std::int64_t* found = counts.get() + image * parts;
+    if (std::accumulate(found, found + parts, std::int64_t{0}) < p.kept)
+      for (std::int64_t part = 0; part < parts; ++part) collect(image, part, false);
     E* all = best.get() + image * parts * p.kept;
-    std::int64_t count = counts[image * parts];
-    for (std::int64_t part = 1; part < parts; ++part) {
-      std::copy_n(all + part * p.kept, counts[image * parts + part], all + count);
-      count += counts[image * parts + part];
-    }
+    std::int64_t count = found[0];
+    for (std::int64_t part = 1; part < parts; count += found[part++])
+      std::copy_n(all + part * p.kept, found[part], all + count);
     E least = 0;
     keep_best(all, count, p.kept, 0, &least);
     E* spare = static_cast<E*>(thread_scratch(static_cast<std::size_t>(p.kept) * sizeof(E)));
@@ -190,9 +190,14 @@ Status run(const DecodeTopkCpuParams& p, int threads) {
       return;
     }
     sort(all, p.kept, spare);
-    EFFDET_FOR_ISA(decode_topk_decode)(p, image, all);
   });
-  return enough_memory ? kOk : kOutOfMemory;
+  if (!enough_memory) return kOutOfMemory;
+  parallel_for(p.batch * parts, threads, [&](std::int64_t i) {
+    const std::int64_t image = i / parts, part = i % parts;
+    EFFDET_FOR_ISA(decode_topk_decode)
+    (p, image, best.get() + image * parts * p.kept, part * p.kept / parts, (part + 1) * p.kept / parts);
+  });
+  return kOk;
 }
 
 }  // namespace

@@ -66,7 +66,9 @@ EFFDET_PER_ISA(std::int64_t, decode_topk_scan_bfloat16,
                (const Stretch& stretch, std::uint64_t least, std::uint64_t* out))
 EFFDET_PER_ISA(std::int64_t, decode_topk_scan_double, (const Stretch& stretch, WideEntry least, WideEntry* out))
 
-// Writes an image's rows of the outputs, given its best entries in their order.
-EFFDET_PER_ISA(void, decode_topk_decode, (const DecodeTopkCpuParams& p, std::int64_t image, const void* entries))
+// Writes rows of an image's outputs, from `begin` to `end`, given its best entries in their order.
+EFFDET_PER_ISA(void, decode_topk_decode,
+               (const DecodeTopkCpuParams& p, std::int64_t image, const void* entries, std::int64_t begin,
+                std::int64_t end))
 
 }  // namespace effdet

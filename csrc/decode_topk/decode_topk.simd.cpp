@@ -76,13 +76,10 @@ int64_t scan(const Stretch& s, Entry<T> least_, Entry<T>* out) {
     Vec<A> vectors[4];
     for (int v = 0; v < 4; ++v) vectors[v] = load(values + i + v * kLanes<T>);
     const auto below = (vectors[0] < bound) & (vectors[1] < bound) & (vectors[2] < bound) & (vectors[3] < bound);
-    if (!any(~below)) continue;
-    for (int v = 0; v < 4; ++v) {
-      const Vec<A> one = splat<A>(1);
-      const Vec<A> stays = vectors[v] < bound ? Vec<A>{} : one;  // a NaN stays
-      for (unsigned lanes = equal_lanes(stays, one); lanes != 0; lanes &= lanes - 1)
-        note(i + v * kLanes<T> + __builtin_ctz(lanes));
-    }
+    if (!any(~below)) continue;  // a NaN stays
+    std::uint64_t lanes = 0;
+    for (int v = 0; v < 4; ++v) lanes |= std::uint64_t{lanes_of(~(vectors[v] < bound))} << v * kLanes<T>;
+    for (; lanes != 0; lanes &= lanes - 1) note(i + __builtin_ctzll(lanes));
   }
   for (; i < s.count; ++i)
     if (!(widen(values[i]) < bound)) note(i);
@@ -137,7 +134,7 @@ EFFDET_INLINE T logit_of(Entry<T> entry, const TopkLevel& l, int64_t image, int6
 }
 
 template <typename T>
-void decode(const DecodeTopkCpuParams& p, int64_t image, const Entry<T>* entries) {
+void decode(const DecodeTopkCpuParams& p, int64_t image, const Entry<T>* entries, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const A* limits = p.limits ? static_cast<const A*>(p.limits) + 2 * image : nullptr;
   A* boxes = static_cast<A*>(p.boxes) + image * p.kept * 4;
@@ -145,9 +142,10 @@ void decode(const DecodeTopkCpuParams& p, int64_t image, const Entry<T>* entries
   std::int64_t* anchor_index = p.anchor_index + image * p.kept;
   std::int64_t* classes_of = p.classes_of + image * p.kept;
   const auto anchors = static_cast<std::uint32_t>(p.anchors), classes = static_cast<std::uint32_t>(p.classes);
-  for (int64_t from = 0; from < p.kept; from += kLanes<T>) {
-    const int count = static_cast<int>(least<int64_t>(kLanes<T>, p.kept - from));
+  for (int64_t from = begin; from < end; from += kLanes<T>) {
+    const int count = static_cast<int>(least<int64_t>(kLanes<T>, end - from));
     Lanes<A> lanes{};
+    const T* code[4][kLanes<T>];
     for (int i = 0; i < count; ++i) {
       const std::uint32_t place = place_of<T>(entries[from + i]);
       const std::uint32_t anchor = place / classes, label = place - anchor * classes;
@@ -162,8 +160,10 @@ void decode(const DecodeTopkCpuParams& p, int64_t image, const Entry<T>* entries
       logits[from + i] = logit_of<T>(entries[from + i], l, image, pixel, a * classes + label, anchors * classes);
       const T* codes = static_cast<const T*>(l.codes) + image * pixels * anchors * 4;
       const int64_t first = l.codes_planar ? a * 4 * pixels + pixel : int64_t{local} * 4;
-      for (int side = 0; side < 4; ++side)
-        lanes.code[side][i] = widen(codes[first + side * (l.codes_planar ? pixels : 1)]);
+      for (int side = 0; side < 4; ++side) {
+        code[side][i] = codes + first + side * (l.codes_planar ? pixels : 1);
+        __builtin_prefetch(code[side][i]);
+      }
       if (p.grid) {
         const double* corner = p.grid + (level * anchors + a) * 4;
         const auto width = static_cast<std::uint32_t>(l.width);
@@ -175,6 +175,8 @@ void decode(const DecodeTopkCpuParams& p, int64_t image, const Entry<T>* entries
           lanes.anchor[side][i] = static_cast<const A*>(p.anchor_boxes)[anchor * int64_t{4} + side];
       }
     }
+    for (int i = 0; i < count; ++i)
+      for (int side = 0; side < 4; ++side) lanes.code[side][i] = widen(*code[side][i]);
     decode_side(&lanes, 0, limits);
     decode_side(&lanes, 1, limits);
     for (int i = 0; i < count; ++i)
@@ -196,10 +198,12 @@ std::int64_t decode_topk_scan_double(const Stretch& stretch, WideEntry least, Wi
   return scan<double>(stretch, least, out);
 }
 
-void decode_topk_decode(const DecodeTopkCpuParams& p, std::int64_t image, const void* entries) {
-  if (p.dtype == kFloat32) return decode<float>(p, image, static_cast<const std::uint64_t*>(entries));
-  if (p.dtype == kFloat64) return decode<double>(p, image, static_cast<const WideEntry*>(entries));
-  return decode<BFloat16>(p, image, static_cast<const std::uint64_t*>(entries));
+void decode_topk_decode(const DecodeTopkCpuParams& p, std::int64_t image, const void* entries, std::int64_t begin,
+                        std::int64_t end) {
+  if (p.dtype == kFloat64) return decode<double>(p, image, static_cast<const WideEntry*>(entries), begin, end);
+  const auto* narrow_entries = static_cast<const std::uint64_t*>(entries);
+  if (p.dtype == kFloat32) return decode<float>(p, image, narrow_entries, begin, end);
+  return decode<BFloat16>(p, image, narrow_entries, begin, end);
 }
 
 }  // namespace EFFDET_ISA

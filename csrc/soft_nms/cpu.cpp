@@ -71,6 +71,7 @@ struct Workspace {
   Workspace(std::byte* base, std::int64_t count, std::int64_t groups, std::int64_t most_picks) : at_(base) {
     const std::int64_t tiles = count / kTile + std::min(count, groups);
     take(&image.candidates, tiles);
+    for (T*& bound : image.bounds) take(&bound, tiles + kTile);
     take(&image.highest, tiles + kTile);
     take(&image.group, groups);
     take(&image.group_highest, groups + kTile);
@@ -144,6 +145,7 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   TiledImage<T>& image = w->image;
   image.groups = static_cast<std::int32_t>(classes);
+  image.spare = w->sorted;
   std::fill_n(w->to, classes, 0);
   for (std::int64_t k = 0; k < kept; ++k) ++w->to[w->numbers[k]];
   image.tiles = 0;
@@ -151,7 +153,7 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
     const std::int32_t begin = image.tiles;
     image.tiles += (w->to[g] + kTile - 1) / kTile;
     w->to[g] = begin * kTile;
-    image.group[g] = {begin, image.tiles, begin, kNoPick, kNoPick, 0, kNone, max_per_class};
+    image.group[g] = {begin, image.tiles, begin, kNoPick, kNoPick, kNone, max_per_class};
   }
   std::fill_n(image.order, static_cast<std::int64_t>(image.tiles) * kTile, -1);
   // A score below 0 rises, but not above it.

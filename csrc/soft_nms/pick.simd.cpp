@@ -1,6 +1,6 @@
 // The picks of an image whose candidates lie in tiles. Scores only fall, so a tile takes part from when one of its
-// scores could be the highest: most tiles of an image never do. Operations are the reference's, in its order; compiled
-// without fused multiply-adds.
+// scores could be the highest: most tiles of an image never do. A pick is told to the tiles in whose bounds it is.
+// Operations are the reference's, in its order; compiled without fused multiply-adds.
 #include "cpu/activation.h"
 #include "soft_nms/tiles.h"
 
@@ -11,8 +11,11 @@ namespace {
 template <typename T>
 constexpr T kGone = -T(__builtin_inff());
 
-// A group of more tiles than kSmall is filled up every so many picks.
-constexpr int32_t kOften = 16, kSmall = 4;
+// So many tiles that begin to take part together are sorted by place.
+constexpr int32_t kSorted = 8;
+
+// Cells of a side of the grid that places are sorted by, and in all.
+constexpr int32_t kSide = 32, kCells = kSide * kSide;
 
 // Gaussian: the factor e^(rate iou^2).
 template <typename T>
@@ -87,6 +90,23 @@ struct Picker {
     }
     for (int lane = 0; lane < kTile; lane += kLanes<T>)
       store(c.area + lane, (load(c.x1 + lane) - load(c.x0 + lane)) * (load(c.y1 + lane) - load(c.y0 + lane)));
+    sum_up(tile);
+  }
+
+  // Writes the bounds of what is left of a tile, and its highest score.
+  void sum_up(int32_t tile) const {
+    const Tile<T>& c = t.candidates[tile];
+    const T* rows[4] = {c.x0, c.y0, c.x1, c.y1};
+    for (int side = 0; side < 4; ++side) {
+      const T sign = side < 2 ? T(-1) : T(1);
+      Vec<T> farthest = splat<T>(kGone<T>);
+      for (int lane = 0; lane < kTile; lane += kLanes<T>) {
+        const Vec<T> value = load(rows[side] + lane) * sign;
+        farthest = (load(c.score + lane) != kGone<T>)&(value > farthest) ? value : farthest;
+      }
+      t.bounds[side][tile] = Largest<T>::of(farthest) * sign;
+    }
+    t.highest[tile] = highest_of(tile);
   }
 
   // Tells a tile of a pick.
@@ -102,6 +122,18 @@ struct Picker {
       changed = true;
     }
     if (changed) t.highest[tile] = highest_of(tile);
+  }
+
+  // Tells the tiles from `begin` to `end` of a pick.
+  EFFDET_INLINE void tell(int32_t begin, int32_t end, const T* box) const {
+    for (int32_t from = begin; from < end; from += kLanes<T>) {
+      const Vec<T> left = load(t.bounds[0] + from), top = load(t.bounds[1] + from);
+      const Vec<T> width = upper(load(t.bounds[2] + from), splat<T>(box[2])) - lower(left, splat<T>(box[0]));
+      const Vec<T> height = upper(load(t.bounds[3] + from), splat<T>(box[3])) - lower(top, splat<T>(box[1]));
+      const auto there = load(t.highest + from) != kGone<T>;
+      unsigned tiles = lanes_before(end - from, (width > T(0)) & (height > T(0)) & there);
+      for (; tiles != 0; tiles &= tiles - 1) tell(from + __builtin_ctz(tiles), box);
+    }
   }
 
   EFFDET_INLINE T highest_of(int32_t tile) const {
@@ -127,15 +159,55 @@ struct Picker {
     return found;
   }
 
-  // Lets tiles of a group take part until no other can have a higher score, or the same.
+  // Lets tiles of a group take part until no other can have a higher score, or the same: first one, then each time as
+  // many as do.
   void complete(Group<T>* group) const {
-    for (; group->next < group->end && t.highest[group->next] >= group->highest; ++group->next) {
-      fill(group->next);
-      t.highest[group->next] = highest_of(group->next);
+    while (group->next < group->end && t.highest[group->next] >= group->highest) {
+      const int32_t begin = group->next, end = least(group->end, most(begin + 1, 2 * begin - group->begin));
+      if (end - begin >= kSorted) sort_by_place(begin, end);
+      for (int32_t tile = begin; tile < end; ++tile) fill(tile);
       for (int32_t pick = group->first_pick; pick != kNoPick; pick = t.next_pick[pick])
-        tell(group->next, t.picks + pick * int64_t{5});
-      group->highest = most(group->highest, t.highest[group->next]);
+        tell(begin, end, t.picks + pick * int64_t{5});
+      group->highest = most(group->highest, largest(t.highest + begin, end - begin));
+      group->next = end;
     }
+  }
+
+  // Puts candidates that are close together into one tile: sorts those of some tiles along a Z-order curve.
+  void sort_by_place(int32_t begin, int32_t end) const {
+    int32_t* order = t.order + begin * int64_t{kTile};
+    int32_t count = (end - begin) * kTile;
+    while (order[count - 1] < 0) --count;
+    const auto middle = [this](int32_t i, int axis) {  // halved, so that no difference is infinite
+      const T* box = boxes + i * int64_t{4} + axis;
+      return box[0] / 4 + box[2] / 4;
+    };
+    T lowest[2], scale[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      T highest = lowest[axis] = middle(order[0], axis);
+      for (int32_t k = 1; k < count; ++k) {
+        const T value = middle(order[k], axis);
+        lowest[axis] = least(lowest[axis], value);
+        highest = most(highest, value);
+      }
+      const T per_pixel = T(kSide - 1) / (highest - lowest[axis]);
+      scale[axis] = per_pixel < -kGone<T> ? per_pixel : T(0);
+    }
+    const auto spread = [](int32_t v) {  // a 0 before each of 5 bits
+      v = (v | v << 4) & 0x10f;
+      v = (v | v << 2) & 0x133;
+      return (v | v << 1) & 0x155;
+    };
+    const auto cell = [&](int32_t i) {
+      const auto column = static_cast<int32_t>((middle(i, 0) - lowest[0]) * scale[0]);
+      const auto row = static_cast<int32_t>((middle(i, 1) - lowest[1]) * scale[1]);
+      return spread(column) | spread(row) << 1;
+    };
+    int32_t next[kCells + 1] = {};
+    for (int32_t k = 0; k < count; ++k) ++next[cell(order[k]) + 1];
+    for (int32_t c = 0; c < kCells; ++c) next[c + 1] += next[c];
+    for (int32_t k = 0; k < count; ++k) t.spare[next[cell(order[k])]++] = order[k];
+    __builtin_memcpy(order, t.spare, count * sizeof(int32_t));
   }
 
   struct Best {
@@ -143,16 +215,16 @@ struct Picker {
     int32_t group, tile, lane;
   };
 
-  // Of the lanes from `from` on, those before `end` whose number is `value`, a bit for each.
-  static EFFDET_INLINE unsigned equal_before(const T* numbers, int32_t from, int32_t end, T value) {
-    const unsigned inside = end - from < kLanes<T> ? (1u << (end - from)) - 1 : ~0u;
-    return equal_lanes(load(numbers + from), splat<T>(value)) & inside;
+  // The lanes in which a comparison's result is true, of the first `count`.
+  template <typename M>
+  static EFFDET_INLINE unsigned lanes_before(int32_t count, M mask) {
+    return lanes_of(mask) & (count < kLanes<T> ? (1u << count) - 1 : ~0u);
   }
 
   // The candidate of the lowest index of those of a tile that have the score `highest`, if it is lower than the best's.
   void find_in_tile(int32_t group, int32_t tile, T highest, Best* best) const {
     for (int32_t from = 0; from < kTile; from += kLanes<T>) {
-      unsigned lanes = equal_before(t.candidates[tile].score, from, kTile, highest);
+      unsigned lanes = lanes_of(load(t.candidates[tile].score + from) == highest);
       for (; lanes != 0; lanes &= lanes - 1) {
         const int32_t lane = from + __builtin_ctz(lanes);
         const int32_t index = t.order[tile * int64_t{kTile} + lane];
@@ -168,7 +240,7 @@ struct Picker {
     t.group_highest[g] = group.highest;
     if (group.highest != highest) return;
     for (int32_t from = group.begin; from < group.next; from += kLanes<T>) {
-      unsigned lanes = equal_before(t.highest, from, group.next, highest);
+      unsigned lanes = lanes_before(group.next - from, load(t.highest + from) == highest);
       for (; lanes != 0; lanes &= lanes - 1) find_in_tile(g, from + __builtin_ctz(lanes), highest, best);
     }
   }
@@ -178,33 +250,10 @@ struct Picker {
   Best best_of(T highest) const {
     Best best;
     for (int32_t from = 0; from < t.groups; from += kLanes<T>) {
-      unsigned lanes = equal_before(t.group_highest, from, t.groups, highest);
+      unsigned lanes = lanes_before(t.groups - from, load(t.group_highest + from) == highest);
       for (; lanes != 0; lanes &= lanes - 1) find_in_group(from + __builtin_ctz(lanes), highest, &best);
     }
     return best;
-  }
-
-  // Moves what is left of a group together, if all of it takes part.
-  void fill_up(Group<T>* group) const {
-    group->picks = 0;
-    if (group->next < group->end) return;
-    int64_t to = int64_t{group->begin} * kTile;
-    for (int64_t from = to; from < int64_t{group->end} * kTile; ++from) {
-      const Tile<T>& c = t.candidates[from / kTile];
-      Tile<T>& moved = t.candidates[to / kTile];
-      const int64_t lane = from % kTile, lane_to = to % kTile;
-      if (c.score[lane] == kGone<T>) continue;
-      moved.x0[lane_to] = c.x0[lane];
-      moved.y0[lane_to] = c.y0[lane];
-      moved.x1[lane_to] = c.x1[lane];
-      moved.y1[lane_to] = c.y1[lane];
-      moved.area[lane_to] = c.area[lane];
-      moved.score[lane_to] = c.score[lane];
-      t.order[to++] = t.order[from];
-    }
-    for (; to % kTile != 0; ++to) t.candidates[to / kTile].score[to % kTile] = kGone<T>;
-    group->next = group->end = static_cast<int32_t>(to / kTile);
-    for (int32_t tile = group->begin; tile < group->end; ++tile) t.highest[tile] = highest_of(tile);
   }
 
   // Takes a pick out, and tells its group.
@@ -226,9 +275,7 @@ struct Picker {
       t.group_highest[best.group] = kGone<T>;
       return;
     }
-    if (++group.picks >= kOften && group.next - group.begin > kSmall) fill_up(&group);
-    for (int32_t tile = group.begin; tile < group.next; ++tile)
-      if (t.highest[tile] != kGone<T>) tell(tile, box);
+    tell(group.begin, group.next, box);
     group.highest = largest(t.highest + group.begin, group.next - group.begin);
     const T others = group.next < group.end ? t.highest[group.next] : kGone<T>;
     t.group_highest[best.group] = most(group.highest, others);

@@ -19,14 +19,14 @@ struct alignas(64) Tile {
 
 constexpr std::int32_t kNoPick = -1;
 
-// A class, whose candidates are those of the tiles from `begin` to `end`, about in the order of their scores. The tiles
-// before `next` take part: their scores take all picks of the class into account. Picks are numbered in their order.
+// A class, whose candidates are those of the tiles from `begin` to `end`. The tiles before `next` take part: their
+// scores take all picks of the class into account. The others are about in the order of their scores. Picks are
+// numbered in their order.
 template <typename T>
 struct Group {
   std::int32_t begin, end, next;
   std::int32_t first_pick, last_pick;
-  std::int32_t picks;  // since its tiles were filled up
-  T highest;           // score of the tiles that take part
+  T highest;  // score of the tiles that take part
   std::int64_t picks_left;
 };
 
@@ -35,11 +35,13 @@ struct TiledImage {
   std::int32_t tiles, groups;
   std::int32_t* order;      // [tiles, kTile] candidates, -1: none
   Tile<T>* candidates;      // [tiles], written when they begin to take part
+  T* bounds[4];             // [tiles, to whole vectors] each: the box around a tile's, written with it
   T* highest;               // [tiles, to whole vectors] score; of tiles that take no part yet: of this or a later one
   Group<T>* group;          // [groups]
   T* group_highest;         // [groups, to whole vectors] score, or more: of the tiles that take no part as well
   T* picks;                 // [min(max_det, candidates), 5]: box and area
   std::int32_t* next_pick;  // [min(max_det, candidates)] of its group
+  std::int32_t* spare;      // [candidates]
 };
 
 // Writes the image's rows of `index` and `score`; returns how many picks there are.
