@@ -83,6 +83,12 @@ FIGURES = (
         significant,
     ),
     Column(
+        "after network",
+        "after_network",
+        "of the time from images to rows, the share that is not the network's",
+        _percent,
+    ),
+    Column(
         "peak MB",
         "peak_bytes",
         "memory of a call above its inputs or model",

@@ -145,21 +145,17 @@ class Op:
     def _route(self, args: Sequence[Any]) -> tuple[str, str]:
         """How a call is served, and its device: by the "dispatcher", or past it by a backend.
 
-        Only eager calls with gradients spare the dispatcher, and those of ops that have none. Calls with gradients that
-        the reference serves go through its own graph, so that nothing is computed twice.
+        Eager calls spare the dispatcher. Those with gradients that the reference serves go through its own graph, so
+        that nothing is computed twice.
         """
         if torch.compiler.is_compiling():
             return "dispatcher", ""
         tensors = _tensors(args)
-        if not self._differentiable:
+        if not self._needs_gradients(tensors):
             device = tensors[0].device.type
             if device not in ("cpu", "cuda") or not _direct.possible(tensors):
                 return "dispatcher", ""
             return _dispatch.choose(self.name, self.impls, device, args), device
-        if not torch.is_grad_enabled():
-            return "dispatcher", ""
-        if not any(t.requires_grad for t in tensors):
-            return "dispatcher", ""
         device = tensors[0].device.type
         direct = _direct.possible(tensors)
         # Of others, fake tensors among them, the address, which a kernel may refuse, is not known yet.
@@ -177,12 +173,20 @@ class Op:
             return serving, device
         return "dispatcher", ""
 
+    def _needs_gradients(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            bool(self._differentiable)
+            and torch.is_grad_enabled()
+            and any(t.requires_grad for t in tensors)
+        )
+
     def _served(self, backend: str, args: Sequence[Any]) -> Any:
         if backend == "reference":
             return self._conformed(self.impls["reference"], args)
-        if not self._differentiable:
+        tensors = _tensors(args)
+        if not self._needs_gradients(tensors):
             return self.direct(backend, args)
-        output = _direct.Call.apply(self, backend, args, *_tensors(args))
+        output = _direct.Call.apply(self, backend, args, *tensors)
         return list(output) if self._returns_list else output
 
     # Registration --------------------------------------------------------------------------------
