@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Shape, dtype, device and memory format of one output."""
 
     shape: tuple[Any, ...]
@@ -42,7 +41,7 @@ class TensorSpec:
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """``tensor`` in exactly this dtype and these strides: itself or a copy."""
-        if tuple(tensor.shape) != tuple(self.shape):
+        if tensor.shape != tuple(self.shape):
             raise RuntimeError(
                 f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
             )
@@ -151,7 +150,7 @@ class Op:
         if torch.compiler.is_compiling():
             return "dispatcher", ""
         tensors = _tensors(args)
-        if not self._needs_gradients(tensors):
+        if not self._needs_gradients(args):
             device = tensors[0].device.type
             if device not in ("cpu", "cuda") or not _direct.possible(tensors):
                 return "dispatcher", ""
@@ -173,20 +172,17 @@ class Op:
             return serving, device
         return "dispatcher", ""
 
-    def _needs_gradients(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            bool(self._differentiable)
-            and torch.is_grad_enabled()
-            and any(t.requires_grad for t in tensors)
-        )
+    def _needs_gradients(self, args: Sequence[Any]) -> bool:
+        if not self._differentiable or not torch.is_grad_enabled():
+            return False
+        return any(t.requires_grad for t in _tensors(args))
 
     def _served(self, backend: str, args: Sequence[Any]) -> Any:
         if backend == "reference":
             return self._conformed(self.impls["reference"], args)
-        tensors = _tensors(args)
-        if not self._needs_gradients(tensors):
+        if not self._needs_gradients(args):
             return self.direct(backend, args)
-        output = _direct.Call.apply(self, backend, args, *tensors)
+        output = _direct.Call.apply(self, backend, args, *_tensors(args))
         return list(output) if self._returns_list else output
 
     # Registration --------------------------------------------------------------------------------

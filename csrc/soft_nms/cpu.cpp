@@ -40,16 +40,16 @@ class Classes {
 
   std::int64_t size() const { return size_; }
 
-  // The numbers of some candidates.
-  void number(const std::int32_t* candidates, std::int64_t count, std::int32_t* numbers) const {
+  // The numbers of the first `count` candidates.
+  void number(std::int64_t count, std::int32_t* numbers) const {
     if (size_ == 1) {
       std::fill_n(numbers, count, 0);
     } else if (names_.empty()) {
-      for (std::int64_t k = 0; k < count; ++k) numbers[k] = static_cast<std::int32_t>(classes_[candidates[k]] - least_);
+      for (std::int64_t i = 0; i < count; ++i) numbers[i] = static_cast<std::int32_t>(classes_[i] - least_);
     } else {
-      for (std::int64_t k = 0; k < count; ++k) {
-        const auto found = std::lower_bound(names_.begin(), names_.end(), classes_[candidates[k]]);
-        numbers[k] = static_cast<std::int32_t>(found - names_.begin());
+      for (std::int64_t i = 0; i < count; ++i) {
+        const auto found = std::lower_bound(names_.begin(), names_.end(), classes_[i]);
+        numbers[i] = static_cast<std::int32_t>(found - names_.begin());
       }
     }
   }
@@ -65,7 +65,8 @@ template <typename T>
 struct Workspace {
   TiledImage<T> image{};
   std::int32_t *kept, *sorted;  // candidates
-  std::int32_t* numbers;        // of their classes
+  std::int32_t* levels;         // of the kept ones' scores
+  std::int32_t* numbers;        // of all candidates' classes
   std::int32_t* to;             // the next place in `order`, of each class
 
   Workspace(std::byte* base, std::int64_t count, std::int64_t groups, std::int64_t most_picks) : at_(base) {
@@ -80,6 +81,7 @@ struct Workspace {
     take(&image.order, tiles * kTile);
     take(&kept, count + 1);
     take(&sorted, count);
+    take(&levels, count);
     take(&numbers, count);
     take(&to, groups);
   }
@@ -104,39 +106,63 @@ struct Workspace {
 template <typename T>
 std::int64_t gather(const T* boxes, const T* scores, std::int64_t limit, T threshold, std::int32_t* kept,
                     std::int64_t* dropped) {
+  constexpr std::int64_t kBlock = 64;  // candidates, usually all of them kept or none above the threshold
   std::int64_t count = 0, finite_count = 0;
-  for (std::int64_t i = 0; i < limit; ++i) {
-    const T* box = boxes + 4 * i;
-    // 0, or NaN where one of them is not finite.
-    const T zero = box[0] * T(0) + box[1] * T(0) + (box[2] * T(0) + box[3] * T(0)) + scores[i] * T(0);
-    const bool finite = zero == T(0);
-    kept[count] = static_cast<std::int32_t>(i);
-    count += finite & (scores[i] > threshold);
-    finite_count += finite;
+  for (std::int64_t begin = 0; begin < limit; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, limit);
+    int infinite = 0, low = 0;
+    for (std::int64_t k = 4 * begin; k < 4 * end; ++k) infinite += !(boxes[k] * T(0) == T(0));
+    for (std::int64_t i = begin; i < end; ++i) {
+      infinite += !(scores[i] * T(0) == T(0));
+      low += !(scores[i] > threshold);
+    }
+    if (infinite == 0 && low == 0) {
+      for (std::int64_t i = begin; i < end; ++i) kept[count++] = static_cast<std::int32_t>(i);
+      finite_count += end - begin;
+    } else if (infinite == 0 && low == end - begin) {
+      finite_count += end - begin;
+    } else {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const T* box = boxes + 4 * i;
+        // 0, or NaN where one of them is not finite.
+        const T zero = box[0] * T(0) + box[1] * T(0) + (box[2] * T(0) + box[3] * T(0)) + scores[i] * T(0);
+        const bool finite = zero == T(0);
+        kept[count] = static_cast<std::int32_t>(i);
+        count += finite & (scores[i] > threshold);
+        finite_count += finite;
+      }
+    }
   }
   *dropped = limit - finite_count;
   return count;
 }
 
-// Sorts candidates by levels of their scores, the highest first.
+// Sorts the kept candidates by levels of their scores, the highest first.
 template <typename T>
-void sort_by_level(const T* scores, std::int64_t count, std::int32_t** candidates, std::int32_t** spare) {
-  const std::int32_t* from = *candidates;
+void sort_by_level(const T* scores, std::int64_t count, Workspace<T>* w) {
+  const std::int32_t* from = w->kept;
   const auto lower = [scores](std::int32_t a, std::int32_t b) { return scores[a] > scores[b]; };
   if (std::is_sorted(from, from + count, lower)) return;
-  T highest = scores[from[0]], lowest = highest;
-  for (std::int64_t k = 1; k < count; ++k) {
-    highest = std::max(highest, scores[from[k]]);
-    lowest = std::min(lowest, scores[from[k]]);
+  constexpr int kChains = 4;  // a comparison waits for the one before
+  T highest[kChains], lowest[kChains];
+  std::fill_n(highest, kChains, scores[from[0]]);
+  std::fill_n(lowest, kChains, scores[from[0]]);
+  for (std::int64_t k = 0; k < count; ++k) {
+    const T score = scores[from[k]];
+    highest[k % kChains] = std::max(highest[k % kChains], score);
+    lowest[k % kChains] = std::min(lowest[k % kChains], score);
   }
-  const T scale = T(kLevels - 1) / (highest - lowest);
+  const T top = *std::max_element(highest, highest + kChains), bottom = *std::min_element(lowest, lowest + kChains);
+  const T scale = T(kLevels - 1) / (top - bottom);
   if (!(scale > T(0)) || !std::isfinite(scale)) return;
-  const auto level = [=](std::int32_t i) { return static_cast<std::int32_t>((highest - scores[i]) * scale); };
   std::int32_t begin[kLevels + 1] = {};
-  for (std::int64_t k = 0; k < count; ++k) ++begin[level(from[k]) + 1];
+  for (std::int64_t k = 0; k < count; ++k) {
+    w->levels[k] = static_cast<std::int32_t>((top - scores[from[k]]) * scale);
+    ++begin[w->levels[k] + 1];
+  }
   for (std::int64_t l = 0; l < kLevels; ++l) begin[l + 1] += begin[l];
-  for (std::int64_t k = 0; k < count; ++k) (*spare)[begin[level(from[k])]++] = from[k];
-  std::swap(*candidates, *spare);
+  for (std::int64_t k = 0; k < count; ++k) w->sorted[begin[w->levels[k]]++] = from[k];
+  std::swap(w->kept, w->sorted);
 }
 
 // Deals the kept candidates to the tiles of their classes, in their order.
@@ -147,7 +173,7 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
   image.groups = static_cast<std::int32_t>(classes);
   image.spare = w->sorted;
   std::fill_n(w->to, classes, 0);
-  for (std::int64_t k = 0; k < kept; ++k) ++w->to[w->numbers[k]];
+  for (std::int64_t k = 0; k < kept; ++k) ++w->to[w->numbers[w->kept[k]]];
   image.tiles = 0;
   for (std::int64_t g = 0; g < classes; ++g) {
     const std::int32_t begin = image.tiles;
@@ -156,20 +182,17 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
     image.group[g] = {begin, image.tiles, begin, kNoPick, kNoPick, kNone, max_per_class};
   }
   std::fill_n(image.order, static_cast<std::int64_t>(image.tiles) * kTile, -1);
-  // A score below 0 rises, but not above it.
-  const T least = T(0);
-  std::fill_n(image.highest, image.tiles, least);
-  for (std::int64_t k = 0; k < kept; ++k) {
-    const std::int32_t to = w->to[w->numbers[k]]++;
-    image.order[to] = w->kept[k];
-    image.highest[to / kTile] = std::max(image.highest[to / kTile], scores[w->kept[k]]);
-  }
-  for (std::int32_t tile = image.tiles; tile < image.tiles + kTile; ++tile) image.highest[tile] = kNone;
+  for (std::int64_t k = 0; k < kept; ++k) image.order[w->to[w->numbers[w->kept[k]]]++] = w->kept[k];
+  std::fill_n(image.highest + image.tiles, kTile, kNone);
   for (std::int64_t g = 0; g < classes; ++g) {
     const Group<T>& group = image.group[g];
-    for (std::int32_t tile = group.end - 2; tile >= group.begin; --tile)
-      image.highest[tile] = std::max(image.highest[tile], image.highest[tile + 1]);
-    image.group_highest[g] = group.begin < group.end ? image.highest[group.begin] : kNone;
+    T highest = T(0);  // a score below 0 rises, but not above it
+    for (std::int32_t tile = group.end - 1; tile >= group.begin; --tile) {
+      for (const std::int32_t* i = image.order + tile * kTile; i < image.order + (tile + 1) * kTile; ++i)
+        if (*i >= 0) highest = std::max(highest, scores[*i]);
+      image.highest[tile] = highest;
+    }
+    image.group_highest[g] = group.begin < group.end ? highest : kNone;
   }
   std::fill_n(image.group_highest + classes, kTile, kNone);
 }
@@ -193,8 +216,8 @@ Status one_image(const SoftNmsParams<T>& p, std::int64_t image) {
   Workspace<T> w(memory, limit, classes.size(), most_picks);
   const std::int64_t kept =
       gather(p.boxes + image * p.count * 4, scores, limit, p.score_threshold, w.kept, p.dropped + image);
-  sort_by_level(scores, kept, &w.kept, &w.sorted);
-  classes.number(w.kept, kept, w.numbers);
+  sort_by_level(scores, kept, &w);
+  classes.number(limit, w.numbers);
   deal(scores, kept, classes.size(), p.max_per_class, &w);
   const std::int64_t found = pick(p, image, w.image);
   std::fill_n(p.index + image * p.max_det + found, p.max_det - found, -1);
