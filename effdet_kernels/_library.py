@@ -35,24 +35,23 @@ class TensorSpec(NamedTuple):
 
     def empty(self) -> Tensor:
         """Uninitialised memory of this specification."""
+        if self.memory_format is torch.contiguous_format:  # naming it takes as long as the allocation
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return torch.empty(
             self.shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
         )
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """``tensor`` in exactly this dtype and these strides: itself or a copy."""
-        if tensor.shape != tuple(self.shape):
-            raise RuntimeError(
-                f"an implementation returned {tuple(tensor.shape)}, not {self.shape}"
-            )
-        out = tensor
-        if out.dtype != self.dtype or not out.is_contiguous(memory_format=self.memory_format):
-            out = out.to(self.dtype).contiguous(memory_format=self.memory_format)
-        if min(self.shape, default=2) > 1:
-            return out
+        shape = tuple(self.shape)
+        if tensor.shape != shape:
+            raise RuntimeError(f"an implementation returned {tuple(tensor.shape)}, not {shape}")
+        strides = _strides(shape, self.memory_format)
+        if tensor.dtype == self.dtype and tensor.stride() == strides:
+            return tensor
+        out = tensor.to(self.dtype).contiguous(memory_format=self.memory_format)
         # contiguous() may leave any stride in a dimension of size 1 or in an empty tensor.
-        strides = _strides(tuple(self.shape), self.memory_format)
-        return out if out.stride() == strides else out.as_strided(self.shape, strides)
+        return out if out.stride() == strides else out.as_strided(shape, strides)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -64,10 +64,10 @@ def soft_nms(
     integers = (torch.int64, torch.int32, torch.int16, torch.uint8)
     if classes is not None:
         _checks.tensor(op, "classes", classes, (batch, count), dtypes=integers, device=boxes.device)
-        classes = classes.to(torch.int64)
+        classes = _plain(classes, torch.int64)
     if num_valid is not None:
         _checks.tensor(op, "num_valid", num_valid, (batch,), dtypes=integers, device=boxes.device)
-        num_valid = num_valid.to(torch.int64)
+        num_valid = _plain(num_valid, torch.int64)
     _checks.number(op, "max_det", max_det, least=0)
     _checks.choice(op, "method", method, METHODS)
     _checks.number(op, "sigma", sigma, above=0)
@@ -77,8 +77,8 @@ def soft_nms(
         _checks.number(op, "max_per_class", max_per_class, least=1)
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     return _soft_nms(
-        boxes.detach().to(dtype),
-        scores.detach().to(dtype),
+        _plain(boxes, dtype),
+        _plain(scores, dtype),
         classes,
         num_valid,
         max_det,
@@ -88,6 +88,12 @@ def soft_nms(
         score_threshold,
         max_per_class,
     )
+
+
+def _plain(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` without gradients and in ``dtype``; calls that change nothing are left out."""
+    values = values.detach() if values.requires_grad else values
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def _out_spec(boxes: Tensor, scores: Tensor, classes, num_valid, max_det, *_) -> list[TensorSpec]:
