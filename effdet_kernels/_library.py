@@ -35,7 +35,8 @@ class TensorSpec(NamedTuple):
 
     def empty(self) -> Tensor:
         """Uninitialised memory of this specification."""
-        if self.memory_format is torch.contiguous_format:  # naming it takes as long as the allocation
+        # Naming the format takes as long as the allocation.
+        if self.memory_format is torch.contiguous_format:
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return torch.empty(
             self.shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
