@@ -76,6 +76,7 @@ struct Picker {
   const T* scores;
   Decay<T> decay;
 
+  // Writes a tile that begins to take part, its bounds and its highest score.
   void fill(int32_t tile) const {
     Tile<T>& c = t.candidates[tile];
     for (int lane = 0; lane < kTile; ++lane) {
@@ -90,19 +91,14 @@ struct Picker {
     }
     for (int lane = 0; lane < kTile; lane += kLanes<T>)
       store(c.area + lane, (load(c.x1 + lane) - load(c.x0 + lane)) * (load(c.y1 + lane) - load(c.y0 + lane)));
-    sum_up(tile);
-  }
-
-  // Writes the bounds of what is left of a tile, and its highest score.
-  void sum_up(int32_t tile) const {
-    const Tile<T>& c = t.candidates[tile];
     const T* rows[4] = {c.x0, c.y0, c.x1, c.y1};
     for (int side = 0; side < 4; ++side) {
       const T sign = side < 2 ? T(-1) : T(1);
       Vec<T> farthest = splat<T>(kGone<T>);
       for (int lane = 0; lane < kTile; lane += kLanes<T>) {
         const Vec<T> value = load(rows[side] + lane) * sign;
-        farthest = (load(c.score + lane) != kGone<T>)&(value > farthest) ? value : farthest;
+        const auto gone = load(c.score + lane) == kGone<T>;
+        farthest = gone | (value < farthest) ? farthest : value;
       }
       t.bounds[side][tile] = Largest<T>::of(farthest) * sign;
     }
@@ -110,7 +106,7 @@ struct Picker {
   }
 
   // Tells a tile of a pick.
-  EFFDET_INLINE void tell(int32_t tile, const T* box) const {
+  EFFDET_INLINE void tell_tile(int32_t tile, const T* box) const {
     Tile<T>& c = t.candidates[tile];
     bool changed = false;
     for (int lane = 0; lane < kTile; lane += kLanes<T>) {
@@ -124,7 +120,7 @@ struct Picker {
     if (changed) t.highest[tile] = highest_of(tile);
   }
 
-  // Tells the tiles from `begin` to `end` of a pick.
+  // Tells those of the tiles from `begin` to `end` whose bounds a pick meets.
   EFFDET_INLINE void tell(int32_t begin, int32_t end, const T* box) const {
     for (int32_t from = begin; from < end; from += kLanes<T>) {
       const Vec<T> left = load(t.bounds[0] + from), top = load(t.bounds[1] + from);
@@ -132,7 +128,7 @@ struct Picker {
       const Vec<T> height = upper(load(t.bounds[3] + from), splat<T>(box[3])) - lower(top, splat<T>(box[1]));
       const auto there = load(t.highest + from) != kGone<T>;
       unsigned tiles = lanes_before(end - from, (width > T(0)) & (height > T(0)) & there);
-      for (; tiles != 0; tiles &= tiles - 1) tell(from + __builtin_ctz(tiles), box);
+      for (; tiles != 0; tiles &= tiles - 1) tell_tile(from + __builtin_ctz(tiles), box);
     }
   }
 
