@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "common/parallel_for.h"
@@ -16,6 +17,7 @@ namespace effdet {
 namespace {
 
 constexpr std::int64_t kLevels = 2048;  // of scores, among which the order is open
+constexpr std::int64_t kBest = 8;       // candidates for each pick, to begin with
 
 // Numbers the classes of an image from 0.
 class Classes {
@@ -137,27 +139,33 @@ std::int64_t gather(const T* boxes, const T* scores, std::int64_t limit, T thres
   return count;
 }
 
+// The lowest and the highest score of some candidates, of at least one.
+template <typename T>
+std::pair<T, T> range_of(const T* scores, const std::int32_t* candidates, std::int64_t count) {
+  constexpr int kChains = 4;  // a comparison waits for the one before
+  T lowest[kChains], highest[kChains];
+  std::fill_n(lowest, kChains, scores[candidates[0]]);
+  std::fill_n(highest, kChains, scores[candidates[0]]);
+  for (std::int64_t k = 0; k < count; ++k) {
+    const T score = scores[candidates[k]];
+    lowest[k % kChains] = std::min(lowest[k % kChains], score);
+    highest[k % kChains] = std::max(highest[k % kChains], score);
+  }
+  return {*std::min_element(lowest, lowest + kChains), *std::max_element(highest, highest + kChains)};
+}
+
 // Sorts the kept candidates by levels of their scores, the highest first.
 template <typename T>
 void sort_by_level(const T* scores, std::int64_t count, Workspace<T>* w) {
   const std::int32_t* from = w->kept;
   const auto lower = [scores](std::int32_t a, std::int32_t b) { return scores[a] > scores[b]; };
   if (std::is_sorted(from, from + count, lower)) return;
-  constexpr int kChains = 4;  // a comparison waits for the one before
-  T highest[kChains], lowest[kChains];
-  std::fill_n(highest, kChains, scores[from[0]]);
-  std::fill_n(lowest, kChains, scores[from[0]]);
-  for (std::int64_t k = 0; k < count; ++k) {
-    const T score = scores[from[k]];
-    highest[k % kChains] = std::max(highest[k % kChains], score);
-    lowest[k % kChains] = std::min(lowest[k % kChains], score);
-  }
-  const T top = *std::max_element(highest, highest + kChains), bottom = *std::min_element(lowest, lowest + kChains);
-  const T scale = T(kLevels - 1) / (top - bottom);
+  const auto [lowest, highest] = range_of(scores, from, count);
+  const T scale = T(kLevels - 1) / (highest - lowest);
   if (!(scale > T(0)) || !std::isfinite(scale)) return;
   std::int32_t begin[kLevels + 1] = {};
   for (std::int64_t k = 0; k < count; ++k) {
-    w->levels[k] = static_cast<std::int32_t>((top - scores[from[k]]) * scale);
+    w->levels[k] = static_cast<std::int32_t>((highest - scores[from[k]]) * scale);
     ++begin[w->levels[k] + 1];
   }
   for (std::int64_t l = 0; l < kLevels; ++l) begin[l + 1] += begin[l];
@@ -165,7 +173,7 @@ void sort_by_level(const T* scores, std::int64_t count, Workspace<T>* w) {
   std::swap(w->kept, w->sorted);
 }
 
-// Deals the kept candidates to the tiles of their classes, in their order.
+// Deals the first `kept` of the kept candidates to the tiles of their classes, in their order.
 template <typename T>
 void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t max_per_class, Workspace<T>* w) {
   constexpr T kNone = -std::numeric_limits<T>::infinity();
@@ -197,11 +205,11 @@ void deal(const T* scores, std::int64_t kept, std::int64_t classes, std::int64_t
   std::fill_n(image.group_highest + classes, kTile, kNone);
 }
 
-std::int64_t pick(const SoftNmsParams<float>& p, std::int64_t image, const TiledImage<float>& t) {
-  return EFFDET_FOR_ISA(soft_nms_pick_float)(p, image, t);
+std::int64_t pick(const SoftNmsParams<float>& p, std::int64_t image, const TiledImage<float>& t, float above) {
+  return EFFDET_FOR_ISA(soft_nms_pick_float)(p, image, t, above);
 }
-std::int64_t pick(const SoftNmsParams<double>& p, std::int64_t image, const TiledImage<double>& t) {
-  return EFFDET_FOR_ISA(soft_nms_pick_double)(p, image, t);
+std::int64_t pick(const SoftNmsParams<double>& p, std::int64_t image, const TiledImage<double>& t, double above) {
+  return EFFDET_FOR_ISA(soft_nms_pick_double)(p, image, t, above);
 }
 
 template <typename T>
@@ -218,8 +226,16 @@ Status one_image(const SoftNmsParams<T>& p, std::int64_t image) {
       gather(p.boxes + image * p.count * 4, scores, limit, p.score_threshold, w.kept, p.dropped + image);
   sort_by_level(scores, kept, &w);
   classes.number(limit, w.numbers);
-  deal(scores, kept, classes.size(), p.max_per_class, &w);
-  const std::int64_t found = pick(p, image, w.image);
+  // Usually all picks are among the best candidates, above whatever the others can have. Otherwise all take part.
+  std::int64_t dealt = std::min(kept, kBest * most_picks), found = 0;
+  for (;; dealt = kept) {
+    T above = -std::numeric_limits<T>::infinity();
+    if (dealt < kept)  // a score below 0 rises, but not above it
+      above = std::max(range_of(scores, w.kept + dealt, kept - dealt).second, T(0));
+    deal(scores, dealt, classes.size(), p.max_per_class, &w);
+    found = pick(p, image, w.image, above);
+    if (found == most_picks || dealt == kept) break;
+  }
   std::fill_n(p.index + image * p.max_det + found, p.max_det - found, -1);
   std::fill_n(p.score + image * p.max_det + found, p.max_det - found, T(0));
   p.found[image] = found;

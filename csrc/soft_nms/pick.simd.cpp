@@ -277,12 +277,12 @@ struct Picker {
     t.group_highest[best.group] = most(group.highest, others);
   }
 
-  int64_t run(int64_t image) const {
+  int64_t run(int64_t image, T above) const {
     const int64_t most_picks = least(p.max_det, p.count);
     int64_t found = 0;
     while (found < most_picks) {
       const T highest = largest(t.group_highest, t.groups);
-      if (highest == kGone<T>) break;
+      if (!(highest > above)) break;
       const Best best = best_of(highest);
       if (best.index < 0) continue;
       p.index[image * p.max_det + found] = best.index;
@@ -294,26 +294,26 @@ struct Picker {
 };
 
 template <typename T, Method kMethod>
-int64_t run(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t) {
+int64_t run(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t, T above) {
   const Decay<T> decay{T(-1) / p.sigma, p.iou_threshold, p.score_threshold};
-  return Picker<T, kMethod>{p, t, p.boxes + image * p.count * 4, p.scores + image * p.count, decay}.run(image);
+  return Picker<T, kMethod>{p, t, p.boxes + image * p.count * 4, p.scores + image * p.count, decay}.run(image, above);
 }
 
 template <typename T>
-int64_t pick(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t) {
-  if (p.method == Method::kGaussian) return run<T, Method::kGaussian>(p, image, t);
-  if (p.method == Method::kLinear) return run<T, Method::kLinear>(p, image, t);
-  return run<T, Method::kHard>(p, image, t);
+int64_t pick(const SoftNmsParams<T>& p, int64_t image, const TiledImage<T>& t, T above) {
+  if (p.method == Method::kGaussian) return run<T, Method::kGaussian>(p, image, t, above);
+  if (p.method == Method::kLinear) return run<T, Method::kLinear>(p, image, t, above);
+  return run<T, Method::kHard>(p, image, t, above);
 }
 
 }  // namespace
 
-int64_t soft_nms_pick_float(const SoftNmsParams<float>& p, int64_t image, const TiledImage<float>& t) {
-  return pick(p, image, t);
+int64_t soft_nms_pick_float(const SoftNmsParams<float>& p, int64_t image, const TiledImage<float>& t, float above) {
+  return pick(p, image, t, above);
 }
 
-int64_t soft_nms_pick_double(const SoftNmsParams<double>& p, int64_t image, const TiledImage<double>& t) {
-  return pick(p, image, t);
+int64_t soft_nms_pick_double(const SoftNmsParams<double>& p, int64_t image, const TiledImage<double>& t, double above) {
+  return pick(p, image, t, above);
 }
 
 }  // namespace EFFDET_ISA

@@ -44,10 +44,10 @@ struct TiledImage {
   std::int32_t* spare;      // [candidates]
 };
 
-// Writes the image's rows of `index` and `score`; returns how many picks there are.
+// Writes the image's rows of `index` and `score` as long as scores are above `above`; returns how many picks there are.
 EFFDET_PER_ISA(std::int64_t, soft_nms_pick_float,
-               (const SoftNmsParams<float>& p, std::int64_t image, const TiledImage<float>& t))
+               (const SoftNmsParams<float>& p, std::int64_t image, const TiledImage<float>& t, float above))
 EFFDET_PER_ISA(std::int64_t, soft_nms_pick_double,
-               (const SoftNmsParams<double>& p, std::int64_t image, const TiledImage<double>& t))
+               (const SoftNmsParams<double>& p, std::int64_t image, const TiledImage<double>& t, double above))
 
 }  // namespace effdet
