@@ -34,6 +34,7 @@ from effdet.postprocess import swap_xy
 from effdet_kernels import decode_topk, soft_nms, use_backend
 from effdet_kernels.ops.soft_nms.spec import SPEC
 
+_DIRECTIONS = ("nms", "postprocess", "predict")
 SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET = 0.5, 0.5, 0.001, 100
 # PyPI effdet shifts boxes by up to 89 x 513 pixels, where float32 has steps of 1/256 of a pixel: half of one, and a
 # little for decoding.
@@ -49,17 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", action="append", type=int, help="image side; default the model's")
     parser.add_argument(
+        "--direction", action="append", choices=_DIRECTIONS, help="default: all (repeatable)"
+    )
+    parser.add_argument(
         "--data", type=Path, help="folder with detections/raw_candidates.npz: real candidates too"
     )
     peers.add_arguments(parser)
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """Jobs of both directions, for each batch, soft and hard.
+    """Jobs of the directions asked for, for each batch, soft and hard.
 
     Raises:
         ValueError: no such model; a size or batch that is not positive; a dtype besides fp32; no candidates in --data.
     """
+    wanted = args.direction or _DIRECTIONS
+    return (job for job in _all_jobs(args) if job.direction in wanted)
+
+
+def _all_jobs(args: argparse.Namespace) -> Iterator[Job]:
     if args.dtype != ["fp32"]:
         raise ValueError(f"--dtype: got {', '.join(args.dtype)}, detect takes fp32")
     found = peers.chosen(args)

@@ -79,6 +79,12 @@ def test_errors_name_the_option(suite, words, dtype, named):
         jobs(suite, *words, dtype=dtype)
 
 
+def test_directions_may_be_chosen():
+    chosen = {job.direction for job in jobs(detect, "--direction", "predict")}
+    assert chosen == {"predict"}
+    assert {job.direction for job in jobs(detect)} == {"nms", "postprocess", "predict"}
+
+
 def test_missing_data_is_an_error(tmp_path):
     found = jobs(detect, "--data", str(tmp_path))
     photos = next(job for job in found if "photos" in job.case)

@@ -99,7 +99,7 @@ bool run(std::mt19937_64& random) {
   SoftNmsParams<T> p{};
   p.batch = pick(3);
   p.count = pick(pick(1) ? 300 : 40);
-  p.max_det = pick(p.count + 20);
+  p.max_det = pick(pick(3) ? p.count + 20 : 8);
   p.max_per_class = pick(2) ? 0 : 1 + pick(9);
   p.method = static_cast<Method>(pick(2));
   p.sigma = uniform(0, 1) < 0.1 ? T(0.002) : uniform(0.01, 1);

@@ -122,3 +122,35 @@ def test_random_batches(dtype, batches, images):
         with effdet_kernels.use_backend("cpu"):
             outputs = effdet_kernels.soft_nms(**given)
         assert_as_the_reference(given, outputs)
+
+
+@pytest.mark.parametrize("method", ["gaussian", "linear", "hard"])
+@pytest.mark.parametrize("order", ["descending", "random"])
+def test_picks_beyond_a_crowd_that_has_all_the_best_scores(method, order):
+    """Few picks, for which the kernel looks at the best 8 candidates for each of them first."""
+    crowd, count, max_det = 100, 300, 7
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.arange(count).float()[:, None] * 50
+    boxes = torch.cat([corner, corner + 40], -1)[:, [0, 0, 1, 1]]
+    boxes[:crowd] = boxes[0] + 20 * torch.rand(crowd, 4, generator=generator)
+    scores = torch.linspace(1, 0.1, count)
+    if order == "random":
+        places = torch.randperm(count, generator=generator)
+        boxes, scores = boxes[places], scores[places]
+    given = {
+        "boxes": boxes[None],
+        "scores": scores[None],
+        "max_det": max_det,
+        "method": method,
+        "classes": None,
+        "num_valid": None,
+        "sigma": 0.5,
+        "iou_threshold": 0.1,
+        "score_threshold": 0.001,
+        "max_per_class": None,
+    }
+    with effdet_kernels.use_backend("cpu"):
+        outputs = effdet_kernels.soft_nms(**given)
+    beyond = scores.sort(descending=True).values[8 * max_det]
+    assert (scores[outputs[0]] < beyond).any()
+    assert_as_the_reference(given, outputs)
