@@ -1,7 +1,8 @@
-"""Calls with gradients past the dispatcher: an ``autograd.Function`` around an op's own functions.
+"""Calls past the dispatcher: ``possible`` says which, ``Call`` is those with gradients, an ``autograd.Function`` around
+an op's own functions.
 
-Through ``torch.library`` such a call costs a few hundred microseconds, more than many kernels. What the dispatcher is
-there for (compilers, exporters, modes, functorch, tensor subclasses, the profiler) still goes through it: ``possible``.
+Through ``torch.library`` a call with gradients costs a few hundred microseconds, more than many kernels. What the
+dispatcher is there for (compilers, exporters, modes, functorch, tensor subclasses, the profiler) still goes through it.
 """
 
 from __future__ import annotations

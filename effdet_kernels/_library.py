@@ -150,7 +150,7 @@ class Op:
         if torch.compiler.is_compiling():
             return "dispatcher", ""
         tensors = _tensors(args)
-        if not self._needs_gradients(args):
+        if not self._needs_gradients(tensors):
             device = tensors[0].device.type
             if device not in ("cpu", "cuda") or not _direct.possible(tensors):
                 return "dispatcher", ""
@@ -172,17 +172,18 @@ class Op:
             return serving, device
         return "dispatcher", ""
 
-    def _needs_gradients(self, args: Sequence[Any]) -> bool:
+    def _needs_gradients(self, tensors: Sequence[Tensor]) -> bool:
         if not self._differentiable or not torch.is_grad_enabled():
             return False
-        return any(t.requires_grad for t in _tensors(args))
+        return any(t.requires_grad for t in tensors)
 
     def _served(self, backend: str, args: Sequence[Any]) -> Any:
         if backend == "reference":
             return self._conformed(self.impls["reference"], args)
-        if not self._needs_gradients(args):
+        tensors = _tensors(args)
+        if not self._needs_gradients(tensors):
             return self.direct(backend, args)
-        output = _direct.Call.apply(self, backend, args, *_tensors(args))
+        output = _direct.Call.apply(self, backend, args, *tensors)
         return list(output) if self._returns_list else output
 
     # Registration --------------------------------------------------------------------------------

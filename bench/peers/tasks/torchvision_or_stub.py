@@ -48,7 +48,7 @@ def _loads_without_cuda(library: Path) -> bool:
     """Loads a library for GPUs beside a torch without CUDA, for its operators on the CPU.
 
     Those call nothing of CUDA. Empty functions stand in for what the library takes from CUDA's libraries and torch's;
-    a C compiler and ``nm`` are needed.
+    a C compiler, ``nm`` and ``readelf`` are needed.
     """
     try:
         symbols = [s for s in _output("nm", "-D", "-u", library).split() if "cuda" in s.lower()]
