@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,66 @@ FORMAT = "effdet-checkpoint-1"
 
 
 def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """``torch.save`` to a temporary file beside ``path``, then rename: never half a file."""
+    """``torch.save`` to a temporary file beside ``path``, flushed to the disk, then renamed.
+
+    Never half a file: after a crash or a loss of power ``path`` holds the old content or the new.
+
+    Raises:
+        OSError: it cannot be written (no space left, for one); ``path`` is as it was.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
-        torch.save(content, partial)
+        # torch's archive writer says nothing of why a write failed: the bytes are made first.
+        content_bytes = io.BytesIO()
+        torch.save(content, content_bytes)
+        with open(partial, "wb") as file:
+            file.write(content_bytes.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = f"; the one of before is kept as {path}" if path.exists() else ""
+        reason = f"{error.strerror}: checkpoint {path.name} was not written{kept}"
+        raise OSError(error.errno, reason) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a loss of power, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def keep_as(path: Path, pattern: str, number: int, most: int) -> None:
+    """Keep the file ``path`` besides as ``pattern.format(number)`` there, and of such files the last ``most``.
+
+    It takes no space of its own where the file system has hard links.
+    """
+    if most < 1:
+        return
+    copy = path.with_name(pattern.format(number))
+    partial = path.with_name(copy.name + ".part")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    os.replace(partial, copy)
+    before, after = pattern[: pattern.index("{")], pattern[pattern.index("}") + 1 :]
+    numbered = []
+    for file in path.parent.glob(f"{before}*{after}"):
+        digits = file.name[len(before) : len(file.name) - len(after)]
+        if digits.isdigit():
+            numbered.append((int(digits), file))
+    for _, file in sorted(numbered)[:-most]:
+        file.unlink()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

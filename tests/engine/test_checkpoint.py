@@ -33,6 +33,35 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_is_a_clear_error_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.pth"
+    checkpoints.save_atomically({"x": 1}, path)
+    (tmp_path / "a.pth.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*a\.pth was not written.*kept as"):
+        checkpoints.save_atomically({"x": torch.zeros(100_000)}, path)
+    assert checkpoints.read(path) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_the_last_files_are_kept_by_number(tmp_path):
+    path = tmp_path / "last.pth"
+    (tmp_path / "epoch-best.pth").touch()  # not one of them
+    for number in (9, 10, 11):
+        checkpoints.save_atomically({"x": number}, path)
+        checkpoints.keep_as(path, "epoch-{}.pth", number, most=2)
+    assert sorted(os.listdir(tmp_path)) == [
+        "epoch-10.pth", "epoch-11.pth", "epoch-best.pth", "last.pth"
+    ]  # fmt: skip
+    assert checkpoints.read(tmp_path / "epoch-10.pth") == {"x": 10}
+
+
+def test_keeping_none_writes_none(tmp_path):
+    checkpoints.save_atomically({"x": 1}, tmp_path / "last.pth")
+    checkpoints.keep_as(tmp_path / "last.pth", "epoch-{}.pth", 1, most=0)
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
 def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": _RunsCode()}, "evil.pth")
