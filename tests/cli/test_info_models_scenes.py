@@ -17,7 +17,7 @@ def test_info_names_versions_threads_and_each_backend_with_a_reason(cli):
         line = next(x for x in result.out.splitlines() if x.startswith(f"  {backend} "))
         assert (f"missing: {reason}" if reason else "available") in line
     assert "  soft_nms           cpu, triton, cuda, reference\n" in result.out
-    assert "  label_anchors      triton, reference\n" in result.out
+    assert "  label_anchors      cpu, triton, reference\n" in result.out
 
 
 def test_models_lists_size_parameters_anchors_and_weights(cli):

@@ -15,6 +15,8 @@
 #include "dense_conv/params.h"
 #include "detection_loss/params.h"
 #include "expand_depthwise/params.h"
+#include "label_anchors/params.h"
+#include "label_anchors/workspace.h"
 #include "pointwise_conv/params.h"
 #include "separable_conv/params.h"
 #include "squeeze_excite/params.h"
@@ -283,6 +285,24 @@ bool loss() {
   return isa::detection_loss_backward(p, static_cast<int>(q.threads)) == kOk;
 }
 
+bool labels() {
+  Problem q;
+  if (q.dtype == kBFloat16) return true;
+  LabelAnchorsParams p{};
+  p.dtype = q.dtype, p.batch = q.batch, p.count = pick(1, 40), p.total = pick(1, 1500), p.parts = pick(1, 4);
+  p.threshold = static_cast<double>(pick(0, 4)) / 4;
+  p.boxes = q.data(q.dtype, p.batch * p.count * 4), p.anchors = q.data(q.dtype, p.total * 4);
+  auto* classes = static_cast<int64_t*>(q.bytes(p.batch * p.count * 8));
+  for (int64_t i = 0; i < p.batch * p.count; ++i) classes[i] = pick(-2, 9);
+  p.classes = classes;
+  p.labels = static_cast<int64_t*>(q.bytes(p.batch * p.total * 8)), p.codes = q.data(q.dtype, p.batch * p.total * 4);
+  p.positives = q.data(q.dtype, p.batch), p.infinite = static_cast<int64_t*>(q.bytes(8));
+  const auto size = q.dtype == kFloat64 ? LabelWorkspace<double>(nullptr, p.batch, p.count, p.total, p.parts).end()
+                                        : LabelWorkspace<float>(nullptr, p.batch, p.count, p.total, p.parts).end();
+  p.workspace = q.bytes(static_cast<int64_t>(size));
+  return isa::label_anchors(p, static_cast<int>(q.threads)) == kOk && *p.infinite == 0;
+}
+
 bool gradients() {
   Problem q;
   if (q.dtype == kBFloat16) return true;
@@ -323,7 +343,7 @@ bool gradients() {
 
 int main() {
   effdet::current_isa();  // asks for the registers that a set needs
-  bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, loss, gradients};
+  bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, loss, labels, gradients};
   for (int i = 0; i < 150; ++i)
     for (const auto kernel : kernels)
       if (!kernel()) {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effdet_kernels import _checks, _library, _triton
+from effdet_kernels import _checks, _library, _native, _triton
 from effdet_kernels._library import TensorSpec
+from effdet_kernels.ops import _cpu
 from effdet_kernels.ops.label_anchors import reference
 
 
@@ -61,11 +62,48 @@ def _out_spec(gt_boxes, gt_classes, anchors, match_threshold) -> list[TensorSpec
     ]
 
 
+def _run_cpu(gt_boxes, gt_classes, anchors, match_threshold) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count = gt_classes.shape
+    total = anchors.shape[0]
+    if not (batch and count and total):
+        return reference.label_anchors(gt_boxes, gt_classes, anchors, match_threshold)
+    boxes = gt_boxes.to(anchors.dtype).contiguous()
+    classes = gt_classes
+    if classes.is_floating_point():  # a NaN has no integer
+        classes = classes.masked_fill(~(classes > -1), -1)
+    labels, codes, positives = (spec.empty() for spec in _out_spec(boxes, classes, anchors, None))
+    infinite = torch.empty(1, dtype=torch.int64)
+    module, dtype = _native.module(), _cpu.code(anchors.dtype)
+    parts = module.label_anchors_parts(batch, total, torch.get_num_threads())
+    size = module.label_anchors_workspace(dtype, batch, count, total, parts)
+    _native.launch(
+        "label_anchors",
+        dtype=dtype,
+        batch=batch,
+        count=count,
+        total=total,
+        parts=parts,
+        threshold=match_threshold,
+        boxes=boxes,
+        classes=classes.long().contiguous(),
+        anchors=anchors.contiguous(),
+        labels=labels,
+        codes=codes,
+        positives=positives,
+        infinite=infinite,
+        workspace=torch.empty(size, dtype=torch.uint8),
+    )
+    if infinite.item():
+        reference.check_finite(boxes[classes > -1])
+    return labels, codes, positives
+
+
 _label_anchors = _library.define(
     "label_anchors(Tensor gt_boxes, Tensor gt_classes, Tensor anchors, float match_threshold)"
     " -> (Tensor, Tensor, Tensor)",
     out_spec=_out_spec,
     impls={
+        "cpu": _run_cpu,
         "triton": _triton.deferred("effdet_kernels.ops.label_anchors.triton_fwd"),
         "reference": reference.label_anchors,
     },
