@@ -31,7 +31,13 @@ examples:
   effdet train data --out run --checkpoint old.pth     start from weights, any classes
   effdet train --resume run/last.pth                   go on with a stopped run
 """
-_MAY_CHANGE = {"data", "device", "workers", "out"}  # none of them changes the weights of a CPU run
+_MAY_CHANGE = {
+    "data",
+    "device",
+    "workers",
+    "out",
+    "keep",
+}  # none of them changes the weights of a CPU run
 
 
 def add_parser(commands: Any) -> None:
@@ -70,6 +76,7 @@ def add_parser(commands: Any) -> None:
     option("--workers", "loader processes (default: 2)", type=natural_int)
     option("--seed", "default: 42", type=natural_int)
     option("--eval-every", "epochs between evaluations, 0 for never (default: 1)", type=natural_int)
+    option("--keep", "epochs whose checkpoints stay as epoch-N.pth (default: 0)", type=natural_int)
     option("--log-every", "steps between log lines (default: 20)", type=positive_int)
     option(
         "--channels-last",

@@ -35,6 +35,7 @@ class TrainConfig:
         workers: loader processes; 0 loads in the training process. Does not change the result.
         seed: of weights, sample order and augmentation.
         eval_every: evaluate after every so many epochs (and after the last); 0 never.
+        keep: checkpoints of the last so many epochs that stay besides ``last.pth``; 0 none.
         log_every: steps between two step lines in the log.
         channels_last: keep tensors in NHWC memory, the layout that the kernels work in.
     """
@@ -64,6 +65,7 @@ class TrainConfig:
     workers: int = 2
     seed: int = 42
     eval_every: int = 1
+    keep: int = 0
     log_every: int = 20
     channels_last: bool = True
 
@@ -87,6 +89,7 @@ class TrainConfig:
         self._require("workers", self.workers >= 0, "an integer >= 0")
         self._require("seed", self.seed >= 0, "an integer >= 0")
         self._require("eval_every", self.eval_every >= 0, "an integer >= 0")
+        self._require("keep", self.keep >= 0, "an integer >= 0")
         self._require("log_every", self.log_every >= 1, "an integer >= 1")
         if self.lr == 0:
             self.lr = default_learning_rate(self.optimizer, self.batch_size)

@@ -47,7 +47,8 @@ class Trainer:
     """Trains one model on one COCO-format folder.
 
     ``out/last.pth`` holds the complete state after each epoch and when stopped, ``out/best.pth``
-    that of the best AP so far, ``out/log.jsonl`` the log and ``out/curves.png`` its plot. A run
+    that of the best AP so far, ``out/epoch-N.pth`` those of the last epochs if ``config.keep`` asks
+    for them, ``out/log.jsonl`` the log and ``out/curves.png`` its plot. A run
     that was stopped and resumed ends with the weights of one that was not: equal bit for bit on
     the CPU with the same number of threads.
 
@@ -236,6 +237,7 @@ class Trainer:
         self.epoch, self.step_in_epoch = number, 0
         self.log.write("epoch", epoch=number, step=self.step, best_ap=self.best_ap, **fields)
         self._save("last.pth")
+        checkpoints.keep_as(self.out / "last.pth", "epoch-{}.pth", number, self.config.keep)
         if best or not self.config.eval_every:
             self._save("best.pth")
         if not plot_curves(self.out / "log.jsonl", self.out / "curves.png") and number == 1:

@@ -85,6 +85,20 @@ def test_stopped_and_resumed_equals_uninterrupted(
     )
 
 
+def test_the_last_epochs_stay_and_a_run_goes_on_from_one(cli, scenes, tmp_path):
+    out = tmp_path / "run"
+    args = [*_QUICK, "--epochs", 3, "--eval-every", 0, "--keep", 2, "--quiet"]
+    assert cli("train", scenes, "--out", out, *args).code == 0
+    kept = sorted(p.name for p in out.glob("epoch-*.pth"))
+    assert kept == ["epoch-2.pth", "epoch-3.pth"]
+    last = checkpoints.read(out / "last.pth")
+    _assert_equal_state(checkpoints.read(out / "epoch-3.pth"), last)
+    args = ["--out", tmp_path / "again", "--threads", 1, "--keep", 1, "--quiet"]
+    assert cli("train", "--resume", out / "epoch-2.pth", *args).code == 0
+    _assert_equal_state(checkpoints.read(tmp_path / "again" / "last.pth"), last)
+    assert [p.name for p in (tmp_path / "again").glob("epoch-*.pth")] == ["epoch-3.pth"]
+
+
 def test_ctrl_c_as_a_user_presses_it(cli_process, scenes, tmp_path):
     out = tmp_path / "run"
     args = [*_QUICK, "--epochs", 500, "--eval-every", 0, "--log-every", 1]

@@ -40,6 +40,7 @@ def test_settings_of_another_version_are_an_error():
         ("workers", -1),
         ("seed", -1),
         ("eval_every", -1),
+        ("keep", -1),
         ("log_every", 0),
     ],
 )
