@@ -31,13 +31,8 @@ examples:
   effdet train data --out run --checkpoint old.pth     start from weights, any classes
   effdet train --resume run/last.pth                   go on with a stopped run
 """
-_MAY_CHANGE = {
-    "data",
-    "device",
-    "workers",
-    "out",
-    "keep",
-}  # none of them changes the weights of a CPU run
+# None of them changes the weights of a CPU run.
+_MAY_CHANGE = {"data", "device", "workers", "out", "keep"}
 
 
 def add_parser(commands: Any) -> None:

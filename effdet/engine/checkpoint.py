@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from effdet.helpers import CheckpointError, read_checkpoint
 
 FORMAT = "effdet-checkpoint-1"
+_EPOCH_FILE = re.compile(r"epoch-[0-9]+\.pth")
 
 
 def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -36,13 +38,13 @@ def save_atomically(content: dict[str, Any], path: str | os.PathLike[str]) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
     except OSError as error:
         kept = f"; the one of before is kept as {path}" if path.exists() else ""
         reason = f"{error.strerror}: checkpoint {path.name} was not written{kept}"
         raise OSError(error.errno, reason) from error
     finally:
         partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -55,28 +57,28 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def keep_as(path: Path, pattern: str, number: int, most: int) -> None:
-    """Keep the file ``path`` besides as ``pattern.format(number)`` there, and of such files the last ``most``.
+def save_as_well(path: Path, name: str) -> None:
+    """Give the checkpoint ``path`` another name beside it; no space of its own where there are hard links.
 
-    It takes no space of its own where the file system has hard links.
+    Files are replaced, never written to, so that neither name changes with the other.
     """
-    if most < 1:
-        return
-    copy = path.with_name(pattern.format(number))
-    partial = path.with_name(copy.name + ".part")
+    copy = path.with_name(name)
+    partial = path.with_name(name + ".part")
     partial.unlink(missing_ok=True)
     try:
         os.link(path, partial)
     except OSError:
         shutil.copyfile(path, partial)
     os.replace(partial, copy)
-    before, after = pattern[: pattern.index("{")], pattern[pattern.index("}") + 1 :]
-    numbered = []
-    for file in path.parent.glob(f"{before}*{after}"):
-        digits = file.name[len(before) : len(file.name) - len(after)]
-        if digits.isdigit():
-            numbered.append((int(digits), file))
-    for _, file in sorted(numbered)[:-most]:
+
+
+def keep_epoch(path: Path, epoch: int, most: int) -> None:
+    """Keep the checkpoint ``path`` besides as ``epoch-<epoch>.pth``, and of such files the last ``most``."""
+    if most < 1:
+        return
+    save_as_well(path, f"epoch-{epoch}.pth")
+    kept = [file for file in path.parent.iterdir() if _EPOCH_FILE.fullmatch(file.name)]
+    for file in sorted(kept, key=lambda file: int(file.stem.removeprefix("epoch-")))[:-most]:
         file.unlink()
 
 

@@ -138,7 +138,7 @@ class Trainer:
                 if not stop:
                     self._finish_epoch(stop)
             if stop:
-                self._save("last.pth")
+                self._save()
         self.log.close()
         return TrainResult(
             stop.exit_code if stop else 0,
@@ -236,10 +236,10 @@ class Trainer:
             )
         self.epoch, self.step_in_epoch = number, 0
         self.log.write("epoch", epoch=number, step=self.step, best_ap=self.best_ap, **fields)
-        self._save("last.pth")
-        checkpoints.keep_as(self.out / "last.pth", "epoch-{}.pth", number, self.config.keep)
+        self._save()
+        checkpoints.keep_epoch(self.out / "last.pth", number, self.config.keep)
         if best or not self.config.eval_every:
-            self._save("best.pth")
+            checkpoints.save_as_well(self.out / "last.pth", "best.pth")
         if not plot_curves(self.out / "log.jsonl", self.out / "curves.png") and number == 1:
             self._print('no curves.png: matplotlib is missing (pip install "effdet-kernels[plot]")')
 
@@ -257,7 +257,7 @@ class Trainer:
         finally:
             bar.close()
 
-    def _save(self, name: str) -> None:
+    def _save(self) -> None:
         content = {
             "format": checkpoints.FORMAT,
             "model": self.config.model,
@@ -275,7 +275,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": checkpoints.rng_state(),
         }
-        checkpoints.save_atomically(content, self.out / name)
+        checkpoints.save_atomically(content, self.out / "last.pth")
 
     def _restore(self, content: dict[str, Any]) -> None:
         if content["class_names"] != self.class_names:

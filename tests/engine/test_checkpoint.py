@@ -49,7 +49,7 @@ def test_the_last_files_are_kept_by_number(tmp_path):
     (tmp_path / "epoch-best.pth").touch()  # not one of them
     for number in (9, 10, 11):
         checkpoints.save_atomically({"x": number}, path)
-        checkpoints.keep_as(path, "epoch-{}.pth", number, most=2)
+        checkpoints.keep_epoch(path, number, most=2)
     assert sorted(os.listdir(tmp_path)) == [
         "epoch-10.pth", "epoch-11.pth", "epoch-best.pth", "last.pth"
     ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_the_last_files_are_kept_by_number(tmp_path):
 
 def test_keeping_none_writes_none(tmp_path):
     checkpoints.save_atomically({"x": 1}, tmp_path / "last.pth")
-    checkpoints.keep_as(tmp_path / "last.pth", "epoch-{}.pth", 1, most=0)
+    checkpoints.keep_epoch(tmp_path / "last.pth", 1, most=0)
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
