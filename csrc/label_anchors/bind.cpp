@@ -34,18 +34,12 @@ std::int64_t parts(std::int64_t batch, std::int64_t total, std::int64_t threads)
   return std::max<std::int64_t>(std::min((2 * threads + batch - 1) / batch, blocks), 1);
 }
 
-std::int64_t workspace(int dtype, std::int64_t batch, std::int64_t count, std::int64_t total, std::int64_t parts) {
-  return static_cast<std::int64_t>(dtype == kFloat64
-                                       ? LabelWorkspace<double>(nullptr, batch, count, total, parts).end()
-                                       : LabelWorkspace<float>(nullptr, batch, count, total, parts).end());
-}
-
 }  // namespace
 
 void bind_label_anchors(pybind11::module_& module) {
   bind_kernel<LabelAnchorsParams>(module, "label_anchors", read, [] { return EFFDET_FOR_ISA(label_anchors); });
   module.def("label_anchors_parts", &parts);
-  module.def("label_anchors_workspace", &workspace);
+  module.def("label_anchors_workspace", &label_workspace_bytes);
 }
 
 }  // namespace effdet

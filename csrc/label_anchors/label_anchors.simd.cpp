@@ -35,15 +35,6 @@ EFFDET_INLINE T below(T x) {
 }
 
 template <typename T>
-EFFDET_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return upper(a, b);
-}
-template <typename T>
-EFFDET_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return lower(a, b);
-}
-
-template <typename T>
 struct Box {
   Vec<T> x1, y1, x2, y2, area;
 
@@ -54,10 +45,10 @@ struct Box {
         y2(splat(box[3])),
         area(splat((box[2] - box[0]) * (box[3] - box[1]))) {}
   EFFDET_INLINE Vec<T> width(const T* left, const T* right) const {
-    return lower(smaller<T>(load(right), x2) - larger<T>(load(left), x1), Vec<T>{});
+    return lower(upper(load(right), x2) - lower(load(left), x1), Vec<T>{});
   }
   EFFDET_INLINE Vec<T> height(const T* top, const T* bottom) const {
-    return lower(smaller<T>(load(bottom), y2) - larger<T>(load(top), y1), Vec<T>{});
+    return lower(upper(load(bottom), y2) - lower(load(top), y1), Vec<T>{});
   }
 };
 
@@ -163,8 +154,8 @@ struct Matcher {
     const int64_t at = part * w.slots;
     Vec<T> highest = splat(T(-1));
     for (int64_t i = 0; i < w.slots; i += kL) {
-      const Vec<T> width = smaller<T>(box.width(b.left + at + i, b.right + at + i), load(b.widest + at + i));
-      const Vec<T> height = smaller<T>(box.height(b.top + at + i, b.bottom + at + i), load(b.tallest + at + i));
+      const Vec<T> width = upper(box.width(b.left + at + i, b.right + at + i), load(b.widest + at + i));
+      const Vec<T> height = upper(box.height(b.top + at + i, b.bottom + at + i), load(b.tallest + at + i));
       const Vec<T> most_ = width * height;
       Vec<T> share = splat(T(-1));
       if (any(most_ > T(0))) {
@@ -174,7 +165,7 @@ struct Matcher {
         share = most_ > T(0) ? share : splat(T(-1));
       }
       store(reach + i, share);
-      highest = larger<T>(highest, share);
+      highest = lower(highest, share);
     }
     const T found = Largest<T>::of(highest);
     if (found < T(0)) return -1;
@@ -193,13 +184,13 @@ struct Matcher {
       const Vec<T> height = box.height(w.sides[1] + at, w.sides[3] + at);
       const Vec<T> overlap = width * height, all = box.area + load(w.areas + at) - overlap;
       T* best_ = best + slot * kLabelBlock + i;
-      const Vec<T> before = load(best_), matters = smaller<T>(before, splat(below(claim->iou)));
+      const Vec<T> before = load(best_), matters = upper(before, splat(below(claim->iou)));
       if (lanes_of((overlap > T(0)) & (overlap >= all * matters)) == 0) continue;
       Vec<T> iou = overlap / all;
       iou = (overlap > T(0)) & (iou > T(0)) ? iou : Vec<T>{};
       unsigned taken = lanes_of(iou > before);
       if (taken != 0) {
-        store(best_, larger<T>(before, iou));
+        store(best_, lower(before, iou));
         w.matched[image * w.blocks + block(slot)] = 1;
         int64_t* labels = p.labels + image * p.total + at;
         for (; taken != 0; taken &= taken - 1) labels[__builtin_ctz(taken)] = m;

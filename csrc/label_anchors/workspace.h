@@ -63,4 +63,11 @@ struct LabelWorkspace {
   std::size_t at_;
 };
 
+inline std::int64_t label_workspace_bytes(int dtype, std::int64_t batch, std::int64_t count, std::int64_t total,
+                                          std::int64_t parts) {
+  return static_cast<std::int64_t>(dtype == kFloat64
+                                       ? LabelWorkspace<double>(nullptr, batch, count, total, parts).end()
+                                       : LabelWorkspace<float>(nullptr, batch, count, total, parts).end());
+}
+
 }  // namespace effdet

@@ -297,9 +297,7 @@ bool labels() {
   p.classes = classes;
   p.labels = static_cast<int64_t*>(q.bytes(p.batch * p.total * 8)), p.codes = q.data(q.dtype, p.batch * p.total * 4);
   p.positives = q.data(q.dtype, p.batch), p.infinite = static_cast<int64_t*>(q.bytes(8));
-  const auto size = q.dtype == kFloat64 ? LabelWorkspace<double>(nullptr, p.batch, p.count, p.total, p.parts).end()
-                                        : LabelWorkspace<float>(nullptr, p.batch, p.count, p.total, p.parts).end();
-  p.workspace = q.bytes(static_cast<int64_t>(size));
+  p.workspace = q.bytes(label_workspace_bytes(q.dtype, p.batch, p.count, p.total, p.parts));
   return isa::label_anchors(p, static_cast<int>(q.threads)) == kOk && *p.infinite == 0;
 }
 
