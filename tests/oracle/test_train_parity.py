@@ -20,10 +20,11 @@ from effdet import DetBenchTrain, create_model, get_efficientdet_config
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.engine.schedule import build_optimizer
 
+from .steps import LOSSES, take_steps
+
 CLASSES = 3
 SIZE = 128
 BATCH = 4
-LOSSES = ("loss", "class_loss", "box_loss")
 SETTINGS = {"momentum": 0.9, "weight_decay": 4e-5, "clip": 10.0}
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -34,14 +35,14 @@ def config_of(**changes: Any) -> dict[str, Any]:
     return OmegaConf.to_container(config)
 
 
-def network(changes: dict[str, Any] | None = None) -> nn.Module:
+def network(**changes: Any) -> nn.Module:
     torch.manual_seed(0)
     return create_model(
         "efficientdet_nano",
         num_classes=CLASSES,
         image_size=(SIZE, SIZE),
         pretrained_backbone=False,
-        **(changes or {}),
+        **changes,
     )
 
 
@@ -105,24 +106,13 @@ def train(
     labeler = "bbox" in batches[0][1]
     bench = DetBenchTrain(model.to(dtype), create_labeler=labeler).train()
     optimizer = build_optimizer(model, "sgd", 0.0, momentum, weight_decay)
-    losses = []
-    for step, rate in enumerate(rates):
-        x, target = batches[step % len(batches)]
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        found = bench(x.to(dtype), target)
-        optimizer.zero_grad()
-        found["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        losses.append([found[name].item() for name in LOSSES])
-    return torch.tensor(losses, dtype=torch.float64)
+    return take_steps(bench, optimizer, dtype, batches, rates, clip)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["new_focal", "legacy_focal"])
 def test_gradients_of_one_batch(oracle, legacy):
     changes = {"legacy_focal": legacy, "label_smoothing": 0.05}
-    model = network(changes).double()
+    model = network(**changes).double()
     (x, target), state = scenes(1)[0], state_of(model)
     found = oracle.call(
         "train_gradients", config=config_of(**changes), state=state, x=x.double(), target=target

@@ -8,10 +8,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from steps import take_steps
 from timm.models import register_model
 from timm.models.efficientnet import _gen_efficientnet
 from timm.optim import create_optimizer_v2
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from effdet import DetBenchTrain, EfficientDet
@@ -71,30 +71,11 @@ def train(
     weight_decay: float,
     clip: float,
 ) -> dict:
-    """A step for each of ``rates``, on one batch after the other, again from the first after the last.
-
-    Labels come with the batches or are made here.
-
-    Returns:
-        Total, class and box loss of each step ``[steps, 3]`` float64, and the state after the last.
-    """
+    """`take_steps` on the model, its labels coming with the batches or made here: their losses, and the state then."""
     bench = _bench(config, state, dtype, create_labeler="bbox" in batches[0][1])
     optimizer = create_optimizer_v2(
         bench.model, "momentum", lr=0.0, weight_decay=weight_decay, momentum=momentum
     )
-    losses = []
     with _loss_in(dtype):
-        for step, rate in enumerate(rates):
-            x, target = batches[step % len(batches)]
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            found = bench(x.to(dtype), target)
-            optimizer.zero_grad()
-            found["loss"].backward()
-            dispatch_clip_grad(bench.model.parameters(), clip)
-            optimizer.step()
-            losses.append([found[name].item() for name in ("loss", "class_loss", "box_loss")])
-    return {
-        "losses": torch.tensor(losses, dtype=torch.float64),
-        "state": bench.model.state_dict(),
-    }
+        losses = take_steps(bench, optimizer, dtype, batches, rates, clip)
+    return {"losses": losses, "state": bench.model.state_dict()}
