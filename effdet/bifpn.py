@@ -28,6 +28,7 @@ from .layers import (
     fusion_inputs,
 )
 from .padding import Size, pair, spatial_size
+from .recompute import recomputed
 
 FeatureInfo = list[dict[str, Any]]
 _WEIGHT_METHODS = ("fastattn", "attn", "sum")
@@ -216,6 +217,7 @@ class BiFpn(nn.Module):
     def __init__(self, config: DictConfig, feature_info: FeatureInfo) -> None:
         super().__init__()
         self.num_levels = config.num_levels
+        self.grad_checkpointing = False
         norm_layer = partial(config.norm_layer or nn.BatchNorm2d, **(config.norm_kwargs or {}))
         act_layer = fused.activation_class(config.act_type)
         fpn_config = config.fpn_config or get_fpn_config(
@@ -269,4 +271,8 @@ class BiFpn(nn.Module):
         maps = list(x)
         for resample in self.resample.values():
             maps.append(resample(maps[-1], next_size(spatial_size(maps[-1]))))
-        return self.cell(maps)
+        if not (self.grad_checkpointing and self.training):
+            return self.cell(maps)
+        for cell in self.cell:
+            maps = recomputed(cell, maps)
+        return maps

@@ -122,11 +122,31 @@ class EfficientDet(nn.Module):
             self.box_net = HeadNet(self.config, num_outputs=4).to(like)
             self.box_net.train(self.training)
             self._init_child("box_net", alternate_init)
+        for head in (self.class_net, self.box_net):
+            head.grad_checkpointing = self.fpn.grad_checkpointing
 
     def toggle_head_bn_level_first(self) -> None:
         """Swap the key layout of both heads' norms; see `HeadNet.toggle_bn_level_first`."""
         self.class_net.toggle_bn_level_first()
         self.box_net.toggle_bn_level_first()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training keep for the backward only what is between blocks, cells and head layers.
+
+        The gradient is the same. It takes about a third more time and much less memory.
+
+        Raises:
+            ValueError: the backbone has no such switch.
+        """
+        switch = getattr(self.backbone, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ValueError(
+                f"set_grad_checkpointing: the backbone {type(self.backbone).__name__} has no"
+                " method of that name"
+            )
+        switch(enable)
+        for part in (self.fpn, self.class_net, self.box_net):
+            part.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images -> class logits and box codes of each level, finest first.

@@ -37,6 +37,7 @@ from effdet_kernels.ops.mbconv.op import MOST_EXCITED
 from . import graph
 from .folding import fold, fold_norm, is_batch_norm, is_folded, stable
 from .padding import Padding
+from .recompute import computing_again
 
 ConvNorm = tuple[nn.Conv2d, nn.Module | None]
 _T = TypeVar("_T")
@@ -126,7 +127,7 @@ def norm_act(
         y = _map(batch_norm_act(y, stable(weight), stable(bias), mean=mean, variance=var, **how))
     else:
         y, mean, var = batch_norm_act(y, stable(weight), stable(bias), **how)
-    if norm.training and norm.track_running_stats:
+    if norm.training and norm.track_running_stats and not computing_again():
         _update_running_stats(norm, mean, var * (count / (count - 1)))
     return y if after is None else after(y)
 

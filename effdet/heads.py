@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import fused, graph
 from .layers import ConvBnAct2d, Layer, SeparableConv2d
 from .padding import Padding
+from .recompute import recomputed
 
 Conv = SeparableConv2d | ConvBnAct2d
 _ConvNormsAct = tuple[Conv, list[nn.Module | None], nn.Module | None]
@@ -34,6 +35,7 @@ class HeadNet(nn.Module):
     ) -> None:
         super().__init__()
         self.num_levels = config.num_levels
+        self.grad_checkpointing = False
         self.bn_level_first = config.head_bn_level_first
         norm_kwargs = norm_kwargs or config.norm_kwargs or {}
         norm_layer: Layer = partial(config.norm_layer or nn.BatchNorm2d, **norm_kwargs)
@@ -87,8 +89,9 @@ class HeadNet(nn.Module):
             ValueError: `x` does not hold one map per level.
         """
         self._check(x)
-        for conv, norms, act in self.layers():
-            x = _conv_norm_act(x, conv, norms, act)
+        again = self.grad_checkpointing and self.training
+        for layer in self.layers():
+            x = recomputed(_conv_norm_act, x, *layer) if again else _conv_norm_act(x, *layer)
         return x
 
     def layers(self) -> list[_ConvNormsAct]:

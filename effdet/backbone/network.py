@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import fused
 from ..padding import conv_padding
+from ..recompute import recomputed
 from . import blocks
 from .blocks import Block, BlockArgs
 from .features import FeatureInfo
@@ -52,6 +53,7 @@ class EfficientNetFeatures(nn.Module):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: got {drop_path_rate}, expected 0 <= rate < 1")
         self.pad_type = spec.pad_type
+        self.grad_checkpointing = False
         self.wide_features = feature_location != "bottleneck"
         self.conv_stem = nn.Conv2d(in_chans, spec.stem, 3, 2, bias=False)
         self.bn1 = nn.BatchNorm2d(spec.stem, eps=spec.bn_eps, momentum=bn_momentum)
@@ -93,7 +95,7 @@ class EfficientNetFeatures(nn.Module):
         features = {}
         for i, stage in enumerate(self.blocks):
             if i not in self._taken or not self.wide_features:
-                x = features[i] = stage(x)
+                x = features[i] = self._stage(stage, x)
                 continue
             *first, last = cast("list[Block]", list(stage.children()))
             for block in first:
@@ -102,6 +104,17 @@ class EfficientNetFeatures(nn.Module):
             features[i] = wide if gate is None else wide * gate.to(wide.dtype)[:, :, None, None]
             x = last.project(wide, gate, x)
         return [features[i] for i in self._taken]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what is between blocks for the backward (but for blocks whose wide map is a feature)."""
+        self.grad_checkpointing = enable
+
+    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and self.training):
+            return stage(x)
+        for block in stage.children():
+            x = recomputed(block, x)
+        return x
 
 
 def _unroll(rows: tuple[Row, ...]) -> list[Row]:

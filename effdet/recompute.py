@@ -1,0 +1,44 @@
+"""Gradient checkpointing: activations inside a block are computed again in the backward, not kept.
+
+Source of the idea: Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+_again: ContextVar[bool] = ContextVar("computing_again", default=False)
+
+
+def computing_again() -> bool:
+    """Whether this forward only makes activations again: running statistics have seen its batch."""
+    return _again.get()
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, of which only the arguments and results are kept for the backward.
+
+    Random numbers are drawn again as they were. Without gradients it is the call itself.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _computing_again()
+
+
+@contextlib.contextmanager
+def _computing_again() -> Iterator[None]:
+    token = _again.set(True)
+    try:
+        yield
+    finally:
+        _again.reset(token)
