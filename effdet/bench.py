@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from effdet_kernels import decode_topk
 
 from .anchors import AnchorLabeler, Anchors, generate_detections
+from .distributed import all_reduce_sum, get_world_size
 from .efficientdet import EfficientDet
 from .loss import DetectionLoss
 from .padding import Size, spatial_size
@@ -336,10 +337,15 @@ class DetBenchTrain(_DetBench):
     Args:
         model: as for ``DetBenchPredict``.
         create_labeler: label ground truth boxes here. Otherwise the targets come labelled.
+        global_loss: divide the losses by the positive anchors of all processes instead of this one's,
+            times their number: the mean over processes is then the loss of all their images together.
     """
 
-    def __init__(self, model: nn.Module, create_labeler: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, create_labeler: bool = True, *, global_loss: bool = False
+    ) -> None:
         super().__init__(model)
+        self.global_loss = global_loss
         self.anchor_labeler = (
             AnchorLabeler(self.anchors, self.num_classes) if create_labeler else None
         )
@@ -388,6 +394,9 @@ class DetBenchTrain(_DetBench):
             cls_outputs, box_outputs, cls_targets, box_targets, num_positives
         )
         output = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
+        if self.global_loss:
+            factor = _global_factor(num_positives)
+            output = {name: value * factor.to(value.dtype) for name, value in output.items()}
         if not self.training:
             output["detections"] = self._detect(
                 cls_outputs,
@@ -407,6 +416,12 @@ class DetBenchTrain(_DetBench):
                 self.anchor_labeler.num_classes = self.num_classes
             self.loss_fn.num_classes = self.num_classes
         return changed
+
+
+def _global_factor(num_positives: Tensor) -> Tensor:
+    """From losses divided by this process's positive anchors + 1 to those of all + 1, times the processes."""
+    own = num_positives.sum().to(torch.float64)
+    return (own + 1) * get_world_size() / (all_reduce_sum(own) + 1)
 
 
 def _flat_levels(levels: Sequence[Tensor], width: int) -> Tensor:

@@ -101,6 +101,14 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
     return reduced
 
 
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum over the processes, a new tensor on each; carries no gradient."""
+    total = value.detach().clone()
+    if get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def all_gather_container(container, group=None, cat_dim: int = 0):
     """Gather tensors from all processes along `cat_dim`: one, or a list, tuple or dict of them."""
     return _join(container, all_gather(_to_cpu(container), group), cat_dim)

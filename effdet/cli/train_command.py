@@ -8,20 +8,27 @@ import shlex
 import sys
 from typing import Any
 
+from effdet.engine.recipes import RECIPES
+
 from .options import add_command, natural_int, positive_int
 
 _TEXT = """\
 DATA is a folder in COCO format: instances_train*.json and instances_val*.json in it or in
 annotations/, the pictures in train*/ and val*/ or in images/. Category ids may be any.
 
-The recipe is that of the EfficientDet paper: SGD with momentum 0.9, weight decay 4e-5 on
+The defaults are those of the authors' code: SGD with momentum 0.9, weight decay 4e-5 on
 convolution weights only (not on biases, BN and fusion weights), a learning rate that warms up
 linearly and then falls along a cosine, averaged weights (EMA), horizontal flips, scale jitter,
-focal loss with alpha 0.25 and gamma 1.5, gradients clipped to a norm of 10.
+focal loss with alpha 0.25 and gamma 1.5, gradients clipped to a norm of 10. --recipe takes
+another set: paper (the paper's first version: batch 128, warm-up from 0 over 5 % of the run, BN
+momentum 0.003 and epsilon 1e-4), peer (how PyPI's effdet trains tf_efficientdet_d0) or finetune
+(from COCO weights to another data set). Other options then change single settings of it.
 
 OUT gets last.pth (the complete state), best.pth (of the best AP so far), log.jsonl and
 curves.png. Ctrl-C stops after the current step and leaves last.pth; --resume goes on from there
 and ends with the weights of a run that was never stopped.
+
+Under torchrun each process takes its share of every batch, on a GPU of its own or on the CPU.
 
 examples:
   effdet train data --out run                          the small model, 300 epochs
@@ -29,16 +36,23 @@ examples:
   effdet train data --out run --epochs 30 --opt adamw --scale-min 0.5 --scale-max 1.5
                                                        small data: milder jitter, fewer epochs
   effdet train data --out run --checkpoint old.pth     start from weights, any classes
+  effdet train data --out run --checkpoint old.pth --recipe finetune --batch-size 16
+                                                       the recipe's rate follows the batch
+  effdet train data --out run --batch-size 128 --accumulate 8 --grad-checkpointing
+                                                       a large batch in little memory
   effdet train --resume run/last.pth                   go on with a stopped run
+  torchrun --nproc-per-node 8 --max-restarts 3 -m effdet train data --out run --restart
+                                                       eight GPUs; goes on from the last
+                                                       checkpoint when a process dies
 """
 # None of them changes the weights of a CPU run.
-_MAY_CHANGE = {"data", "device", "workers", "out", "keep"}
+_MAY_CHANGE = {"data", "device", "workers", "out", "keep", "save_every", "log_every"}
 
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "train", "train a model on a folder in COCO format", _TEXT)
     # Defaults are those of TrainConfig; what is not given is not in the namespace.
-    parser.set_defaults(run=run, resume="", quiet=False, threads=0)
+    parser.set_defaults(run=run, resume="", restart=False, quiet=False, threads=0)
 
     def option(flag: str, text: str, **settings: Any) -> None:
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **settings)
@@ -50,10 +64,24 @@ def add_parser(commands: Any) -> None:
     option("--model", "configuration (default: efficientdet_nano); see `effdet models`")
     option("--checkpoint", "weights to start from (default: random)", metavar="FILE")
     parser.add_argument("--resume", metavar="FILE", help="go on from this checkpoint")
+    parser.add_argument(
+        "--restart", action="store_true", help="go on from OUT/last.pth where there is one"
+    )
     option("--train-split", "default: train", metavar="NAME")
     option("--val-split", "default: val", metavar="NAME")
+    option("--recipe", "paper, peer or finetune (see above)", choices=tuple(RECIPES))
     option("--epochs", "default: 300", type=positive_int)
-    option("--batch-size", "default: 16", type=positive_int)
+    option(
+        "--batch-size",
+        "images of a step, over all processes and parts (default: 16)",
+        type=positive_int,
+    )
+    option("--accumulate", "take a batch in so many parts (default: 1)", type=positive_int)
+    option(
+        "--grad-checkpointing",
+        "compute activations again in the backward to save memory",
+        action="store_true",
+    )
     option("--size", "side of the square input (default: the model's)", type=positive_int)
     option("--eval-size", "side of the input in evaluation (default: --size)", type=positive_int)
     option("--opt", "sgd (default) or adamw", dest="optimizer", choices=("sgd", "adamw"))
@@ -61,8 +89,21 @@ def add_parser(commands: Any) -> None:
     option("--momentum", "default: 0.9", type=float)
     option("--weight-decay", "default: 4e-5", type=float)
     option("--warmup-epochs", "default: 1; fractions are allowed", type=float)
+    option("--warmup-start", "its first rate / the peak (default: 0.1)", type=float)
     option("--clip-grad", "largest gradient norm, 0 for none (default: 10)", type=float)
     option("--ema-decay", "final decay of the averaged weights (default: 0.9998)", type=float)
+    option("--bn-momentum", "of all BN, 1 - decay (default: the model's)", type=float)
+    option("--bn-eps", "of all BN (default: the model's)", type=float)
+    option(
+        "--sync-bn",
+        "BN statistics over all processes (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
+    option(
+        "--global-loss",
+        "divide the loss by the positive anchors of all processes (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
     option("--scale-min", "smallest scale jitter (default: 0.1)", type=float)
     option("--scale-max", "largest scale jitter (default: 2)", type=float)
     option("--freeze-backbone", "train BiFPN and heads only", action="store_true")
@@ -72,6 +113,14 @@ def add_parser(commands: Any) -> None:
     option("--seed", "default: 42", type=natural_int)
     option("--eval-every", "epochs between evaluations, 0 for never (default: 1)", type=natural_int)
     option("--keep", "epochs whose checkpoints stay as epoch-N.pth (default: 0)", type=natural_int)
+    option(
+        "--save-every", "steps between last.pth, 0 for epochs only (default: 0)", type=natural_int
+    )
+    option(
+        "--nan-watch",
+        "a step that is not finite ends the run (default), is left out, or is not looked for",
+        choices=("stop", "skip", "off"),
+    )
     option("--log-every", "steps between log lines (default: 20)", type=positive_int)
     option(
         "--channels-last",
@@ -88,30 +137,42 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from effdet.engine.config import TrainConfig
+    from effdet.engine.processes import joined
     from effdet.engine.trainer import Trainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__}
-    if args.resume:
-        content, config = _resumed(args.resume, given)
+    resume = args.resume
+    if args.restart and not resume and os.path.exists(_last(given.get("out", "."))):
+        resume = _last(given["out"])
+    if resume:
+        content, config = _resumed(resume, given)
     else:
         for name in ("data", "out"):
             if name not in given:
                 print(f"effdet train: error: {name.upper()} is missing", file=sys.stderr)
                 return 2
-        content, config = None, TrainConfig(**given)
-    last = os.path.join(config.out, "last.pth")
-    if content is None and os.path.exists(last):
-        raise FileExistsError(
-            f"{last} exists: go on with --resume {shlex.quote(last)}, or choose another --out"
-        )
-    result = Trainer(config, resume=content, quiet=args.quiet).fit()
+        content = None
+        config = TrainConfig.of_recipe(**given) if "recipe" in given else TrainConfig(**given)
+        if os.path.exists(_last(config.out)):
+            last = _last(config.out)
+            raise FileExistsError(
+                f"{last} exists: go on with --resume {shlex.quote(last)}, or choose another --out"
+            )
+    with joined(config.device) as processes:
+        result = Trainer(config, processes, resume=content, quiet=args.quiet).fit()
+    if processes.rank > 0:
+        return result.exit_code
     if result.exit_code:
         print(f"\nstopped; go on with: effdet train --resume {shlex.quote(str(result.last))}")
     else:
         print(f"done, best AP {result.best_ap:.4f}: {result.best}")
     return result.exit_code
+
+
+def _last(out: str) -> str:
+    return os.path.join(out, "last.pth")
 
 
 def _resumed(path: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -11,6 +11,7 @@ from effdet.data import create_loader
 from effdet.data.input_config import resolve_input_config
 from effdet.data.loader import PrefetchLoader
 from effdet.data.transforms import resolve_fill_color
+from effdet.distributed import get_world_size
 
 from .config import TrainConfig
 
@@ -20,11 +21,19 @@ def train_loader(
 ) -> PrefetchLoader:
     """Flip, scale jitter, letterbox and normalise; an incomplete last batch is dropped.
 
-    Order and samples are a function of (seed, epoch); see `effdet.data.set_epoch`.
+    Order and samples are a function of (seed, epoch); see `effdet.data.set_epoch`. Of several
+    processes each gets its share. A batch comes in ``config.accumulate`` parts.
 
     Raises:
-        ValueError: the split holds fewer images than a batch.
+        ValueError: the split holds fewer images than a batch, or a batch cannot be shared out.
     """
+    processes = get_world_size()
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: got {config.batch_size}, takes a multiple of {parts}: {processes}"
+            f" processes, {config.accumulate} parts each"
+        )
     if len(dataset) < config.batch_size:
         raise ValueError(
             f"batch_size: got {config.batch_size}, but the training split has {len(dataset)}"
@@ -34,13 +43,15 @@ def train_loader(
     loader = create_loader(
         dataset,
         size,
-        config.batch_size,
+        config.batch_size // parts,
         is_training=True,
         interpolation="random",
         fill_color=fill,
         mean=mean,
         std=std,
         num_workers=config.workers,
+        distributed=True,
+        pin_mem=device.type == "cuda",
         device=device,
         seed=config.seed,
         scale=(config.scale_min, config.scale_max),
@@ -58,9 +69,11 @@ def eval_loader(
     workers: int,
     device: torch.device,
     size: tuple[int, int] | None = None,
+    distributed: bool = False,
 ) -> PrefetchLoader:
     """Letterbox and normalise every image once, in order; the last batch may be smaller.
 
+    With ``distributed`` each process gets its share, some images twice if they do not divide.
     ``size`` is (height, width) of the input; None takes the model's own.
     """
     own_size, mean, std, fill = input_geometry(model_config)
@@ -72,6 +85,8 @@ def eval_loader(
         mean=mean,
         std=std,
         num_workers=workers,
+        distributed=distributed,
+        pin_mem=device.type == "cuda",
         device=device,
         seed=0,  # nothing is random, and nothing is drawn from the global generators
         max_instances=_most_boxes(dataset),

@@ -38,6 +38,7 @@ def evaluate(
     stop: object = None,
     soft_nms: bool = False,
     max_det: int = 100,
+    distributed: bool = False,
     result_file: str = "",
     **suppression: Any,
 ) -> Evaluation | None:
@@ -51,13 +52,14 @@ def evaluate(
         progress: called with the number of images of each batch.
         stop: looked at after each batch; when it becomes true, None is returned.
         soft_nms, max_det: of the post-processing.
+        distributed: this process has a share of the images; all call this, all get the whole result.
         result_file: also write the detections there, in COCO's result format.
         suppression: what else a call of ``DetBenchPredict`` takes.
     """
     model.eval()
     bench = DetBenchPredict(model)
     options = {"soft_nms": soft_nms, "max_det": max_det, **suppression}
-    evaluator = CocoEvaluator(dataset)
+    evaluator = CocoEvaluator(dataset, distributed=distributed)
     for images, target in loader:
         if autocast is None:
             detections = bench(images, img_info=target, **options)

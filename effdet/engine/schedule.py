@@ -8,27 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_WARMUP_START = 0.1  # the warm-up begins at this fraction of the peak
-
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Linear warm-up from a tenth of the peak, then a half cosine down to zero; one value a step.
+    """Linear warm-up, then a half cosine down to zero; one value a step.
 
     Attributes:
         peak: highest learning rate, reached when the warm-up ends.
         warmup_steps: length of the warm-up; 0 starts at the peak.
         total_steps: length of the whole run, warm-up included.
+        start: where the warm-up begins, as a fraction of the peak.
     """
 
     peak: float
     warmup_steps: int
     total_steps: int
+    start: float = 0.1
 
     def __call__(self, step: int) -> float:
         """The learning rate for optimizer step ``step``, counted from 0."""
         if step < self.warmup_steps:
-            return self.peak * (_WARMUP_START + (1 - _WARMUP_START) * step / self.warmup_steps)
+            return self.peak * (self.start + (1 - self.start) * step / self.warmup_steps)
         decay_steps = max(1, self.total_steps - self.warmup_steps)
         progress = min(1.0, (step - self.warmup_steps) / decay_steps)
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))

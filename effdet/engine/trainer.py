@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from effdet.bench import DetBenchTrain
 from effdet.data import coco_folder, set_epoch
+from effdet.distributed import all_gather
 from effdet.factory import create_model
 
 from . import checkpoint as checkpoints
 from .config import TrainConfig
 from .data import eval_loader, train_loader
-from .devices import resolve_device
 from .ema import ModelEma
 from .evaluate import Evaluation, evaluate
 from .interrupt import StopSignal
 from .log import JsonLog, plot_curves
+from .nan_watch import Batch, BufferKeeper, first_trouble, is_finite
+from .processes import Processes
 from .schedule import WarmupCosine, build_optimizer
 from .weights import load_model
+
+_LOSSES = "loss", "class_loss", "box_loss"
+_MOST_SKIPPED = 10  # steps in a row
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class TrainResult:
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer finite."""
+    """The loss or a gradient is no longer finite."""
 
 
 class Trainer:
@@ -52,19 +60,28 @@ class Trainer:
     that was stopped and resumed ends with the weights of one that was not: equal bit for bit on
     the CPU with the same number of threads.
 
+    With several processes each makes a trainer; together they take the steps that one would take
+    with the whole batch, and the first of them writes the files.
+
     Args:
         config: the settings.
+        processes: those of the run, and what this one computes on (`effdet.engine.processes.joined`).
         resume: a checkpoint's content (`effdet.engine.checkpoint.read`) to go on from, whose
             settings are ``config``'s.
         quiet: show no progress bars.
     """
 
     def __init__(
-        self, config: TrainConfig, resume: dict[str, Any] | None = None, quiet: bool = False
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        resume: dict[str, Any] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.config = config
-        self.quiet = quiet
-        self.device = resolve_device(config.device)
+        self.processes = processes
+        self.quiet = quiet or processes.rank > 0
+        self.device = processes.device
         if config.amp == "fp16" and self.device.type == "cpu":
             raise ValueError("amp: got 'fp16' on the CPU, takes 'bf16' or 'off' there")
         self.out = Path(config.out)
@@ -73,12 +90,14 @@ class Trainer:
         self.category_ids = [int(i) for i in train_set.parser.cat_ids]
         _seed_everything(config.seed)
         self.model: Any = self._build_model(fresh=resume is None).to(self.device)
+        self._set_norms()
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.freeze_backbone:
             self.model.backbone.requires_grad_(False)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.ema = ModelEma(self.model, config.ema_decay)
-        self.bench = DetBenchTrain(self.model, create_labeler=True)
+        self.bench, self.forward = self._distributed()
         side = config.eval_size
         self.eval_size = (side, side) if side else tuple(self.model.config.image_size)
         self.loader = train_loader(train_set, self.model.config, config, self.device)
@@ -99,28 +118,40 @@ class Trainer:
                 config.workers,
                 self.device,
                 self.eval_size,
+                distributed=processes.count > 1,
             )
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, config.momentum, config.weight_decay
         )
         steps = self.steps_per_epoch
         self.schedule = WarmupCosine(
-            config.lr, round(config.warmup_epochs * steps), config.epochs * steps
+            config.lr,
+            round(config.warmup_epochs * steps),
+            config.epochs * steps,
+            config.warmup_start,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.signal = StopSignal()
+        self.stopped = 0  # the number of the signal that all processes stop for
         self.epoch = 0
         self.step_in_epoch = 0
+        self.skipped_in_a_row = 0
         self.best_ap = -1.0
+        torch.manual_seed(config.seed + processes.rank)  # of stochastic depth
         if resume is not None:
             self._restore(resume)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = JsonLog(self.out / "log.jsonl")
-        self.log.write(
+        self.buffers = BufferKeeper(self.model) if config.nan_watch == "skip" else None
+        self.log = None
+        if processes.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = JsonLog(self.out / "log.jsonl")
+        self._write_log(
             "config",
             **config.to_dict(),
             resumed_at_step=self.step,
             images=len(train_set),
             parameters=sum(p.numel() for p in self.model.parameters()),
+            processes=processes.count,
             torch=torch.__version__,
             threads=torch.get_num_threads(),
         )
@@ -132,20 +163,41 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Train to the end, or until Ctrl-C or SIGTERM; either way ``last.pth`` is up to date."""
-        with StopSignal() as stop:
-            while self.epoch < self.config.epochs and not stop:
-                self._train_epoch(stop)
-                if not stop:
-                    self._finish_epoch(stop)
-            if stop:
+        with self.signal:
+            while self.epoch < self.config.epochs and not self._stopping():
+                self._train_epoch()
+                if not self.stopped:
+                    self._finish_epoch()
+            if self.stopped:
                 self._save()
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         return TrainResult(
-            stop.exit_code if stop else 0,
+            128 + self.stopped if self.stopped else 0,
             self.best_ap,
             self.out / "last.pth",
             self.out / "best.pth",
         )
+
+    def _stopping(self) -> bool:
+        """Whether a signal told one of the processes to stop: then all do, at the same step."""
+        (self.stopped,) = self.processes.largest(self.signal.number or 0)
+        return bool(self.stopped)
+
+    def _distributed(self) -> tuple[DetBenchTrain, Any]:
+        """The bench, and what to call for the losses, which averages gradients over processes."""
+        config = self.config
+        many = self.processes.count > 1
+        if many and config.sync_bn:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        bench = DetBenchTrain(
+            self.model, create_labeler=True, global_loss=many and config.global_loss
+        )
+        if not many:
+            return bench, bench
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Statistics of batches are not read in training: there is nothing to send before a step.
+        return bench, DistributedDataParallel(bench, device_ids=devices, broadcast_buffers=False)
 
     def _build_model(self, fresh: bool) -> Any:
         size = (self.config.size, self.config.size) if self.config.size else None
@@ -159,71 +211,163 @@ class Trainer:
             self.config.model, num_classes=count, pretrained_backbone=False, image_size=size
         )
 
-    def _train_epoch(self, stop: StopSignal) -> None:
+    def _set_norms(self) -> None:
+        """Momentum and epsilon of the batch norms, where the settings name them."""
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = self.config.bn_momentum or module.momentum
+                module.eps = self.config.bn_eps or module.eps
+
+    def _train_epoch(self) -> None:
         self.model.train()
         if self.config.freeze_backbone:
             self.model.backbone.eval()
-        set_epoch(self.loader, self.epoch, self.step_in_epoch)
+        set_epoch(self.loader, self.epoch, self.step_in_epoch * self.config.accumulate)
         bar = self._bar(f"epoch {self.epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
         bar.update(self.step_in_epoch)
-        window = _Window(self.device)
-        for images, target in self.loader:
-            lr = self._train_step(images, target, window)
+        window = _Window(self.processes)
+        batches = iter(self.loader)
+        while self.step_in_epoch < self.steps_per_epoch:
+            try:
+                lr = self._train_step(batches, window)
+            except TrainingDiverged:
+                bar.close()
+                raise
             self.step_in_epoch += 1
             bar.update()
             if self.step % self.config.log_every == 0 or self.step_in_epoch == self.steps_per_epoch:
-                losses = window.means()
-                if not all(abs(v) < float("inf") for v in losses.values()):
-                    bar.close()
-                    raise TrainingDiverged(
-                        f"loss is {losses['loss']} at step {self.step}; a lower learning rate than"
-                        f" {self.config.lr:g} or a longer warm-up may help"
-                    )
-                speed = window.images_per_second()
-                self.log.write(
-                    "step",
-                    step=self.step,
-                    epoch=self.epoch + 1,
-                    lr=lr,
-                    images_per_second=round(speed, 2),
-                    **{name: round(value, 6) for name, value in losses.items()},
-                )
-                bar.set_postfix_str(
-                    f"loss {losses['loss']:.3f}, lr {lr:.2g}, {speed:.1f} images/s,"
-                    f" ends in {self._eta(speed)}"
-                )
-                window = _Window(self.device)
-            if stop:
+                bar.set_postfix_str(self._log_window(window, lr))
+                window = _Window(self.processes)
+            if self._stopping():
                 break
+            if self.config.save_every and self.step % self.config.save_every == 0:
+                self._save()
         bar.close()
 
-    def _train_step(self, images: torch.Tensor, target: dict[str, Any], window: _Window) -> float:
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+    def _log_window(self, window: _Window, lr: float) -> str:
+        """Write what happened since the last line; returns it for the progress bar."""
+        losses = window.means()
+        if not all(abs(v) < float("inf") for v in losses.values()):
+            raise TrainingDiverged(f"loss is {losses['loss']} at step {self.step}{self._advice()}")
+        speed, waited = window.images_per_second(), window.waited_share()
+        self._write_log(
+            "step",
+            step=self.step,
+            epoch=self.epoch + 1,
+            lr=lr,
+            images_per_second=round(speed, 2),
+            waited_for_data=round(waited, 4),
+            **{name: round(value, 6) for name, value in losses.items()},
+        )
+        loss = f"loss {losses['loss']:.3f}, " if losses else ""
+        return (
+            f"{loss}lr {lr:.2g}, {speed:.1f} images/s, {waited:.0%} of it waiting for data,"
+            f" ends in {self._eta(speed)}"
+        )
+
+    def _train_step(self, batches: Iterator[Batch], window: _Window) -> float:
+        """One optimizer step on the next batches; returns its learning rate."""
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self._autocast():
-            losses = self.bench(images, target)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
+        if self.buffers is not None:
+            self.buffers.keep()
+        parts, losses = [], []
+        for _ in range(self.config.accumulate):
+            with window.waiting():
+                parts.append(next(batches))
+            with self._gradients_averaged(now=len(parts) == self.config.accumulate):
+                found = self._losses(self.forward, *parts[-1])
+                self.scaler.scale(found["loss"] / self.config.accumulate).backward()
+            losses.append({name: value.detach() for name, value in found.items()})
+        norm = None
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.ema.update(self.model)
-        window.add(losses, len(images))
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        if self._is_good(losses, norm):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.ema.update(self.model)
+            self.skipped_in_a_row = 0
+            window.add(losses, self.config.batch_size)
+        else:
+            self._handle_bad_step(parts)
+            window.add([], self.config.batch_size)
         return lr
 
-    def _finish_epoch(self, stop: StopSignal) -> None:
+    def _losses(self, forward: Any, images: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return forward(images, target)
+
+    @contextmanager
+    def _gradients_averaged(self, now: bool) -> Iterator[None]:
+        """Exchange gradients with the other processes in this backward, or leave it to a later one."""
+        if now or self.processes.count == 1:
+            yield
+        else:
+            with self.forward.no_sync():
+                yield
+
+    def _is_good(self, losses: list[dict[str, Tensor]], norm: Tensor | None) -> bool:
+        """Whether loss and gradient are finite, on all processes. Large gradients of float16 are its scaler's."""
+        if self.config.nan_watch == "off":
+            return True
+        if self.scaler.is_enabled():
+            norm = None
+        elif norm is None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        (bad,) = self.processes.largest(not is_finite([part["loss"] for part in losses], norm))
+        return not bad
+
+    def _handle_bad_step(self, parts: list[Batch]) -> None:
+        """Find out why, say so, and leave the step out or end the run."""
+        if self.scaler.is_enabled():
+            if not self.config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+            self.scaler.update()
+        where, names = self._trouble(parts)
+        if self.buffers is not None:
+            self.buffers.restore()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row += 1
+        report = f"step {self.step + 1} is not finite, first in {where}; images: {', '.join(names)}"
+        if self.config.nan_watch == "stop" or self.skipped_in_a_row == _MOST_SKIPPED:
+            raise TrainingDiverged(f"{report}{self._advice()}")
+        self._write_log("skipped", step=self.step + 1, where=where, images=names)
+        self._print(f"left out: {report}")
+
+    def _trouble(self, parts: list[Batch]) -> tuple[str, list[str]]:
+        """What was not finite first, and the files of the images that it was computed from."""
+        found: list[tuple[str, list[str]]] = []
+        for images, target in parts:
+            where = first_trouble(
+                self.model, lambda *batch: self._losses(self.bench, *batch), (images, target)
+            )
+            parser = self.loader.dataset.parser
+            names = [parser.img_infos[i]["file_name"] for i in target["img_idx"].tolist()]
+            found += [(where, names)] if where else []
+        found = [one for each in all_gather(found) for one in each]
+        # Stochastic depth is drawn anew, so the same batch may do better now.
+        return found[0] if found else ("a place that a second look did not find", [])
+
+    def _advice(self) -> str:
+        return (
+            f"; a lower learning rate than {self.config.lr:g} or a longer warm-up may help."
+            f" {self.out / 'last.pth'} is of before, if there is one"
+        )
+
+    def _finish_epoch(self) -> None:
         """Evaluate when due, write checkpoints, go to the next epoch; nothing when stopped."""
         number = self.epoch + 1
         due = self.config.eval_every and (
             number % self.config.eval_every == 0 or number == self.config.epochs
         )
-        result = self._evaluate(stop) if due else None
-        if stop:
+        result = self._evaluate() if due else None
+        if self._stopping():
             return
         best = result is not None and result.stats["AP"] >= self.best_ap
         fields: dict[str, Any] = {}
@@ -235,16 +379,23 @@ class Trainer:
                 f" AP75 {result.stats['AP75']:.4f}{' (best)' if best else ''}"
             )
         self.epoch, self.step_in_epoch = number, 0
-        self.log.write("epoch", epoch=number, step=self.step, best_ap=self.best_ap, **fields)
+        self._write_log("epoch", epoch=number, step=self.step, best_ap=self.best_ap, **fields)
         self._save()
-        checkpoints.keep_epoch(self.out / "last.pth", number, self.config.keep)
-        if best or not self.config.eval_every:
-            checkpoints.save_as_well(self.out / "last.pth", "best.pth")
-        if not plot_curves(self.out / "log.jsonl", self.out / "curves.png") and number == 1:
+        if self.processes.rank == 0:
+            checkpoints.keep_epoch(self.out / "last.pth", number, self.config.keep)
+            if best or not self.config.eval_every:
+                checkpoints.save_as_well(self.out / "last.pth", "best.pth")
+            self._plot(number)
+
+    def _plot(self, epoch: int) -> None:
+        if not plot_curves(self.out / "log.jsonl", self.out / "curves.png") and epoch == 1:
             self._print('no curves.png: matplotlib is missing (pip install "effdet-kernels[plot]")')
 
-    def _evaluate(self, stop: StopSignal) -> Evaluation | None:
-        bar = self._bar("evaluating", len(self.val_set))
+    def _evaluate(self) -> Evaluation | None:
+        many = self.processes.count > 1
+        if not self.config.sync_bn:  # each process has averaged statistics of its own images
+            self.processes.share(self.ema.module.buffers())
+        bar = self._bar("evaluating", math.ceil(len(self.val_set) / self.processes.count))
         try:
             return evaluate(
                 self.ema.module,
@@ -252,12 +403,16 @@ class Trainer:
                 self.val_set,
                 autocast=self._autocast,
                 progress=bar.update,
-                stop=stop,
+                stop=None if many else self.signal,
+                distributed=many,
             )
         finally:
             bar.close()
 
     def _save(self) -> None:
+        rng, *rng_others = all_gather(checkpoints.rng_state())
+        if self.processes.rank > 0:
+            return
         content = {
             "format": checkpoints.FORMAT,
             "model": self.config.model,
@@ -273,7 +428,8 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": checkpoints.rng_state(),
+            "rng": rng,
+            "rng_others": rng_others,
         }
         checkpoints.save_atomically(content, self.out / "last.pth")
 
@@ -291,7 +447,9 @@ class Trainer:
         self.epoch = content["epoch"]
         self.step_in_epoch = content["step_in_epoch"]
         self.best_ap = content["best_ap"]
-        checkpoints.restore_rng_state(content["rng"])
+        states = [content["rng"], *content.get("rng_others", [])]
+        if self.processes.rank < len(states):  # more processes than before keep their seed's
+            checkpoints.restore_rng_state(states[self.processes.rank])
 
     def _autocast(self) -> Any:
         if self.config.amp == "off":
@@ -303,6 +461,10 @@ class Trainer:
         hidden = True if self.quiet else None  # None: hidden where stderr is no terminal
         return tqdm(total=total, desc=text, disable=hidden, leave=False, dynamic_ncols=True)
 
+    def _write_log(self, kind: str, **fields: Any) -> None:
+        if self.log is not None:
+            self.log.write(kind, **fields)
+
     def _print(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
@@ -313,27 +475,45 @@ class Trainer:
 
 
 class _Window:
-    """Sums of the losses since the last log line, kept on the device to avoid a sync per step."""
+    """What happened since the last log line; losses stay on the device until they are asked for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = {
-            name: torch.zeros((), device=device) for name in ("loss", "class_loss", "box_loss")
-        }
-        self._steps = 0
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._sums = torch.zeros(len(_LOSSES), device=processes.device)
+        self._parts = 0
         self._images = 0
+        self._waited = 0.0
         self._start = time.perf_counter()
 
-    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
-        for name, total in self._sums.items():
-            total += losses[name].detach()
-        self._steps += 1
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent in here as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, losses: list[dict[str, Tensor]], images: int) -> None:
+        for part in losses:
+            self._sums += torch.stack([part[name] for name in _LOSSES])
+        self._parts += len(losses)
         self._images += images
 
     def means(self) -> dict[str, float]:
-        return {name: float(total) / self._steps for name, total in self._sums.items()}
+        """Mean losses over steps and processes; empty if there was no step."""
+        if not self._parts:
+            return {}
+        means = self._processes.average(self._sums / self._parts)
+        return dict(zip(_LOSSES, means.tolist(), strict=True))
 
     def images_per_second(self) -> float:
-        return self._images / max(time.perf_counter() - self._start, 1e-9)
+        return self._images / self._seconds()
+
+    def waited_share(self) -> float:
+        """Time waited for data, as a share of all."""
+        return self._waited / self._seconds()
+
+    def _seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
 
 
 def _seed_everything(seed: int) -> None:
