@@ -12,26 +12,29 @@ from torch import Tensor, nn
 
 from . import graph
 
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 _Fold = tuple[Tensor, Tensor]  # scale and shift, [C]
 
 
-def is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether `norm` computes exactly what `nn.BatchNorm2d` computes."""
-    return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
+def is_batch_norm(norm: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether `norm` computes exactly what `nn.BatchNorm2d` or `nn.SyncBatchNorm` computes."""
+    if isinstance(norm, nn.BatchNorm2d):
+        return type(norm).forward is nn.BatchNorm2d.forward
+    return isinstance(norm, nn.SyncBatchNorm) and type(norm).forward is nn.SyncBatchNorm.forward
 
 
 @overload
-def is_folded(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]: ...
+def is_folded(norm: nn.Module) -> TypeGuard[BatchNorm]: ...
 @overload
-def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]: ...
-def is_folded(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d | None]:
+def is_folded(norm: nn.Module | None) -> TypeGuard[BatchNorm | None]: ...
+def is_folded(norm: nn.Module | None) -> TypeGuard[BatchNorm | None]:
     """Whether `norm` is an affine map with constants: nothing, or batch norm in eval mode."""
     if norm is None:
         return True
     return is_batch_norm(norm) and not norm.training and norm.running_mean is not None
 
 
-def fold(norm: nn.BatchNorm2d | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def fold(norm: BatchNorm | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """`norm(y + bias)` as `y * scale + shift`, both [C] in fp32 (fp64 for an fp64 model).
 
     `None` stands for a scale of one or a shift of zero.
@@ -41,7 +44,7 @@ def fold(norm: nn.BatchNorm2d | None, bias: Tensor | None) -> tuple[Tensor | Non
     return fold_norm(norm, bias)
 
 
-def fold_norm(norm: nn.BatchNorm2d, bias: Tensor | None) -> _Fold:
+def fold_norm(norm: BatchNorm, bias: Tensor | None) -> _Fold:
     """`fold` of a norm that is there."""
     ahead = None if torch.compiler.is_compiling() else _ahead.get()
     if ahead is not None:
@@ -75,7 +78,7 @@ class Folds:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[nn.BatchNorm2d, Tensor | None] = {}
+        self._asked: dict[BatchNorm, Tensor | None] = {}
 
     def __deepcopy__(self, memo: Any) -> Folds:
         return Folds()
@@ -106,11 +109,11 @@ class Folds:
 class _Ahead:
     """What is computed ahead of one forward, and what that forward asks for."""
 
-    def __init__(self, asked: dict[nn.BatchNorm2d, Tensor | None]) -> None:
-        self.asked: dict[nn.BatchNorm2d, Tensor | None] = {}
+    def __init__(self, asked: dict[BatchNorm, Tensor | None]) -> None:
+        self.asked: dict[BatchNorm, Tensor | None] = {}
         self._made = _fold_together(asked)
 
-    def of(self, norm: nn.BatchNorm2d, bias: Tensor | None) -> _Fold:
+    def of(self, norm: BatchNorm, bias: Tensor | None) -> _Fold:
         self.asked[norm] = bias
         known, fold = self._made.get(norm, (None, None))
         return _fold(_vectors(norm, bias), norm.eps) if fold is None or known is not bias else fold
@@ -120,18 +123,18 @@ _ahead: ContextVar[_Ahead | None] = ContextVar("effdet_folds", default=None)
 
 
 def _fold_together(
-    asked: dict[nn.BatchNorm2d, Tensor | None],
-) -> dict[nn.BatchNorm2d, tuple[Tensor | None, _Fold]]:
+    asked: dict[BatchNorm, Tensor | None],
+) -> dict[BatchNorm, tuple[Tensor | None, _Fold]]:
     """By norm, the bias before it and the fold; without those that have tensors of several dtypes or devices."""
     # By dtype and device; by epsilon and the vectors that are there.
-    alike: dict[Any, dict[Any, list[nn.BatchNorm2d]]] = {}
+    alike: dict[Any, dict[Any, list[BatchNorm]]] = {}
     for norm, bias in asked.items():
         given = [v for v in _vectors(norm, bias) if v is not None]
         if is_folded(norm) and len({(v.dtype, v.device) for v in given}) == 1:
             there = tuple(v is not None for v in _vectors(norm, bias))
             groups = alike.setdefault((given[0].dtype, given[0].device), {})
             groups.setdefault((norm.eps, there), []).append(norm)
-    made: dict[nn.BatchNorm2d, tuple[Tensor | None, _Fold]] = {}
+    made: dict[BatchNorm, tuple[Tensor | None, _Fold]] = {}
     for groups in alike.values():
         columns = [
             cast("tuple[Tensor, ...]", column)
@@ -149,5 +152,5 @@ def _fold_together(
     return made
 
 
-def _vectors(norm: nn.BatchNorm2d, bias: Tensor | None) -> list[Tensor | None]:
+def _vectors(norm: BatchNorm, bias: Tensor | None) -> list[Tensor | None]:
     return [norm.running_mean, norm.running_var, norm.weight, norm.bias, bias]

@@ -3,12 +3,13 @@
 The modules own the parameters, the ops do the arithmetic. For a norm that follows a convolution
 there are three cases, looked up at every call, so that freezing or replacing a module just works:
 
-* `nn.BatchNorm2d` that uses its running statistics: folded to (scale, shift) into the op's
-  epilogue. The fold is differentiable, so frozen batch norm can be fine-tuned.
-* `nn.BatchNorm2d` that uses batch statistics: the op computes the bare convolution and
-  `batch_norm_act` follows; the module's running statistics are updated here, as torch would.
-* anything else (`SyncBatchNorm`, `GroupNorm`, a subclass with its own forward): the module is
-  called, then the activation.
+* `nn.BatchNorm2d` or `nn.SyncBatchNorm` that uses its running statistics: folded to (scale, shift)
+  into the op's epilogue. The fold is differentiable, so frozen batch norm can be fine-tuned.
+* one that uses batch statistics: the op computes the bare convolution and `batch_norm_act` follows;
+  the module's running statistics are updated here, as torch would. An `nn.SyncBatchNorm` that
+  trains in several processes takes the statistics of the images of all (`sync_norm`).
+* anything else (`GroupNorm`, a subclass with its own forward): the module is called, then the
+  activation.
 
 Convolutions, norms and activations that are fused are not called as modules, so forward hooks on
 them do not fire; hooks on the blocks that contain them do.
@@ -35,9 +36,10 @@ from effdet_kernels import (
 from effdet_kernels.ops.mbconv.op import MOST_EXCITED
 
 from . import graph
-from .folding import fold, fold_norm, is_batch_norm, is_folded, stable
+from .folding import BatchNorm, fold, fold_norm, is_batch_norm, is_folded, stable
 from .padding import Padding
 from .recompute import computing_again
+from .sync_norm import group_of, synchronised_norm_act
 
 ConvNorm = tuple[nn.Conv2d, nn.Module | None]
 _T = TypeVar("_T")
@@ -112,8 +114,9 @@ def norm_act(
     if not is_batch_norm(norm) or is_folded(norm):
         y = norm(y)
         return y if act is None else act(y)
+    group = group_of(norm)
     count = y.numel() // y.shape[1]
-    if count <= 1:
+    if count <= 1 and group is None:
         raise ValueError(
             "batch norm in training mode needs more than one value per channel, got an input of"
             f" size {tuple(y.shape)}; use a larger batch or image, or put the layer in eval mode"
@@ -122,13 +125,19 @@ def norm_act(
     bias = norm.bias if norm.bias is not None else y.new_zeros(y.shape[1])
     name, after = op_activation(act)
     how: dict[str, Any] = {"eps": norm.eps, "act": name}
-    if statistics:
-        mean, var = statistics
-        y = _map(batch_norm_act(y, stable(weight), stable(bias), mean=mean, variance=var, **how))
+    vectors = stable(weight), stable(bias)
+    if group is not None:
+        how["statistics"] = statistics
+        y, mean, unbiased = synchronised_norm_act(y, *vectors, group, **how)
     else:
-        y, mean, var = batch_norm_act(y, stable(weight), stable(bias), **how)
+        if statistics:
+            mean, var = statistics
+            y = _map(batch_norm_act(y, *vectors, mean=mean, variance=var, **how))
+        else:
+            y, mean, var = batch_norm_act(y, *vectors, **how)
+        unbiased = var * (count / (count - 1))
     if norm.training and norm.track_running_stats and not computing_again():
-        _update_running_stats(norm, mean, var * (count / (count - 1)))
+        _update_running_stats(norm, mean, unbiased)
     return y if after is None else after(y)
 
 
@@ -140,8 +149,11 @@ def _gives_statistics(x: Tensor, norms: Sequence[nn.Module | None]) -> bool:
 
 
 def _statistics_are_free(x: Tensor) -> bool:
-    """On a GPU they cost a convolution no pass over its map. On a CPU they would, and `batch_norm_act` needs none."""
-    return x.is_cuda
+    """On a GPU they cost a convolution no pass over its map. On a CPU they would, and `batch_norm_act` needs none.
+
+    A convolution refuses them of an empty batch.
+    """
+    return x.is_cuda and len(x) > 0
 
 
 def _normed(
@@ -153,7 +165,7 @@ def _normed(
 
 
 @torch.no_grad()
-def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
+def _update_running_stats(norm: BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
     # These buffers exist in a norm that tracks.
     count = cast(Tensor, norm.num_batches_tracked).add_(1)
     momentum = 1.0 / count.float() if norm.momentum is None else norm.momentum

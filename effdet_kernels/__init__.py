@@ -2,6 +2,7 @@
 
 from effdet_kernels._dispatch import BackendError, use_backend
 from effdet_kernels.ops.batch_norm_act import batch_norm_act
+from effdet_kernels.ops.batch_norm_grad import batch_norm_grad
 from effdet_kernels.ops.decode_topk import decode_topk
 from effdet_kernels.ops.dense_conv import dense_conv
 from effdet_kernels.ops.depthwise_conv import depthwise_conv
@@ -18,6 +19,7 @@ from effdet_kernels.ops.weighted_fusion import weighted_fusion
 __all__ = [
     "BackendError",
     "batch_norm_act",
+    "batch_norm_grad",
     "decode_topk",
     "dense_conv",
     "depthwise_conv",

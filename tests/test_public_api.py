@@ -12,6 +12,7 @@ from effdet_kernels.spec import iter_specs
 
 OPS = {
     "batch_norm_act",
+    "batch_norm_grad",
     "decode_topk",
     "dense_conv",
     "depthwise_conv",

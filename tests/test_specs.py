@@ -23,7 +23,8 @@ from effdet_kernels.spec import Case, OpSpec, iter_specs
 
 SPECS = list(iter_specs())
 MODELS = ("d0", "d4", "d7")
-MIXED = {"batch_norm_act", "detection_loss"}  # one result of all images of a batch
+# One result of all images of a batch.
+MIXED = {"batch_norm_act", "batch_norm_grad", "detection_loss"}
 PRODUCTS = {
     "dense_conv",
     "depthwise_conv",
@@ -188,7 +189,7 @@ def _joined(a, b):
     [
         s
         for s in SPECS
-        if s.name in PRODUCTS | {"separable_conv", "weighted_fusion", "batch_norm_act"}
+        if s.name in PRODUCTS | MIXED - {"detection_loss"} | {"separable_conv", "weighted_fusion"}
     ],
     ids=lambda spec: spec.name,
 )

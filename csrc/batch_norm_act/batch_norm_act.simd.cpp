@@ -174,12 +174,11 @@ EFFDET_INLINE void each_delta(const BatchNormParams& p, const Blocks& blocks, in
     }
 }
 
+// Of delta and of delta * normalised, over all pixels of each channel.
 template <typename T>
-Status backward(const BatchNormParams& p, int threads) {
+void sums(const BatchNormParams& p, const Blocks& blocks, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
-  const Blocks blocks(p);
-  deviate<A>(p, blocks);
   A* partial = static_cast<A*>(p.partial);
   parallel_for(blocks.count, threads, [&](int64_t index) {
     each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
@@ -208,8 +207,14 @@ Status backward(const BatchNormParams& p, int threads) {
       static_cast<A*>(p.grad_weight)[c] = static_cast<A>(weight);
     }
   });
-  if (!p.y) return kOk;
-  const V share = splat<A>(A(1) / static_cast<A>(p.batch * p.pixels));
+}
+
+// From the sums, or from their averages if those are given.
+template <typename T>
+void input_gradient(const BatchNormParams& p, const Blocks& blocks, int threads) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const V share = splat<A>(p.given ? A(1) : A(1) / static_cast<A>(p.batch * p.pixels));
   parallel_for(blocks.count, threads, [&](int64_t index) {
     T* dx = const_cast<T*>(block_of<T>(blocks, index, p.y, p.pixels * p.channels, p.channels));
     each_group<T>(p.channels, [&](int64_t c, auto count) __attribute__((always_inline)) {
@@ -230,6 +235,14 @@ Status backward(const BatchNormParams& p, int threads) {
                         });
     });
   });
+}
+
+template <typename T>
+Status backward(const BatchNormParams& p, int threads) {
+  const Blocks blocks(p);
+  deviate<Acc<T>>(p, blocks);
+  if (!p.given) sums<T>(p, blocks, threads);
+  if (p.y) input_gradient<T>(p, blocks, threads);
   return kOk;
 }
 

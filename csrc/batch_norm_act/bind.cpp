@@ -23,12 +23,12 @@ BatchNormParams read(const Fields& f) {
   p.mean = f.accumulators("mean");
   p.variance = f.accumulators("variance");
   p.partial = f.pointer("partial", 64);
+  p.given = static_cast<int>(f.integer("given", 0, 1));
   return p;
 }
 
 BatchNormParams read_forward(const Fields& f) {
   BatchNormParams p = read(f);
-  p.given = static_cast<int>(f.integer("given", 0, 1));
   if (!p.y) throw std::invalid_argument("y: got a null address");
   return p;
 }
@@ -40,6 +40,7 @@ BatchNormParams read_backward(const Fields& f) {
   p.grad_pixel_stride = f.stride("grad_pixel_stride");
   p.grad_weight = f.accumulators("grad_weight");
   p.grad_bias = f.accumulators("grad_bias");
+  if (p.given && !p.y) throw std::invalid_argument("y: got a null address");
   return p;
 }
 

@@ -15,11 +15,11 @@ struct BatchNormParams {
   const void* weight;
   const void* bias;
   void* y;            // dense; backward: the gradient of x, or null
-  void* mean;         // written, but read if `given`; read by the backward
+  void* mean;         // forward: written, but read if `given`; read by the backward
   void* variance;     // likewise, biased
-  void* grad_weight;  // backward only
-  void* grad_bias;
-  void* partial;  // workspace, batch_norm_workspace() bytes
+  void* grad_weight;  // backward only: written; if `given` read, as averages over all values, of whatever images
+  void* grad_bias;    // likewise
+  void* partial;      // workspace, batch_norm_workspace() bytes
   std::int64_t batch, pixels, channels;
   std::int64_t x_batch_stride, x_pixel_stride, grad_batch_stride, grad_pixel_stride;
   double eps;

@@ -258,6 +258,11 @@ bool norm() {
   const Map grad = q.map(x.height, x.width, p.channels);
   p.grad = grad.data, p.grad_batch_stride = grad.batch_stride, p.grad_pixel_stride = grad.pixel_stride;
   p.grad_weight = q.data(q.accumulator, p.channels), p.grad_bias = q.data(q.accumulator, p.channels);
+  p.given = 0;
+  if (isa::batch_norm_act_backward(p, static_cast<int>(q.threads)) != kOk) return false;
+  p.given = 1;  // dx alone, then the sums alone
+  if (isa::batch_norm_act_backward(p, static_cast<int>(q.threads)) != kOk) return false;
+  p.given = 0, p.y = nullptr;
   return isa::batch_norm_act_backward(p, static_cast<int>(q.threads)) == kOk;
 }
 

@@ -114,11 +114,35 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
     x, weight, bias, eps, act, *given, saved, needs = _gradients.wide(rest)
     mean, variance = saved or [_cpu.vectors(v, x.dtype) for v in given]
     (grad,) = _gradients.wide(grads[:1])
-    grad, x = _cpu.pixels_inner(grad), _cpu.pixels_inner(x)
-    dx = None
-    if needs[0]:
-        dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    dx = _library.nchw(x.shape, x).empty() if needs[0] else None
     of_weight, of_bias = (torch.empty_like(mean) for _ in range(2))
+    launch_backward(
+        grad, x, weight, bias, eps, act, mean, variance, of_weight, of_bias, dx, given=False
+    )
+    return _gradients.chosen((dx, of_weight, of_bias), needs)
+
+
+def launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: str,
+    mean: Tensor,
+    variance: Tensor,
+    of_weight: Tensor,
+    of_bias: Tensor,
+    dx: Tensor | None,
+    *,
+    given: bool,
+) -> None:
+    """Writes the gradients of weight and bias, then dx, if it is a tensor, of them.
+
+    With ``given`` they hold averages of these sums over all values, and only dx is written. Maps are float32 or
+    float64; ``mean``, ``variance``, ``of_weight`` and ``of_bias`` dense.
+    """
+    grad, x = _cpu.pixels_inner(grad), _cpu.pixels_inner(x)
     _native.launch(
         "batch_norm_act_backward",
         grad=grad,
@@ -127,11 +151,11 @@ def _backward_cpu(grads, *rest) -> list[Tensor]:
         y=dx,
         mean=mean,
         variance=variance,
+        given=int(given),
         grad_weight=of_weight,
         grad_bias=of_bias,
         **_fields(x, weight, bias, eps, act),
     )
-    return _gradients.chosen((dx, of_weight, of_bias), needs)
 
 
 _batch_norm_act = _library.define(

@@ -113,30 +113,72 @@ def batch_norm_act_bwd_dx_kernel(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
-    x, weight, bias, eps, act, *given, saved, needs = rest
-    x, grad = _gpu.pixels_inner(x), _gpu.pixels_inner(grads[0])
-    vectors = [_gpu.dense(v) for v in (*(saved or given), weight, bias)]
+def sums(grad: Tensor, x: Tensor, vectors: Sequence[Tensor], eps: float, act: str) -> Tensor:
+    """[2, C]: the sums of delta * x-hat and of delta over all pixels.
+
+    Maps as ``_gpu.pixels_inner`` gives them; ``vectors``: mean, variance, weight and bias, dense.
+    """
     channels = x.shape[1]
     options, programs, counts = tiling("bwd_sums", x, grad, looped=True)
-    tiles = programs // counts[3]
-    sums = torch.empty(tiles, 2, channels, dtype=accumulation_dtype(x.dtype), device=x.device)
-    unit = options["UNIT"]
+    unit, tiles = options["UNIT"], programs // counts[3]
+    parts = torch.empty(tiles, 2, channels, dtype=accumulation_dtype(x.dtype), device=x.device)
     _triton.launch(
         batch_norm_act_bwd_sums_kernel,
         programs,
-        x, grad, *vectors, sums, _gpu.bits(eps), *counts, *strides(x, unit), *strides(grad, unit),
+        x, grad, *vectors, parts, _gpu.bits(eps), *counts, *strides(x, unit), *strides(grad, unit),
         ACT=act, **options, trips=(counts[4] // options["BLOCK_M"],),
     )  # fmt: skip
-    sums = _gpu.total(sums)
+    return _gpu.total(parts)
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    vectors: Sequence[Tensor],
+    eps: float,
+    act: str,
+    sums: Tensor,
+    count: int,
+) -> Tensor:
+    """The gradient of x from ``sums`` over ``count`` values; the rest as ``sums`` takes it."""
+    (dx,) = _gpu.allocate([_library.nchw(x.shape, x)])
+    options, programs, counts = tiling("bwd_dx", x, grad, looped=False)
+    unit = options["UNIT"]
+    _triton.launch(
+        batch_norm_act_bwd_dx_kernel,
+        programs,
+        x, grad, *vectors, sums, dx, _gpu.bits(eps), count, *counts,
+        *strides(x, unit), *strides(grad, unit), ACT=act, **options,
+    )  # fmt: skip
+    return dx
+
+
+def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    x, weight, bias, eps, act, *given, saved, needs = rest
+    x, grad = _gpu.pixels_inner(x), _gpu.pixels_inner(grads[0])
+    vectors = [v.contiguous() for v in (*(saved or given), weight, bias)]
+    found = sums(grad, x, vectors, eps, act)
     dx = None
     if needs[0]:
-        (dx,) = _gpu.allocate([_library.nchw(x.shape, x)])
-        options, programs, counts = tiling("bwd_dx", x, grad, looped=False)
-        _triton.launch(
-            batch_norm_act_bwd_dx_kernel,
-            programs,
-            x, grad, *vectors, sums, dx, _gpu.bits(eps), x.numel() // channels, *counts,
-            *strides(x, unit), *strides(grad, unit), ACT=act, **options,
-        )  # fmt: skip
-    return chosen((dx, sums[0], sums[1]), needs)
+        count = x.numel() // x.shape[1]
+        dx = input_gradient(grad, x, vectors, eps, act, found, count)
+    return chosen((dx, found[0], found[1]), needs)
+
+
+def half(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    act: str,
+    averages: Tensor | None,
+) -> Tensor:
+    """``batch_norm_grad``."""
+    x, grad = _gpu.pixels_inner(x), _gpu.pixels_inner(grad)
+    vectors = [v.contiguous() for v in (mean, variance, weight, bias)]
+    if averages is None:
+        return sums(grad, x, vectors, eps, act)
+    return input_gradient(grad, x, vectors, eps, act, averages.contiguous(), 1)
