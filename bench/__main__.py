@@ -18,6 +18,7 @@ from bench import (
     floors,
     gpu,
     kernels,
+    loss,
     machine,
     model,
     profiles,
@@ -34,6 +35,7 @@ SUITES = {
     "model": (model, "whole networks, beside their peers"),
     "profile": (profiles, "where the time of a network goes, kernel by kernel"),
     "train": (train, "training steps"),
+    "loss": (loss, "labels and loss of a training step"),
     "detect": (detect, "post-processing: NMS and soft-NMS, from head outputs to rows"),
 }
 TOOLS = {

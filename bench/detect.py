@@ -129,27 +129,28 @@ def _measure_picks(
 ) -> list[Row]:
     drawn = draw()
     few, count = drawn["scores"].shape
-    repeated = {name: _repeated(t, batch) for name, t in drawn.items()}
+    inputs = {name: repeated(t, batch) for name, t in drawn.items()}
     rule = Rule(hard, SIGMA, HARD_IOU, SCORE_THRESHOLD, max_det)
 
     def error(outputs: list[Tensor]) -> float:
         images = zip(drawn["boxes"], drawn["scores"], drawn["classes"], *outputs, strict=True)
         return max(worst_share(rule, *image) for image in images)
 
-    engines = _own_pickers(repeated, hard, max_det, args.device)
+    engines = _own_pickers(inputs, hard, max_det, args.device)
     if found is not None:
-        engines += _peer_pickers(found, repeated, hard, max_det, args.device)
-    arguments = _own_arguments(repeated, hard, max_det)
-    cost = _moved(SPEC.bytes(**arguments), args.device)
-    check = Check(error, 1.0, _ERROR_OF, _last(few, batch))
+        engines += _peer_pickers(found, inputs, hard, max_det, args.device)
+    arguments = _own_arguments(inputs, hard, max_det)
+    cost = moved(SPEC.bytes(**arguments), args.device)
+    check = Check(error, 1.0, _ERROR_OF, last_images(few, batch))
     return compete(engines, check, cost, f"{batch}x{count}", args.device, args.smoke)
 
 
-def _repeated(tensor: Tensor, batch: int) -> Tensor:
+def repeated(tensor: Tensor, batch: int) -> Tensor:
+    """The images of a tensor over and over, ``batch`` in all."""
     return tensor.repeat(batch // len(tensor), *[1] * (tensor.dim() - 1))
 
 
-def _last(few: int, batch: int) -> list[int]:
+def last_images(few: int, batch: int) -> list[int]:
     """The last repeat of the ``few`` images that a batch repeats: the one that is compared."""
     return list(range(batch - few, batch))
 
@@ -236,7 +237,7 @@ def _measure_rows(
         config.max_detection_points = 2 * MAX_DET
     few = math.gcd(batch, _DRAWN)
     drawn = candidates.head_maps(config, few, size)
-    maps = tuple([_repeated(m, batch) for m in part] for part in drawn)
+    maps = tuple([repeated(m, batch) for m in part] for part in drawn)
     engines = _own_benches(config, maps, size, args.device)
     if found is not None:
         engines.append(
@@ -255,11 +256,11 @@ def _measure_rows(
         )
     exact = _exact_candidates(config, drawn, size)
     rule = Rule(hard, SIGMA, HARD_IOU, 0.0 if hard else SCORE_THRESHOLD, MAX_DET, _PIXEL)
-    images = _last(few, batch)
+    images = last_images(few, batch)
     check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF, images)
-    moved = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
+    nbytes = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
     shape = f"{batch}x{sum(m.shape[1:].numel() for m in maps[0])} scores"
-    return compete(engines, check, _moved(moved, args.device), shape, args.device, args.smoke)
+    return compete(engines, check, moved(nbytes, args.device), shape, args.device, args.smoke)
 
 
 def _own_benches(
@@ -341,12 +342,12 @@ def _measure_predict(
     times = batch // len(x)
     bench = effdet.DetBenchPredict(build(name, size, state)).to(args.device).eval()
     bench.soft_nms = True
-    repeated = x.repeat(times, 1, 1, 1).to(args.device)
+    x_all = x.repeat(times, 1, 1, 1).to(args.device)
 
     def engine(label: str, backend: str | None) -> Engine:
         def call() -> list[Tensor]:
             with torch.inference_mode(), use_backend(backend):
-                return [bench(repeated)]
+                return [bench(x_all)]
 
         return here(label, lambda: call, args.device, graph=True)
 
@@ -364,12 +365,12 @@ def _measure_predict(
         _STRAY,
         f"of the {_COMPARED} best rows of an image, those without a partner (class, half a pixel, score within 1e-3)"
         f" among the rows of our float32 reference, at most {_STRAY}",
-        _last(len(x), batch),
+        last_images(len(x), batch),
     )
-    cost = _moved(repeated.nbytes + batch * MAX_DET * 6 * 4, args.device)
+    cost = moved(x_all.nbytes + batch * MAX_DET * 6 * 4, args.device)
     rows = compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.device, args.smoke)
     if args.device == "cpu" and rows[0]["status"] == TIMED:
-        rows[0]["after_network"] = _share_after_network(bench, repeated, 3 if args.smoke else 50)
+        rows[0]["after_network"] = _share_after_network(bench, x_all, 3 if args.smoke else 50)
     return rows
 
 
@@ -413,7 +414,7 @@ def _strays(rows: Tensor, expected: Tensor) -> float:
     return float((~partner.any(1)).sum())
 
 
-def _moved(nbytes: int, device: str) -> Row:
+def moved(nbytes: int, device: str) -> Row:
     """The cost of a case that moves ``nbytes`` at least; its arithmetic depends on the data and is not counted."""
     rate = machine.bandwidth(device, 1 << nbytes.bit_length())
     return {"bytes": nbytes, "flops": None, "floor_s": nbytes / rate, "bandwidth": rate}

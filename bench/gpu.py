@@ -1,7 +1,7 @@
 """``python -m bench gpu``: everything that is to be measured on a GPU, in parts that can be interrupted and resumed.
 
-Parts: verify, sanitize, kernels, model, profile, train, detect, peers; all of them where none is named. Each part has
-``--minutes`` of its own, then it is ended. DIR/<part>.log has what its commands printed, DIR/<part>.jsonl its rows,
+Parts: verify, sanitize, kernels, model, profile, train, loss, detect, peers; all of them where none is named. Each part
+has ``--minutes`` of its own, then it is ended. DIR/<part>.log has what its commands printed, DIR/<part>.jsonl its rows,
 DIR/verify.json the checks, DIR/state.json what is done. The same command once more goes on where it was; parts that
 passed are not run again. Statuses: passed; failed (a command failed, or something was wrong); out of time (run it
 again); did not run (with the reason). Exit status 1 if a part failed or ran out of time.

@@ -139,6 +139,11 @@ def train(plan: Plan) -> Iterator[Step]:
         yield from _batches(plan, "train", "train", name, _large(plan), "--no-peers")
 
 
+def loss(plan: Plan) -> Iterator[Step]:
+    """Our labels and loss."""
+    yield _labels_and_loss(plan, "loss", "--no-peers")
+
+
 def detect(plan: Plan) -> Iterator[Step]:
     """Our post-processing."""
     yield _post_processing(plan, "detect", (1, *_large(plan)[:1]), "--no-peers")
@@ -151,6 +156,7 @@ def peers(plan: Plan) -> Iterator[Step]:
         words = (*plan.peers, *(() if plan.smoke else (mode,)))
         yield from _batches(plan, "peers", "model", name, (1,), *words)
         yield from _batches(plan, "peers", "model", name, _large(plan), *words)
+    yield _labels_and_loss(plan, "peers", *plan.peers, *(() if plan.smoke else ("--compile",)))
     # PyPI effdet's soft-NMS takes a second an image.
     yield _post_processing(plan, "peers", (1,), *plan.peers)
     for name in _models(plan):
@@ -165,6 +171,7 @@ PARTS: dict[str, Callable[[Plan], Iterator[Step]]] = {
     "model": model,
     "profile": profile,
     "train": train,
+    "loss": loss,
     "detect": detect,
     "peers": peers,
 }
@@ -224,6 +231,11 @@ def _large(plan: Plan) -> tuple[int, ...]:
 def _post_processing(plan: Plan, part: str, batches: tuple[int, ...], *words: str) -> Step:
     options = [w for batch in batches for w in ("--batch", str(batch))]
     return _suite(plan, part, "detect", "detect", *options, "--dtype", "fp32", *words)
+
+
+def _labels_and_loss(plan: Plan, part: str, *words: str) -> Step:
+    dtypes = [w for dtype in ("fp32", "bf16") for w in ("--dtype", dtype)]
+    return _suite(plan, part, "loss", "loss", "--model", MODELS[0], *dtypes, *words)
 
 
 def _probe(tool: str) -> None:

@@ -26,10 +26,10 @@ TIMED, WRONG, ABSENT, SKIPPED = "timed", "wrong", "absent", "skipped"  # values 
 class Job:
     """All engines of one case, timed against each other; ``run`` yields a row for each."""
 
-    suite: str  # kernels, model, train, detect
+    suite: str  # kernels, model, train, loss, detect
     name: str  # op or model
     case: str
-    direction: str  # forward, backward, train, predict, postprocess, nms
+    direction: str  # forward, backward, train, labels, loss, predict, postprocess, nms
     dtype: str  # fp32, bf16, fp16
     device: str  # cpu, cuda
     run: Callable[[], Iterable[Row]]

@@ -89,7 +89,7 @@ def _measure(
     dtype: str,
 ) -> list[Row]:
     few = math.gcd(batch, 2)  # a step of D7 in float32 takes 26 GB an image
-    boxes, classes = _ground_truth(few, size)
+    boxes, classes = ground_truth(few, size)
     shared = {
         "name": name,
         "state": weights(name),
@@ -227,10 +227,10 @@ def _check(expected: list[Tensor], of_losses: float, of_gradient: float) -> Chec
     )
 
 
-def _ground_truth(batch: int, size: int) -> tuple[Tensor, Tensor]:
-    """Boxes ``[batch, 8, 4]`` (y_min, x_min, y_max, x_max) inside the image, classes ``[batch, 8]`` from 1."""
+def ground_truth(batch: int, size: int, objects: int = _OBJECTS) -> tuple[Tensor, Tensor]:
+    """Boxes ``[batch, objects, 4]`` (y_min, x_min, y_max, x_max) in the image, classes ``[batch, objects]`` from 1."""
     generator = torch.Generator().manual_seed(2)
-    sides = size * (0.1 + 0.4 * torch.rand(batch, _OBJECTS, 2, generator=generator))
-    corner = (size - sides) * torch.rand(batch, _OBJECTS, 2, generator=generator)
-    classes = torch.randint(1, 91, (batch, _OBJECTS), generator=generator)
+    sides = size * (0.1 + 0.4 * torch.rand(batch, objects, 2, generator=generator))
+    corner = (size - sides) * torch.rand(batch, objects, 2, generator=generator)
+    classes = torch.randint(1, 91, (batch, objects), generator=generator)
     return torch.cat([corner, corner + sides], -1), classes

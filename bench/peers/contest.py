@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import machine, runner
 from bench.peers import PeerError, Peers, Remote
-from bench.peers.entrant import Entrant
+from bench.peers.entrant import Entrant, Finish
 from bench.results import ABSENT, TIMED, WRONG, Row
 from bench.runner import Effort
 
@@ -58,9 +58,10 @@ def here(
     device: str,
     graph: bool,
     compiled: bool = False,
+    finish: Finish = list,
 ) -> Engine:
-    """An engine of this process; ``make`` returns the call."""
-    return Engine(name, lambda: Entrant(make(), device, graph), compiled)
+    """An engine of this process; ``make`` returns the call, ``finish`` is as of ``Entrant``."""
+    return Engine(name, lambda: Entrant(make(), device, graph, finish), compiled)
 
 
 def peer(

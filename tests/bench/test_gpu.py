@@ -294,6 +294,8 @@ def test_the_parts_run_what_they_should(tmp_path, monkeypatch):
     assert [text.split("--model ")[1].split(" --dtype")[0] for text in tuned] == [
         f"tf_efficientdet_d0 --batch {batch}" for batch in (1, 128, 32, 8, 2)
     ]
+    assert [" loss " in text for text in words["loss"]] == [True]
+    assert sum(" loss " in text for text in words["peers"]) == 1
     assert all("triton" in text and "--check large" not in text for text in words["sanitize"])
     assert "--op soft_nms" in words["kernels"][1] and "--dtype fp32" in words["kernels"][1]
 

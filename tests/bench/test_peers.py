@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import detect, model, peers, train
+from bench import detect, loss, model, peers, train
 from bench.peers import PeerError, Peers, Remote, contest
 
 TASKS = """
@@ -183,7 +183,9 @@ def oracle_python(request) -> str:
     return str(python)
 
 
-@pytest.mark.parametrize("suite", [model, train, detect], ids=["model", "train", "detect"])
+@pytest.mark.parametrize(
+    "suite", [model, train, loss, detect], ids=["model", "train", "loss", "detect"]
+)
 def test_pypi_effdet_passes_the_checks(suite, oracle_python):
     parser = argparse.ArgumentParser()
     suite.add_arguments(parser)

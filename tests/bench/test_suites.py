@@ -1,4 +1,4 @@
-"""The suites model, train and detect with the engines of this process, and the check of suppression."""
+"""The suites model, train, loss and detect with the engines of this process, and the check of suppression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effdet
-from bench import detect, model, train
+from bench import detect, loss, model, train
 from bench.peers import candidates
 from bench.peers.replay import Rule, worst_share
 from effdet_kernels.ops.soft_nms import reference
@@ -41,9 +41,10 @@ def jobs(suite, *words: str, dtype: tuple[str, ...] = ("fp32",)) -> list:
     [
         (model, ["--batch", "2"], ("fp32", "bf16")),
         (train, [], ("fp32",)),
+        (loss, ["--boxes", "12"], ("fp32", "bf16")),
         (detect, ["--batch", "1"], ("fp32",)),
     ],
-    ids=["model", "train", "detect"],
+    ids=["model", "train", "loss", "detect"],
 )
 def test_smoke(suite, words, dtype):
     found = jobs(suite, *words, dtype=dtype)
@@ -70,6 +71,8 @@ def test_model_rows_know_the_floors():
         (model, ["--size", "0"], ("fp32",), "--size"),
         (train, ["--batch", "-1"], ("fp32",), "--batch"),
         (train, [], ("fp16",), "--dtype"),
+        (loss, ["--boxes", "0"], ("fp32",), "--boxes"),
+        (loss, [], ("fp16",), "--dtype"),
         (detect, ["--batch", "0"], ("fp32",), "--batch"),
         (detect, [], ("bf16",), "--dtype"),
     ],
@@ -83,6 +86,8 @@ def test_directions_may_be_chosen():
     chosen = {job.direction for job in jobs(detect, "--direction", "predict")}
     assert chosen == {"predict"}
     assert {job.direction for job in jobs(detect)} == {"nms", "postprocess", "predict"}
+    assert [job.direction for job in jobs(loss)] == ["labels", "loss"]
+    assert [job.direction for job in jobs(loss, "--direction", "labels")] == ["labels"]
 
 
 def test_missing_data_is_an_error(tmp_path):
@@ -184,3 +189,47 @@ def test_wrong_rows_are_refused():
         changed = rows.clone()
         changed[0, 3, column] += change
         assert detect._rows_share(rule, changed, *exact) > 1
+
+
+# The checks of labels and loss -----------------------------------------------------------------------
+
+
+def labelled(batch: int) -> tuple:
+    config = loss._config("tf_efficientdet_d0", 128)
+    return config, loss._labels(config, *train.ground_truth(batch, 128, 12))
+
+
+def test_wrong_labels_are_refused():
+    expected = loss._flat(labelled(2)[1])
+    assert loss._strays(expected, expected) == 0
+    for place, change in ((0, 1), (5, 1e-3), (-1, 1)):
+        found = [t.clone() for t in expected]
+        found[place] += change
+        assert loss._strays(found, expected) > loss._STRAY
+    assert loss._strays([t[:1] for t in expected], expected) == torch.inf
+
+
+def test_a_repeated_batch_has_the_loss_that_is_expected_and_others_are_refused():
+    config, targets = labelled(1)
+    maps = loss._head_maps(config, targets, torch.float32)
+    shared = dict(zip(("class_targets", "box_targets", "positives"), targets, strict=True))
+    call = loss.own_loss(config, "cpu", None, maps=maps, times=3, **shared)
+    found = [t.detach()[-1:] for t in loss.per_image(call())]
+    assert [len(t) for t in found] == [1] * 11
+    check = loss._loss_check(loss._expected(config, maps, targets, 3), "fp32", [-1])
+    assert check.error(found) < 1
+    for place in (0, 1, 6):  # losses, a class and a box map's gradient
+        wrong = [t * 1.001 if n == place else t for n, t in enumerate(found)]
+        assert check.error(wrong) > 1
+        wrong[place] = wrong[place] * torch.nan
+        assert check.error(wrong) == torch.inf
+    assert check.error(found[:-1]) == torch.inf
+
+
+def test_the_memory_of_a_loss_has_its_gradients():
+    config, targets = labelled(1)
+    maps = loss._head_maps(config, targets, torch.float32)
+    shared = dict(zip(("class_targets", "box_targets", "positives"), targets, strict=True))
+    engine = loss._own_losses(config, {"maps": maps, "times": 8, **shared}, "cpu", "")[0]
+    held, gradients = engine.start().peak_memory(), 8 * sum(m.nbytes for m in maps)
+    assert held is None or 0.8 * gradients < held

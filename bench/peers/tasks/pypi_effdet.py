@@ -1,4 +1,4 @@
-"""PyPI's effdet 0.4.1: network, ONNX file, training step, suppression, post-processing."""
+"""PyPI's effdet 0.4.1: network, ONNX file, training step, labels, loss, suppression, post-processing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 COMPILED_OPS = torchvision_or_stub.prepare()
 import effdet  # noqa: E402  after torchvision's operators are declared
-from effdet.anchors import Anchors, generate_detections  # noqa: E402
+from effdet.anchors import AnchorLabeler, Anchors, generate_detections  # noqa: E402
 from effdet.bench import DetBenchPredict, _batch_detection, _post_process  # noqa: E402
 from effdet.config import get_efficientdet_config  # noqa: E402
+from effdet.loss import DetectionLoss  # noqa: E402
 from effdet.soft_nms import batched_soft_nms  # noqa: E402
 from effdet.version import __version__  # noqa: E402
 
@@ -126,6 +127,58 @@ def training_step(
         return [result["loss"], result["class_loss"], result["box_loss"], stem.grad]
 
     return call
+
+
+def labels(device: str, name: str, size: list[int], boxes: Tensor, classes: Tensor) -> Call:
+    """Class and box targets of every level, and the number of positives, of boxes ``[B, M, 4]`` (yxyx)."""
+    config = get_efficientdet_config(name)
+    config.image_size = tuple(size)
+    labeler = AnchorLabeler(Anchors.from_config(config).to(device), config.num_classes)
+    boxes, classes = boxes.to(device), classes.to(device)
+
+    def call() -> list[Tensor]:
+        label, code, positives = labeler.batch_label_anchors(boxes, classes)
+        return [*label, *code, positives]
+
+    return call
+
+
+def loss(
+    device: str,
+    name: str,
+    maps: list[Tensor],
+    class_targets: list[Tensor],
+    box_targets: list[Tensor],
+    positives: Tensor,
+    times: int,
+    channels_last: bool,
+    compile_mode: str,
+) -> tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
+    """Loss of ``times`` times the images, its two parts, and its gradients in the ``maps``, classes before boxes.
+
+    In the form that the default config asks for. Losses come as ``[batch, 3]``.
+    """
+    function: Any = DetectionLoss(get_efficientdet_config(name))
+    if compile_mode:
+        function = torch.compile(function, mode=compile_mode, dynamic=False)
+
+    def on_device(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.repeat(times, *[1] * (t.dim() - 1)).to(device) for t in tensors]
+
+    layout = _format(channels_last)
+    leaves = [m.contiguous(memory_format=layout).requires_grad_() for m in on_device(maps)]
+    levels = len(maps) // 2
+    classes, codes, (count,) = map(on_device, (class_targets, box_targets, [positives]))
+
+    def call() -> list[Tensor]:
+        losses = function(leaves[:levels], leaves[levels:], classes, codes, count)
+        return [*losses, *torch.autograd.grad(losses[0], leaves)]
+
+    def finish(found: list[Tensor]) -> list[Tensor]:
+        losses = torch.stack([t.float() for t in found[:3]])
+        return [losses.expand(len(found[3]), 3), *found[3:]]
+
+    return call, finish
 
 
 def soft_nms(
