@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,11 @@ class CocoEvaluator(Evaluator):
     - `stats`: AP (IoU 0.50:0.95), AP50, AP75, APsmall, APmedium, APlarge, AR1, AR10, AR100,
       ARsmall, ARmedium, ARlarge; -1 where no annotation falls in the range.
     - `per_class`: category name to {"AP", "AP50"}; NaN for a category without annotations.
+    - `precision_recall`: "recall": the 101 recalls 0, 0.01, … 1; "mean": the precision at each of
+      them, averaged over categories, by the name of the figure that its mean is ("AP50": at IoU
+      0.50, "AP75", "AP": averaged over IoU 0.50:0.95 too); "per_class": the precision at IoU 0.50
+      by category name. Precision at a recall is the best at that recall or a higher one. None in
+      the place of a list where there are no annotations.
     - `summary`: the table of pycocotools as text.
     """
 
@@ -118,12 +124,13 @@ class CocoEvaluator(Evaluator):
             )
         self.stats: dict[str, float] = {}
         self.per_class: dict[str, dict[str, float]] = {}
+        self.precision_recall: dict[str, Any] = {}
         self.summary = ""
 
     def reset(self) -> None:
         """Forget all detections and metrics."""
         super().reset()
-        self.stats, self.per_class, self.summary = {}, {}, ""
+        self.stats, self.per_class, self.precision_recall, self.summary = {}, {}, {}, ""
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """AP at IoU 0.50:0.95. The same on every process."""
@@ -133,8 +140,8 @@ class CocoEvaluator(Evaluator):
         if output_result_file:
             self._write(results, output_result_file)
         main = not self.distributed or is_main_process()
-        metrics = self._measure(results, image_ids) if main else ({}, {}, "")
-        self.stats, self.per_class, self.summary = (
+        metrics = self._measure(results, image_ids) if main else ({}, {}, {}, "")
+        self.stats, self.per_class, self.precision_recall, self.summary = (
             broadcast(metrics) if self.distributed else metrics
         )
         return self.stats["AP"]
@@ -158,7 +165,7 @@ class CocoEvaluator(Evaluator):
                 )
         return results, image_ids
 
-    def _measure(self, results: list[dict], image_ids: list) -> tuple[dict, dict, str]:
+    def _measure(self, results: list[dict], image_ids: list) -> tuple[dict, dict, dict, str]:
         truth = self._parser.coco
         # pycocotools' own loadRes fails on an empty list.
         found = make_coco(
@@ -180,20 +187,13 @@ class CocoEvaluator(Evaluator):
             text.seek(0)
             evaluation.summarize()
         stats = {name: float(value) for name, value in zip(_STATS, evaluation.stats, strict=True)}
-        return stats, self._measure_classes(evaluation), text.getvalue()
-
-    def _measure_classes(self, evaluation: COCOeval) -> dict[str, dict[str, float]]:
         # [IoU thresholds, recalls, classes], all areas, 100 detections; -1: class not annotated
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         precision = np.where(precision < 0, np.nan, precision)
         categories = evaluation.cocoGt.cats
-        return {
-            categories[cat_id]["name"]: {
-                "AP": float(precision[:, :, column].mean()),
-                "AP50": float(precision[0, :, column].mean()),
-            }
-            for column, cat_id in enumerate(evaluation.params.catIds)
-        }
+        names = [categories[cat_id]["name"] for cat_id in evaluation.params.catIds]
+        curves = _precision_recall(precision, evaluation.params.recThrs, names)
+        return stats, _by_class(precision, names), curves, text.getvalue()
 
 
 class TfmEvaluator(Evaluator):
@@ -235,6 +235,34 @@ def create_evaluator(
     if "openimages" in name:
         return OpenImagesEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
     return PascalEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+
+
+def _by_class(precision: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
+    """AP and AP50 of each class, of precisions [IoU thresholds, recalls, classes]."""
+    return {
+        name: {
+            "AP": float(precision[:, :, column].mean()),
+            "AP50": float(precision[0, :, column].mean()),
+        }
+        for column, name in enumerate(names)
+    }
+
+
+def _precision_recall(
+    precision: np.ndarray, recall: np.ndarray, names: list[str]
+) -> dict[str, Any]:
+    """`CocoEvaluator.precision_recall` of precisions [IoU thresholds, recalls, classes], NaN without annotations."""
+    annotated = precision[:, :, ~np.isnan(precision).any(axis=(0, 1))]
+    means: dict[str, list[float] | None] = {"AP50": None, "AP75": None, "AP": None}
+    if annotated.shape[2]:
+        means["AP50"] = annotated[0].mean(axis=-1).tolist()
+        means["AP75"] = annotated[5].mean(axis=-1).tolist()
+        means["AP"] = annotated.mean(axis=(0, 2)).tolist()
+    of_class = {
+        name: None if np.isnan(precision[0, :, column]).any() else precision[0, :, column].tolist()
+        for column, name in enumerate(names)
+    }
+    return {"recall": recall.tolist(), "mean": means, "per_class": of_class}
 
 
 def _usable_rows(rows: np.ndarray) -> np.ndarray:

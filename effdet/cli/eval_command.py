@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -23,7 +24,7 @@ out as for `effdet train`, and its classes must be the model's.
 examples:
   effdet scenes data --count 100 --seed 7 --split val && effdet eval data
   effdet eval coco --model tf_efficientdet_d0 --results results.json
-  effdet eval data --checkpoint run/best.pth --split test
+  effdet eval data --checkpoint run/best.pth --split test --plots plots
 """
 _LABELS = {
     "AP": "AP    @ IoU 0.50:0.95",
@@ -42,6 +43,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=8, help="default: 8")
     parser.add_argument("--workers", type=natural_int, default=2, help="default: 2")
     parser.add_argument("--results", default="", metavar="FILE", help="write detections as json")
+    parser.add_argument(
+        "--plots",
+        default="",
+        metavar="FOLDER",
+        help="write precision over recall there: precision_recall.json, and .png with matplotlib",
+    )
     add_model_options(parser)
     add_suppression_options(parser)
     parser.set_defaults(run=run)
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         workers=args.workers,
         results=args.results,
+        plots=args.plots,
         **suppression_of(args),
     )
     return 0
@@ -74,11 +82,13 @@ def measure(
     batch_size: int = 8,
     workers: int = 2,
     results: str = "",
+    plots: str = "",
     **suppression: Any,
 ) -> dict[str, float]:
     """Evaluate a `effdet.engine.weights.LoadedModel`, print the table and return the figures.
 
-    `suppression` is as for `effdet.engine.evaluate.evaluate`.
+    `suppression` is as for `effdet.engine.evaluate.evaluate`; `plots` is a folder for precision
+    over recall.
 
     Raises:
         ValueError: the data set has more classes than the model.
@@ -114,7 +124,24 @@ def measure(
     print(f"  {'class':<{width}}  {'AP':>10}  {'AP50':>10}")
     for name, figures in result.per_class.items():
         print(f"  {name:<{width}}  {_figure(figures['AP']):>10}  {_figure(figures['AP50']):>10}")
+    if plots:
+        _plot(result, Path(plots))
     return result.stats
+
+
+def _plot(result: Any, folder: Path) -> None:
+    from effdet.engine import plots
+    from effdet.engine.evaluate import write_precision_recall
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / plots.CURVES_FILE
+    write_precision_recall(result, file)
+    page = plots.evaluation_page(result.per_class, result.precision_recall)
+    if page is None:
+        print('no plot: matplotlib is missing (pip install "effdet-kernels[plot]")')
+    else:
+        plots.save(page, file.with_suffix(".png"))
+        print(f"plot: {file.with_suffix('.png')}")
 
 
 def _figure(value: float | None) -> str:

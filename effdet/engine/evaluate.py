@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +24,12 @@ class Evaluation:
     Attributes:
         stats: "AP", "AP50", "AP75", "APsmall", … in [0, 1]; -1 where there is no such object.
         per_class: class name to {"AP", "AP50"}; None for a class without objects.
+        precision_recall: as of `effdet.CocoEvaluator`.
     """
 
     stats: dict[str, float]
     per_class: dict[str, dict[str, float | None]]
+    precision_recall: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -76,4 +81,29 @@ def evaluate(
         name: {key: None if math.isnan(value) else value for key, value in figures.items()}
         for name, figures in evaluator.per_class.items()
     }
-    return Evaluation(dict(evaluator.stats), per_class)
+    return Evaluation(dict(evaluator.stats), per_class, evaluator.precision_recall)
+
+
+def write_precision_recall(
+    evaluation: Evaluation, path: str | os.PathLike[str], epoch: int | None = None
+) -> None:
+    """Write ``evaluation.precision_recall`` as JSON, to four digits, with the epoch where it is given.
+
+    The file appears complete or not.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    content = {**_rounded(evaluation.precision_recall), "epoch": epoch}
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [round(number, 4) for number in value]
+    return value

@@ -33,28 +33,12 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def plot_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> bool:
-    """Draw loss over steps and COCO AP over epochs; returns False when matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    records = read_log(log)
-    steps = {r["step"]: r for r in records if r["kind"] == "step"}  # a resumed run rewrites some
-    epochs = {r["epoch"]: r for r in records if r["kind"] == "epoch" and "AP" in r}
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for field in ("loss", "class_loss", "box_loss"):
-        left.plot(list(steps), [r[field] for r in steps.values()], label=field, linewidth=1)
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
-    for field in ("AP", "AP50", "AP75"):
-        right.plot(list(epochs), [r[field] for r in epochs.values()], label=field, marker=".")
-    right.set(xlabel="epoch", ylabel="COCO AP", ylim=(0, 1), title="validation, averaged weights")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    partial = Path(str(out) + ".part")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, out)
-    return True
+    """Draw a training log as a page of plots (`effdet.engine.plots.training_page`), a PNG file.
+
+    Precision-recall curves are those of the file ``precision_recall.json`` beside the log, where
+    there is one. Returns False when matplotlib is missing.
+    """
+    from . import plots
+
+    page = plots.training_page(read_log(log), plots.read_curves(Path(log)))
+    return page is not None and plots.save(page, out)

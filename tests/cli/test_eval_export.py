@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
+from PIL import Image
 
 from effdet.engine import checkpoint as checkpoints
 
@@ -28,6 +30,19 @@ def test_eval_suppresses_as_it_is_told(cli, scenes, weights, tmp_path):
         sums.append(sum(row["score"] for row in rows))
     assert sums[0] > sums[1] > sums[2]
     assert len(rows) == len({(row["image_id"], row["category_id"]) for row in rows}) == 4 * 5
+
+
+def test_eval_writes_precision_over_recall(cli, scenes, weights, tmp_path):
+    folder = tmp_path / "new" / "plots"
+    result = cli("eval", scenes, "--checkpoint", weights, "--plots", folder, "--workers", 0)
+    assert result.code == 0, result.err
+    found = json.loads((folder / "precision_recall.json").read_text())
+    assert set(found) == {"epoch", "recall", "mean", "per_class"} and len(found["recall"]) == 101
+    assert set(found["per_class"]) == {"circle", "square", "triangle", "star", "cross"}
+    if importlib.util.find_spec("matplotlib"):
+        assert Image.open(folder / "precision_recall.png").format == "PNG"
+        assert f"plot: {folder / 'precision_recall.png'}" in result.out
+    assert len(list(folder.iterdir())) == 1 + bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_eval_of_a_missing_split_is_named(cli, scenes, weights):

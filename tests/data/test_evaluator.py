@@ -94,6 +94,34 @@ def test_same_as_pycocotools_by_hand(make_coco, tmp_path):
     assert np.mean(classes) == pytest.approx(ap)
 
 
+def test_precision_and_recall_of_a_case_by_hand(make_coco):
+    """Hit, miss, and a hit at IoU 0.58: precisions 1, 1/2 and 2/3 at recalls 1/2, 1/2 and 1."""
+    boxes = [[2, 2, 20, 20], [30, 2, 20, 20]]
+    objects = [{"id": n, "image_id": 1, "bbox": b, "category_id": 1} for n, b in enumerate(boxes)]
+    evaluator = CocoEvaluator(coco_folder(make_coco(1, objects), "train"))
+    rows = [[2, 2, 22, 22, 0.9, 1], [2, 30, 12, 44, 0.8, 1], [30, 2, 50, 13.6, 0.7, 1]]
+    evaluator.add_predictions(torch.tensor([rows]), {"img_idx": torch.tensor([0])})
+    evaluator.evaluate()
+    found = evaluator.precision_recall
+    assert found["recall"] == pytest.approx([n / 100 for n in range(101)])
+    assert found["mean"]["AP50"] == pytest.approx([1.0] * 51 + [2 / 3] * 50)
+    assert found["mean"]["AP75"] == pytest.approx([1.0] * 51 + [0.0] * 50)
+    assert found["mean"]["AP"] == pytest.approx([1.0] * 51 + [2 / 3 * 2 / 10] * 50)
+    assert found["per_class"] == {"cup": found["mean"]["AP50"], "jar": None}
+    json.dumps(found)
+
+
+def test_the_mean_precision_is_the_figure(dataset):
+    evaluator = _evaluator(dataset, noise=2.0)
+    evaluator.evaluate()
+    for name, precisions in evaluator.precision_recall["mean"].items():
+        assert np.mean(precisions) == pytest.approx(evaluator.stats[name])
+    for name, precisions in evaluator.precision_recall["per_class"].items():
+        assert np.mean(precisions) == pytest.approx(evaluator.per_class[name]["AP50"])
+    evaluator.reset()
+    assert evaluator.precision_recall == {}
+
+
 def test_no_detections(dataset):
     evaluator = CocoEvaluator(dataset)
     evaluator.add_predictions(torch.zeros(6, 100, 6), {"img_idx": torch.arange(6)})
@@ -113,6 +141,8 @@ def test_no_annotations(make_coco):
     evaluator.add_predictions(rows, {"img_idx": torch.arange(2)})
     assert evaluator.evaluate() == -1.0
     assert math.isnan(evaluator.per_class["cup"]["AP"])
+    assert evaluator.precision_recall["mean"] == {"AP50": None, "AP75": None, "AP": None}
+    assert evaluator.precision_recall["per_class"] == {"cup": None, "jar": None}
 
 
 def test_only_images_seen_count(dataset):
@@ -233,7 +263,8 @@ def _evaluate_share(rank: int, world_size: int, root: str, file: str) -> None:
     evaluator.add_predictions(rows, {"img_idx": torch.tensor(indices)})
     ap = evaluator.evaluate(f"{root}/results.json")
     evaluator.save(f"{root}/saved.json")
-    torch.save([ap, evaluator.stats, evaluator.per_class], f"{root}/{rank}.pt")
+    found = [ap, evaluator.stats, evaluator.per_class, evaluator.precision_recall]
+    torch.save(found, f"{root}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -244,7 +275,7 @@ def test_several_processes_agree_with_one(make_coco, tmp_path):
     alone = CocoEvaluator(dataset)
     rows = _annotated(dataset, range(6), 2.0)
     alone.add_predictions(rows, {"img_idx": torch.arange(6)})
-    expected = [alone.evaluate(), alone.stats, alone.per_class]
+    expected = [alone.evaluate(), alone.stats, alone.per_class, alone.precision_recall]
     assert 0.2 < expected[0] < 0.95
     for rank in range(2):
         assert torch.load(root / f"{rank}.pt") == expected

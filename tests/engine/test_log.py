@@ -38,7 +38,7 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     _write_log(tmp_path / "log.jsonl")
     assert plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").size == (1100, 440)
+    assert Image.open(tmp_path / "curves.png").size == (1760, 990)
     assert not list(tmp_path.glob("*.part"))
 
 
