@@ -24,8 +24,8 @@ another set: paper (the paper's first version: batch 128, warm-up from 0 over 5 
 momentum 0.003 and epsilon 1e-4), peer (how PyPI's effdet trains tf_efficientdet_d0) or finetune
 (from COCO weights to another data set). Other options then change single settings of it.
 
-OUT gets last.pth (the complete state), best.pth (of the best AP so far), log.jsonl and
-curves.png. Ctrl-C stops after the current step and leaves last.pth; --resume goes on from there
+OUT gets last.pth (the complete state), best.pth (of the best AP so far), log.jsonl,
+curves.png and summary.md. Ctrl-C stops after the current step and leaves last.pth; --resume goes on from there
 and ends with the weights of a run that was never stopped.
 
 Under torchrun each process takes its share of every batch, on a GPU of its own or on the CPU.
@@ -46,7 +46,7 @@ examples:
                                                        checkpoint when a process dies
 """
 # None of them changes the weights of a CPU run.
-_MAY_CHANGE = {"data", "device", "workers", "out", "keep", "save_every", "log_every"}
+_MAY_CHANGE = {"data", "device", "workers", "out", "keep", "save_every", "log_every", "tensorboard"}
 
 
 def add_parser(commands: Any) -> None:
@@ -122,6 +122,7 @@ def add_parser(commands: Any) -> None:
         choices=("stop", "skip", "off"),
     )
     option("--log-every", "steps between log lines (default: 20)", type=positive_int)
+    option("--tensorboard", "also log for TensorBoard, to OUT/tensorboard", action="store_true")
     option(
         "--channels-last",
         "NHWC memory layout (default: on)",

@@ -53,6 +53,7 @@ class TrainConfig:
         nan_watch: what to do with a step whose loss or gradient is not finite. "stop": end the run,
             naming the first layer and the images; "skip": leave the step out, say so in the log,
             end the run after 10 in a row; "off": no look at each step.
+        tensorboard: also log for TensorBoard, to ``out/tensorboard``; takes the package tensorboard.
         channels_last: keep tensors in NHWC memory, the layout that the kernels work in.
     """
 
@@ -93,6 +94,7 @@ class TrainConfig:
     save_every: int = 0
     log_every: int = 20
     nan_watch: str = "stop"
+    tensorboard: bool = False
     channels_last: bool = True
 
     def __post_init__(self) -> None:

@@ -9,9 +9,13 @@ from typing import Any
 
 
 class JsonLog:
-    """Appends records to a JSON-lines file and flushes each, so that a killed run keeps them."""
+    """Appends records to a JSON-lines file and flushes each, so that a killed run keeps them.
+
+    A line that a crash or a full disk cut off is taken away first.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        _drop_cut_off_line(Path(path))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -21,6 +25,14 @@ class JsonLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _drop_cut_off_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

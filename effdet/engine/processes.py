@@ -78,7 +78,11 @@ def joined(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(own)
     here = not dist.is_initialized()
     if here:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+        store, rank, count = next(dist.rendezvous("env://"))
+        # After a restart the launcher's store may still have the addresses of the processes before.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), own)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import time
@@ -22,17 +23,24 @@ from effdet.distributed import all_gather
 from effdet.factory import create_model
 
 from . import checkpoint as checkpoints
+from . import plots
 from .config import TrainConfig
 from .data import eval_loader, train_loader
 from .ema import ModelEma
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, write_precision_recall
 from .interrupt import StopSignal
 from .log import JsonLog, plot_curves
 from .nan_watch import Batch, BufferKeeper, first_trouble, is_finite
 from .processes import Processes
 from .schedule import WarmupCosine, build_optimizer
+from .summary import write_summary
+from .tensorboard import TensorBoardLog
 from .weights import load_model
 
+# Running statistics are not read in training: there is nothing to send before a step.
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}  # torch 2.13's name
+if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
+    _NO_BUFFERS = {"broadcast_buffers": False}
 _LOSSES = "loss", "class_loss", "box_loss"
 _MOST_SKIPPED = 10  # steps in a row
 
@@ -56,8 +64,8 @@ class Trainer:
 
     ``out/last.pth`` holds the complete state after each epoch and when stopped, ``out/best.pth``
     that of the best AP so far, ``out/epoch-N.pth`` those of the last epochs if ``config.keep`` asks
-    for them, ``out/log.jsonl`` the log and ``out/curves.png`` its plot. A run
-    that was stopped and resumed ends with the weights of one that was not: equal bit for bit on
+    for them, ``out/log.jsonl`` the log, ``out/curves.png`` its plots and ``out/summary.md`` a
+    summary. A run that was stopped and resumed ends with the weights of one that was not: equal bit for bit on
     the CPU with the same number of threads.
 
     With several processes each makes a trainer; together they take the steps that one would take
@@ -141,10 +149,12 @@ class Trainer:
         if resume is not None:
             self._restore(resume)
         self.buffers = BufferKeeper(self.model) if config.nan_watch == "skip" else None
-        self.log = None
+        self.logs: list[JsonLog | TensorBoardLog] = []
         if processes.rank == 0:
+            if config.tensorboard:  # which may be missing: nothing is written before it is there
+                self.logs.append(TensorBoardLog(self.out / "tensorboard"))
             self.out.mkdir(parents=True, exist_ok=True)
-            self.log = JsonLog(self.out / "log.jsonl")
+            self.logs.append(JsonLog(self.out / "log.jsonl"))
         self._write_log(
             "config",
             **config.to_dict(),
@@ -170,8 +180,8 @@ class Trainer:
                     self._finish_epoch()
             if self.stopped:
                 self._save()
-        if self.log is not None:
-            self.log.close()
+        for log in self.logs:
+            log.close()
         return TrainResult(
             128 + self.stopped if self.stopped else 0,
             self.best_ap,
@@ -186,18 +196,19 @@ class Trainer:
 
     def _distributed(self) -> tuple[DetBenchTrain, Any]:
         """The bench, and what to call for the losses, which averages gradients over processes."""
-        config = self.config
         many = self.processes.count > 1
-        if many and config.sync_bn:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         bench = DetBenchTrain(
-            self.model, create_labeler=True, global_loss=many and config.global_loss
+            self.model, create_labeler=True, global_loss=many and self.config.global_loss
         )
         if not many:
             return bench, bench
         devices = [self.device] if self.device.type == "cuda" else None
-        # Statistics of batches are not read in training: there is nothing to send before a step.
-        return bench, DistributedDataParallel(bench, device_ids=devices, broadcast_buffers=False)
+        forward = DistributedDataParallel(bench, device_ids=devices, **_NO_BUFFERS)
+        if (
+            self.config.sync_bn
+        ):  # after the check that these are on a GPU, where torch's own must be
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        return bench, forward
 
     def _build_model(self, fresh: bool) -> Any:
         size = (self.config.size, self.config.size) if self.config.size else None
@@ -385,11 +396,16 @@ class Trainer:
             checkpoints.keep_epoch(self.out / "last.pth", number, self.config.keep)
             if best or not self.config.eval_every:
                 checkpoints.save_as_well(self.out / "last.pth", "best.pth")
-            self._plot(number)
+            self._show(number, result)
 
-    def _plot(self, epoch: int) -> None:
-        if not plot_curves(self.out / "log.jsonl", self.out / "curves.png") and epoch == 1:
+    def _show(self, epoch: int, result: Evaluation | None) -> None:
+        """Bring the files for people up to date."""
+        log = self.out / "log.jsonl"
+        if result is not None:
+            write_precision_recall(result, self.out / plots.CURVES_FILE, epoch)
+        if not plot_curves(log, self.out / "curves.png") and epoch == 1:
             self._print('no curves.png: matplotlib is missing (pip install "effdet-kernels[plot]")')
+        write_summary(self.out, log)
 
     def _evaluate(self) -> Evaluation | None:
         many = self.processes.count > 1
@@ -462,8 +478,8 @@ class Trainer:
         return tqdm(total=total, desc=text, disable=hidden, leave=False, dynamic_ncols=True)
 
     def _write_log(self, kind: str, **fields: Any) -> None:
-        if self.log is not None:
-            self.log.write(kind, **fields)
+        for log in self.logs:
+            log.write(kind, **fields)
 
     def _print(self, text: str) -> None:
         if not self.quiet:

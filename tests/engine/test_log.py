@@ -26,6 +26,10 @@ def test_records_come_back_and_a_cut_line_is_left_out(tmp_path):
     records = read_log(path)
     assert [r["kind"] for r in records] == ["config", *["step"] * 4, *["epoch"] * 2]
     assert records[0]["model"] == "m"
+    again = JsonLog(path)
+    again.write("config", model="n")
+    again.close()
+    assert [r["kind"] for r in read_log(path)] == [*(r["kind"] for r in records), "config"]
 
 
 def test_a_second_run_appends(tmp_path):

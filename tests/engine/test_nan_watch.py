@@ -27,7 +27,7 @@ def _trainer(scenes, out, **settings) -> Trainer:
     shared = {"batch_size": 2, "size": 64, "epochs": 2, "eval_every": 0, "workers": 0}
     config = TrainConfig(str(scenes), str(out), **{**shared, "log_every": 1, **settings})
     trainer = Trainer(config, ALONE, quiet=True)
-    trainer._plot = lambda epoch: None
+    trainer._show = lambda epoch, result: None
     return trainer
 
 
