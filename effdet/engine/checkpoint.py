@@ -119,7 +119,8 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write the averaged weights of a training checkpoint in half precision, to ship or share.
 
-    The file holds ``model``, ``image_size``, ``class_names``, ``category_ids`` and ``state_dict``.
+    The file holds ``model``, ``image_size``, ``class_names``, ``category_ids`` and ``state_dict``,
+    and ``bn_eps`` where it is not the configuration's.
     The first 8 digits of its SHA-256 are put into its name, the convention of torch.hub:
     ``out`` = ``dir/name.pth`` gives ``dir/name-1a2b3c4d.pth``, which is returned.
 
@@ -136,6 +137,8 @@ def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str])
             raise CheckpointError(f"{checkpoint}: {name} does not fit half precision")
         weights[name] = half.contiguous()
     small = {key: content[key] for key in ("model", "image_size", "class_names", "category_ids")}
+    if content.get("bn_eps"):
+        small["bn_eps"] = content["bn_eps"]
     out = Path(out)
     partial = out.with_name(out.name + ".part")
     # the legacy format has no per-tensor archive entries, a third of the size of a small model

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from effdet.bench import DetBenchTrain
 from effdet.data import coco_folder, set_epoch
 from effdet.distributed import all_gather
 from effdet.factory import create_model
@@ -26,21 +21,17 @@ from . import checkpoint as checkpoints
 from . import plots
 from .config import TrainConfig
 from .data import eval_loader, train_loader
-from .ema import ModelEma
 from .evaluate import Evaluation, evaluate, write_precision_recall
 from .interrupt import StopSignal
+from .learner import Learner, Losses, NotFinite
 from .log import JsonLog, plot_curves
-from .nan_watch import Batch, BufferKeeper, first_trouble, is_finite
+from .nan_watch import Batch
 from .processes import Processes
-from .schedule import WarmupCosine, build_optimizer
+from .schedule import WarmupCosine
 from .summary import write_summary
 from .tensorboard import TensorBoardLog
-from .weights import load_model
+from .weights import load_model, set_norms
 
-# Running statistics are not read in training: there is nothing to send before a step.
-_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}  # torch 2.13's name
-if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
-    _NO_BUFFERS = {"broadcast_buffers": False}
 _LOSSES = "loss", "class_loss", "box_loss"
 _MOST_SKIPPED = 10  # steps in a row
 
@@ -97,18 +88,12 @@ class Trainer:
         self.class_names = list(train_set.parser.cat_names)
         self.category_ids = [int(i) for i in train_set.parser.cat_ids]
         _seed_everything(config.seed)
-        self.model: Any = self._build_model(fresh=resume is None).to(self.device)
-        self._set_norms()
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        if config.freeze_backbone:
-            self.model.backbone.requires_grad_(False)
-        self.model.set_grad_checkpointing(config.grad_checkpointing)
-        self.ema = ModelEma(self.model, config.ema_decay)
-        self.bench, self.forward = self._distributed()
+        model, self.bn_eps = self._build_model(resume)
+        set_norms(model, config.bn_momentum, self.bn_eps)
+        self.learner = Learner(model.to(self.device), config, processes)
         side = config.eval_size
-        self.eval_size = (side, side) if side else tuple(self.model.config.image_size)
-        self.loader = train_loader(train_set, self.model.config, config, self.device)
+        self.eval_size = (side, side) if side else tuple(model.config.image_size)
+        self.loader = train_loader(train_set, model.config, config, self.device)
         self.steps_per_epoch = len(train_set) // config.batch_size
         self.val_set: Any = None
         self.val_loader: Any = None
@@ -121,16 +106,13 @@ class Trainer:
                 )
             self.val_loader = eval_loader(
                 self.val_set,
-                self.model.config,
+                model.config,
                 config.batch_size,
                 config.workers,
                 self.device,
                 self.eval_size,
                 distributed=processes.count > 1,
             )
-        self.optimizer = build_optimizer(
-            self.model, config.optimizer, config.lr, config.momentum, config.weight_decay
-        )
         steps = self.steps_per_epoch
         self.schedule = WarmupCosine(
             config.lr,
@@ -138,7 +120,6 @@ class Trainer:
             config.epochs * steps,
             config.warmup_start,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.signal = StopSignal()
         self.stopped = 0  # the number of the signal that all processes stop for
         self.epoch = 0
@@ -148,7 +129,6 @@ class Trainer:
         torch.manual_seed(config.seed + processes.rank)  # of stochastic depth
         if resume is not None:
             self._restore(resume)
-        self.buffers = BufferKeeper(self.model) if config.nan_watch == "skip" else None
         self.logs: list[JsonLog | TensorBoardLog] = []
         if processes.rank == 0:
             if config.tensorboard:  # which may be missing: nothing is written before it is there
@@ -160,7 +140,7 @@ class Trainer:
             **config.to_dict(),
             resumed_at_step=self.step,
             images=len(train_set),
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            parameters=sum(p.numel() for p in model.parameters()),
             processes=processes.count,
             torch=torch.__version__,
             threads=torch.get_num_threads(),
@@ -194,50 +174,28 @@ class Trainer:
         (self.stopped,) = self.processes.largest(self.signal.number or 0)
         return bool(self.stopped)
 
-    def _distributed(self) -> tuple[DetBenchTrain, Any]:
-        """The bench, and what to call for the losses, which averages gradients over processes."""
-        many = self.processes.count > 1
-        bench = DetBenchTrain(
-            self.model, create_labeler=True, global_loss=many and self.config.global_loss
-        )
-        if not many:
-            return bench, bench
-        devices = [self.device] if self.device.type == "cuda" else None
-        forward = DistributedDataParallel(bench, device_ids=devices, **_NO_BUFFERS)
-        if (
-            self.config.sync_bn
-        ):  # after the check that these are on a GPU, where torch's own must be
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        return bench, forward
-
-    def _build_model(self, fresh: bool) -> Any:
+    def _build_model(self, resume: dict[str, Any] | None) -> tuple[Any, float]:
+        """The model, with weights to start from, and the epsilon of its batch norms (0: its own)."""
         size = (self.config.size, self.config.size) if self.config.size else None
         count = len(self.class_names)
-        if fresh and self.config.checkpoint:
-            model: Any = load_model(self.config.model, self.config.checkpoint, size).model
+        if resume is None and self.config.checkpoint:
+            loaded = load_model(self.config.model, self.config.checkpoint, size)
+            model: Any = loaded.model
             if model.config.num_classes != count:
                 model.reset_head(num_classes=count)
-            return model
-        return create_model(
+            return model, self.config.bn_eps or loaded.bn_eps
+        model = create_model(
             self.config.model, num_classes=count, pretrained_backbone=False, image_size=size
         )
-
-    def _set_norms(self) -> None:
-        """Momentum and epsilon of the batch norms, where the settings name them."""
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = self.config.bn_momentum or module.momentum
-                module.eps = self.config.bn_eps or module.eps
+        return model, (resume or {}).get("bn_eps", self.config.bn_eps)
 
     def _train_epoch(self) -> None:
-        self.model.train()
-        if self.config.freeze_backbone:
-            self.model.backbone.eval()
+        self.learner.train()
         set_epoch(self.loader, self.epoch, self.step_in_epoch * self.config.accumulate)
         bar = self._bar(f"epoch {self.epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
         bar.update(self.step_in_epoch)
         window = _Window(self.processes)
-        batches = iter(self.loader)
+        batches = _Timed(iter(self.loader))
         while self.step_in_epoch < self.steps_per_epoch:
             try:
                 lr = self._train_step(batches, window)
@@ -247,7 +205,7 @@ class Trainer:
             self.step_in_epoch += 1
             bar.update()
             if self.step % self.config.log_every == 0 or self.step_in_epoch == self.steps_per_epoch:
-                bar.set_postfix_str(self._log_window(window, lr))
+                bar.set_postfix_str(self._log_window(window, lr, batches.waited()))
                 window = _Window(self.processes)
             if self._stopping():
                 break
@@ -255,12 +213,12 @@ class Trainer:
                 self._save()
         bar.close()
 
-    def _log_window(self, window: _Window, lr: float) -> str:
+    def _log_window(self, window: _Window, lr: float, waited: float) -> str:
         """Write what happened since the last line; returns it for the progress bar."""
         losses = window.means()
         if not all(abs(v) < float("inf") for v in losses.values()):
             raise TrainingDiverged(f"loss is {losses['loss']} at step {self.step}{self._advice()}")
-        speed, waited = window.images_per_second(), window.waited_share()
+        speed, waited = window.images_per_second(), waited / window.seconds()
         self._write_log(
             "step",
             step=self.step,
@@ -279,91 +237,27 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch], window: _Window) -> float:
         """One optimizer step on the next batches; returns its learning rate."""
         lr = self.schedule(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.buffers is not None:
-            self.buffers.keep()
-        parts, losses = [], []
-        for _ in range(self.config.accumulate):
-            with window.waiting():
-                parts.append(next(batches))
-            with self._gradients_averaged(now=len(parts) == self.config.accumulate):
-                found = self._losses(self.forward, *parts[-1])
-                self.scaler.scale(found["loss"] / self.config.accumulate).backward()
-            losses.append({name: value.detach() for name, value in found.items()})
-        norm = None
-        if self.config.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        if self._is_good(losses, norm):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.ema.update(self.model)
+        losses: list[Losses] = []
+        try:
+            losses = self.learner.step(batches, lr)
             self.skipped_in_a_row = 0
-            window.add(losses, self.config.batch_size)
-        else:
-            self._handle_bad_step(parts)
-            window.add([], self.config.batch_size)
+        except NotFinite as error:
+            self._skip(error)
+        window.add(losses, self.config.batch_size)
         return lr
 
-    def _losses(self, forward: Any, images: Tensor, target: Mapping[str, Any]) -> dict[str, Tensor]:
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with self._autocast():
-            return forward(images, target)
-
-    @contextmanager
-    def _gradients_averaged(self, now: bool) -> Iterator[None]:
-        """Exchange gradients with the other processes in this backward, or leave it to a later one."""
-        if now or self.processes.count == 1:
-            yield
-        else:
-            with self.forward.no_sync():
-                yield
-
-    def _is_good(self, losses: list[dict[str, Tensor]], norm: Tensor | None) -> bool:
-        """Whether loss and gradient are finite, on all processes. Large gradients of float16 are its scaler's."""
-        if self.config.nan_watch == "off":
-            return True
-        if self.scaler.is_enabled():
-            norm = None
-        elif norm is None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-        (bad,) = self.processes.largest(not is_finite([part["loss"] for part in losses], norm))
-        return not bad
-
-    def _handle_bad_step(self, parts: list[Batch]) -> None:
-        """Find out why, say so, and leave the step out or end the run."""
-        if self.scaler.is_enabled():
-            if not self.config.clip_grad:
-                self.scaler.unscale_(self.optimizer)
-            self.scaler.update()
-        where, names = self._trouble(parts)
-        if self.buffers is not None:
-            self.buffers.restore()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _skip(self, error: NotFinite) -> None:
+        """Say why a step was left out, or end the run."""
+        infos = self.loader.dataset.parser.img_infos
+        names = [infos[index]["file_name"] for index in error.images]
+        report = f"step {self.step + 1} is not finite, first in {error.where}"
+        if names:
+            report += f"; images: {', '.join(names)}"
         self.skipped_in_a_row += 1
-        report = f"step {self.step + 1} is not finite, first in {where}; images: {', '.join(names)}"
         if self.config.nan_watch == "stop" or self.skipped_in_a_row == _MOST_SKIPPED:
-            raise TrainingDiverged(f"{report}{self._advice()}")
-        self._write_log("skipped", step=self.step + 1, where=where, images=names)
+            raise TrainingDiverged(f"{report}{self._advice()}") from error
+        self._write_log("skipped", step=self.step + 1, where=error.where, images=names)
         self._print(f"left out: {report}")
-
-    def _trouble(self, parts: list[Batch]) -> tuple[str, list[str]]:
-        """What was not finite first, and the files of the images that it was computed from."""
-        found: list[tuple[str, list[str]]] = []
-        for images, target in parts:
-            where = first_trouble(
-                self.model, lambda *batch: self._losses(self.bench, *batch), (images, target)
-            )
-            parser = self.loader.dataset.parser
-            names = [parser.img_infos[i]["file_name"] for i in target["img_idx"].tolist()]
-            found += [(where, names)] if where else []
-        found = [one for each in all_gather(found) for one in each]
-        # Stochastic depth is drawn anew, so the same batch may do better now.
-        return found[0] if found else ("a place that a second look did not find", [])
 
     def _advice(self) -> str:
         return (
@@ -410,14 +304,14 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         many = self.processes.count > 1
         if not self.config.sync_bn:  # each process has averaged statistics of its own images
-            self.processes.share(self.ema.module.buffers())
+            self.processes.share(self.learner.ema.module.buffers())
         bar = self._bar("evaluating", math.ceil(len(self.val_set) / self.processes.count))
         try:
             return evaluate(
-                self.ema.module,
+                self.learner.ema.module,
                 self.val_loader,
                 self.val_set,
-                autocast=self._autocast,
+                autocast=self.learner.autocast,
                 progress=bar.update,
                 stop=None if many else self.signal,
                 distributed=many,
@@ -432,6 +326,7 @@ class Trainer:
         content = {
             "format": checkpoints.FORMAT,
             "model": self.config.model,
+            "bn_eps": self.bn_eps,
             "image_size": list(self.eval_size),
             "class_names": self.class_names,
             "category_ids": self.category_ids,
@@ -439,11 +334,7 @@ class Trainer:
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "best_ap": self.best_ap,
-            "state_dict": self.model.state_dict(),
-            "state_dict_ema": self.ema.module.state_dict(),
-            "ema_updates": self.ema.updates,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.learner.state(),
             "rng": rng,
             "rng_others": rng_others,
         }
@@ -455,23 +346,13 @@ class Trainer:
                 f"data {self.config.data}: classes {self.class_names} differ from the"
                 f" checkpoint's {content['class_names']}"
             )
-        self.model.load_state_dict(content["state_dict"])
-        self.ema.module.load_state_dict(content["state_dict_ema"])
-        self.ema.updates = content["ema_updates"]
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
+        self.learner.restore(content)
         self.epoch = content["epoch"]
         self.step_in_epoch = content["step_in_epoch"]
         self.best_ap = content["best_ap"]
         states = [content["rng"], *content.get("rng_others", [])]
         if self.processes.rank < len(states):  # more processes than before keep their seed's
             checkpoints.restore_rng_state(states[self.processes.rank])
-
-    def _autocast(self) -> Any:
-        if self.config.amp == "off":
-            return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.amp]
-        return torch.autocast(self.device.type, dtype)
 
     def _bar(self, text: str, total: int) -> tqdm:
         hidden = True if self.quiet else None  # None: hidden where stderr is no terminal
@@ -490,6 +371,28 @@ class Trainer:
         return tqdm.format_interval(steps * self.config.batch_size / max(images_per_second, 1e-9))
 
 
+class _Timed:
+    """An iterator that knows how long its caller waited for it."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._waited = 0.0
+
+    def __iter__(self) -> _Timed:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def waited(self) -> float:
+        """Seconds since the last call of this."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
 class _Window:
     """What happened since the last log line; losses stay on the device until they are asked for."""
 
@@ -498,17 +401,9 @@ class _Window:
         self._sums = torch.zeros(len(_LOSSES), device=processes.device)
         self._parts = 0
         self._images = 0
-        self._waited = 0.0
         self._start = time.perf_counter()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time spent in here as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def add(self, losses: list[dict[str, Tensor]], images: int) -> None:
+    def add(self, losses: list[Losses], images: int) -> None:
         for part in losses:
             self._sums += torch.stack([part[name] for name in _LOSSES])
         self._parts += len(losses)
@@ -522,13 +417,9 @@ class _Window:
         return dict(zip(_LOSSES, means.tolist(), strict=True))
 
     def images_per_second(self) -> float:
-        return self._images / self._seconds()
+        return self._images / self.seconds()
 
-    def waited_share(self) -> float:
-        """Time waited for data, as a share of all."""
-        return self._waited / self._seconds()
-
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         return max(time.perf_counter() - self._start, 1e-9)
 
 

@@ -30,6 +30,7 @@ class LoadedModel:
         class_names: name of label 1, 2, …
         category_ids: id of label 1, 2, … in the annotation files that it was trained on.
         source: where the weights came from, to print.
+        bn_eps: epsilon of all its batch norms; 0: the configuration's.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class LoadedModel:
     class_names: list[str]
     category_ids: list[int]
     source: str
+    bn_eps: float = 0.0
 
 
 def bundled_checkpoint() -> Path:
@@ -98,7 +100,17 @@ def load_model(
         image_size=size or tuple(content.get("image_size", ())) or None,
     )
     load_checkpoint(built, str(checkpoint))
-    return LoadedModel(built, name, list(names), [int(i) for i in ids], str(checkpoint))
+    bn_eps = float(content.get("bn_eps", 0.0))
+    set_norms(built, 0.0, bn_eps)
+    return LoadedModel(built, name, list(names), [int(i) for i in ids], str(checkpoint), bn_eps)
+
+
+def set_norms(model: nn.Module, momentum: float, eps: float) -> None:
+    """Give every batch norm this momentum and epsilon; 0 leaves its own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum or module.momentum
+            module.eps = eps or module.eps
 
 
 def default_class_names(num_classes: int) -> list[str]:

@@ -11,13 +11,16 @@ from effdet.engine.processes import joined
 from effdet.engine.trainer import Trainer
 
 
-class _Wide(Trainer):
-    def _losses(self, forward, images, target):
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
-        return super()._losses(forward, images.double(), wide)
+def _widen(trainer: Trainer) -> Trainer:
+    losses = trainer.learner.losses
 
-    def _show(self, epoch, result):
-        pass
+    def wide(forward, images, target):
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
+        return losses(forward, images.double(), wide)
+
+    trainer.learner.losses = wide
+    trainer._show = lambda epoch, result: None
+    return trainer
 
 
 def main(data: str, out: str, batch: str, *flags: str) -> None:
@@ -39,7 +42,7 @@ def main(data: str, out: str, batch: str, *flags: str) -> None:
         grad_checkpointing="again" in flags,
     )
     with joined("cpu") as processes:
-        _Wide(config, processes, quiet=True).fit()
+        _widen(Trainer(config, processes, quiet=True)).fit()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(scenes, tmp_path):
     trainer = _trainer(
         scenes, tmp_path, batch_size=4, accumulate=2, epochs=1, lr=0.01, weight_decay=0
     )
-    bench = copy.deepcopy(trainer.bench).train()
+    bench = copy.deepcopy(trainer.learner.bench).train()
     set_epoch(trainer.loader, 0, 0)
     parts = [batch for batch, _ in zip(trainer.loader, range(2), strict=False)]
     assert [len(images) for images, _ in parts] == [2, 2]
@@ -39,12 +39,14 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(scenes, tmp_path):
         bench.zero_grad()
         bench(images.contiguous(memory_format=torch.channels_last), target)["loss"].backward()
         gradients.append([p.grad for p in bench.parameters()])
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [p.detach().clone() for p in trainer.learner.model.parameters()]
     trainer.schedule = lambda step: 0.01 if step == 0 else 0.0
     trainer.fit()
     assert trainer.step == 2
     # Momentum goes on without a rate: the first step is all that was taken.
-    for start, now, *of_parts in zip(before, trainer.model.parameters(), *gradients, strict=True):
+    for start, now, *of_parts in zip(
+        before, trainer.learner.model.parameters(), *gradients, strict=True
+    ):
         want = start - 0.01 * sum(of_parts) / 2
         torch.testing.assert_close(now.detach(), want, rtol=1e-5, atol=1e-6)
 

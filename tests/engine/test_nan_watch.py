@@ -42,7 +42,7 @@ def _spoil(trainer: Trainer, steps: set[int], gradient: bool = False) -> None:
             return None
         return output * float("inf")
 
-    trainer.model.fpn.cell[0].fnode[2].register_forward_hook(hook)
+    trainer.learner.model.fpn.cell[0].fnode[2].register_forward_hook(hook)
 
 
 def test_the_first_layer_and_the_images_are_named_and_the_checkpoint_stays(scenes, tmp_path):
@@ -112,11 +112,11 @@ def test_without_a_watch_the_log_line_says_so(scenes, tmp_path):
 def test_a_scaler_goes_on_after_a_step_left_out(scenes, tmp_path, clip):
     """The scaler of float16, which a CPU runs too, though not the kernels of that dtype."""
     trainer = _trainer(scenes, tmp_path, nan_watch="skip", clip_grad=clip)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     _spoil(trainer, {1})
     assert trainer.fit().exit_code == 0
-    assert trainer.scaler.get_scale() == 2.0**9
-    assert trainer.ema.updates == 7
+    assert trainer.learner.scaler.get_scale() == 2.0**9
+    assert trainer.learner.ema.updates == 7
 
 
 class _Net(nn.Module):

@@ -56,7 +56,11 @@ def test_the_papers_norms_and_the_models_own(tmp_path):
     alone = Processes(0, 1, torch.device("cpu"))
 
     def constants(config):
-        norms = [m for m in Trainer(config, alone).model.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms = [
+            m
+            for m in Trainer(config, alone).learner.model.modules()
+            if isinstance(m, nn.BatchNorm2d)
+        ]
         return {(norm.momentum, norm.eps) for norm in norms}
 
     paper = TrainConfig.of_recipe("paper", out=str(tmp_path / "paper"), **shared)
