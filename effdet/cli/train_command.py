@@ -190,7 +190,7 @@ def _resumed(path: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         )
     settings = {**content["config"], "out": os.path.dirname(path) or "."}
     for name, value in given.items():
-        if name not in _MAY_CHANGE and settings[name] != value:
+        if name not in _MAY_CHANGE and settings.get(name, value) != value:
             raise ValueError(
                 f"{name}: got {value!r}, but the run to resume has {settings[name]!r};"
                 " leave it out, or start a new run with --checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -87,4 +88,5 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), own)
     finally:
         if here:
+            gc.collect()  # what still holds the group would end it too late, with threads running
             dist.destroy_process_group()

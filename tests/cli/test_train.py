@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from effdet.engine import checkpoint as checkpoints
 from effdet.engine import trainer as trainer_module
 from effdet.engine.log import read_log
+from effdet.engine.weights import load_model
 
 _QUICK = ("--size", 64, "--batch-size", 4, "--epochs", 2, "--threads", 1, "--workers", 0)
 
@@ -203,3 +205,53 @@ def test_a_diverging_run_says_so(cli, scenes, tmp_path):
     result = cli("train", scenes, "--out", tmp_path / "run", *args, "--quiet")
     assert result.code == 1
     assert "a lower learning rate than 1e+12" in result.err
+
+
+def _epsilons(checkpoint):
+    norms = [m for m in load_model(checkpoint=checkpoint).model.modules() if hasattr(m, "eps")]
+    return {norm.eps for norm in norms}
+
+
+def test_the_papers_epsilon_goes_with_the_weights(cli, scenes, tmp_path):
+    out = tmp_path / "run"
+    args = [*_QUICK, "--eval-every", 0, "--keep", 2, "--quiet"]
+    assert cli("train", scenes, "--out", out, *args, "--recipe", "paper").code == 0
+    record = read_log(out / "log.jsonl")[0]
+    assert record["lr"] == pytest.approx(0.08 * 4 / 128)
+    assert record["warmup_epochs"] == pytest.approx(0.05 * 2)
+    assert _epsilons(out / "last.pth") == {1e-4}
+    assert cli("export", out / "last.pth", "--out", tmp_path / "small.pth").code == 0
+    (small,) = tmp_path.glob("small-*.pth")
+    assert _epsilons(small) == {1e-4}
+    again = tmp_path / "again"
+    assert cli("train", "--resume", out / "epoch-1.pth", "--out", again, "--quiet").code == 0
+    assert _epsilons(again / "last.pth") == {1e-4}
+    _assert_equal_state(checkpoints.read(again / "last.pth"), checkpoints.read(out / "last.pth"))
+    tuned = tmp_path / "tuned"
+    args = [*_QUICK, "--eval-every", 0, "--quiet", "--checkpoint", small, "--recipe", "finetune"]
+    assert cli("train", scenes, "--out", tuned, *args).code == 0
+    assert _epsilons(tuned / "last.pth") == {1e-4}
+    assert read_log(tuned / "log.jsonl")[0]["lr"] == pytest.approx(0.008 * 4 / 64)
+
+
+def test_restart_begins_and_goes_on(cli, scenes, tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    args = [scenes, "--out", out, *_QUICK, "--eval-every", 0, "--restart", "--quiet"]
+    assert cli("train", *args).code == 0
+    _assert_equal_state(
+        checkpoints.read(uninterrupted / "last.pth"), checkpoints.read(out / "last.pth")
+    )
+    assert cli("train", *args).code == 0
+    configs = [r for r in read_log(out / "log.jsonl") if r["kind"] == "config"]
+    assert [r["resumed_at_step"] for r in configs] == [0, 6]
+    result = cli("train", *args, "--lr", 0.5)
+    assert result.code == 1 and "lr: got 0.5" in result.err
+
+
+def test_tensorboard_that_is_missing_is_named(cli, scenes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = tmp_path / "run"
+    result = cli("train", scenes, "--out", out, *_QUICK, "--tensorboard")
+    assert result.code == 1
+    assert "effdet-kernels[tensorboard]" in result.err
+    assert not out.exists()
