@@ -59,6 +59,8 @@ def batch_norm_grad(
         TypeError, ValueError: an argument of the wrong type, shape or range, named in the message.
     """
     op = "batch_norm_grad"
+    _checks.tensor(op, "grad", grad, ("B", "C", "H", "W"))
+    _checks.tensor(op, "x", x, ("B", "C", "H", "W"), device=grad.device)
     _arguments.feature_map(op, "x", x)
     _arguments.dense(op, "grad", grad, tuple(x.shape), x)
     vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
