@@ -7,7 +7,6 @@ import io
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from .data.parsers.coco_json import make_coco
 from .distributed import all_gather, broadcast, is_main_process
+from .files import replacing
 
 MIN_SCORE = 0.001
 
@@ -92,10 +92,8 @@ class Evaluator:
     def _write(self, results: list[dict], result_file: str | os.PathLike) -> None:
         if self.distributed and not is_main_process():
             return
-        path = Path(result_file)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(results), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(result_file) as partial:
+            partial.write_text(json.dumps(results), encoding="utf-8")
 
 
 class CocoEvaluator(Evaluator):

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .files import replacing
+
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross")
 """Names of the classes; category ids in the annotation file are 1, 2, … in this order."""
 
@@ -92,9 +94,8 @@ def generate_scenes(
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASS_NAMES)],
     }
     target = out / f"instances_{split}.json"
-    partial = target.with_suffix(".json.part")
-    partial.write_text(json.dumps(document))
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        partial.write_text(json.dumps(document))
     return target
 
 

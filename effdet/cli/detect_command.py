@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import glob
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from effdet.files import replacing
 
 from .options import (
     add_command,
@@ -108,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     target = out / "detections.json"
     document = {"images": images, "annotations": annotations, "categories": categories}
-    partial = out / "detections.json.part"
-    partial.write_text(json.dumps(document))
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        partial.write_text(json.dumps(document))
     print(f"{len(annotations)} objects on {len(images)} pictures: {target}")
     if failures:
         _report(f"{len(failures)} of the inputs failed")
@@ -172,13 +172,9 @@ def _coco_results(found: Detections, image_id: int, ids: list[int]) -> list[dict
 
 
 def _save_picture(picture: Image.Image, target: Path) -> None:
-    partial = target.with_name(target.name + ".part")
     kind = "JPEG" if target.suffix in (".jpg", ".jpeg") else "PNG"
-    try:
+    with replacing(target) as partial:
         picture.save(partial, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _suffixes() -> str:

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from effdet.bench import DetBenchPredict
 from effdet.evaluator import CocoEvaluator
+from effdet.files import replacing
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,9 @@ def write_precision_recall(
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
     content = {**_rounded(evaluation.precision_recall), "epoch": epoch}
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from effdet.files import replacing
+
 CURVES_FILE = "precision_recall.json"
 MOST_LINES = 20  # classes that get a line each; more are bars
 _MOST_BARS = 80
@@ -97,11 +99,9 @@ def evaluation_page(
 
 def save(figure: Any, out: str | os.PathLike[str]) -> bool:
     """Write a page as a PNG file, which appears complete or not; True."""
-    partial = Path(str(out) + ".part")
-    with warnings.catch_warnings():
+    with replacing(out) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a letter that the font lacks
         figure.savefig(partial, format="png", dpi=_DPI)
-    os.replace(partial, out)
     return True
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from effdet.files import replacing
+
 from .config import TrainConfig
 from .log import read_log
 from .schedule import default_learning_rate
@@ -55,9 +57,8 @@ def write_summary(out: str | os.PathLike[str], log: str | os.PathLike[str]) -> P
         _files(out),
     ]
     path = out / FILE
-    partial = path.with_name(FILE + ".part")
-    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
