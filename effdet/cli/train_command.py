@@ -24,9 +24,9 @@ another set: paper (the paper's first version: batch 128, warm-up from 0 over 5 
 momentum 0.003 and epsilon 1e-4), peer (how PyPI's effdet trains tf_efficientdet_d0) or finetune
 (from COCO weights to another data set). Other options then change single settings of it.
 
-OUT gets last.pth (the complete state), best.pth (of the best AP so far), log.jsonl,
-curves.png and summary.md. Ctrl-C stops after the current step and leaves last.pth; --resume goes on from there
-and ends with the weights of a run that was never stopped.
+OUT gets last.pth (the complete state), best.pth (of the best AP so far), log.jsonl, curves.png
+and summary.md. Ctrl-C stops after the current step and leaves last.pth; --resume goes on from
+there and ends with the weights of a run that was never stopped.
 
 Under torchrun each process takes its share of every batch, on a GPU of its own or on the CPU.
 
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     given = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__}
     resume = args.resume
-    if args.restart and not resume and os.path.exists(_last(given.get("out", "."))):
+    if args.restart and not resume and "out" in given and os.path.exists(_last(given["out"])):
         resume = _last(given["out"])
     if resume:
         content, config = _resumed(resume, given)

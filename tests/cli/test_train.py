@@ -248,6 +248,12 @@ def test_restart_begins_and_goes_on(cli, scenes, tmp_path, uninterrupted):
     assert result.code == 1 and "lr: got 0.5" in result.err
 
 
+def test_restart_without_a_folder_is_wrong_usage(cli, scenes, uninterrupted, monkeypatch):
+    monkeypatch.chdir(uninterrupted)  # which has a last.pth
+    result = cli("train", scenes, "--restart")
+    assert result.code == 2 and "OUT is missing" in result.err
+
+
 def test_tensorboard_that_is_missing_is_named(cli, scenes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     out = tmp_path / "run"
