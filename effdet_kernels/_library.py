@@ -68,7 +68,7 @@ def nchw(shape: Sequence[Any], like: Tensor) -> TensorSpec:
 
 def moments(channels: int, like: Tensor) -> list[TensorSpec]:
     """Specifications of mean and variance [channels] of a map like ``like``: in its accumulation dtype."""
-    wide = torch.promote_types(like.dtype, torch.float32)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return [TensorSpec((channels,), wide, like.device) for _ in range(2)]
 
 
@@ -442,6 +442,12 @@ def reference_backward(
     outs = [out for out, _ in pairs]
     found = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for o, w in pairs], allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+
+
+def kernel_of(name: str) -> Callable[..., Any]:
+    """What the dispatcher calls for the op, or the backward op, of this name on a CPU."""
+    op = OPS.get(name)
+    return OPS[name.removesuffix("_backward")]._backward if op is None else op._forward
 
 
 def emulate(path: Path) -> None:

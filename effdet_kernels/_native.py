@@ -25,7 +25,17 @@ ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish", "leaky_relu", "mi
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # by code
 MAX_KERNEL = 15  # side of a convolution's kernel that ``_C`` takes
 Launch = tuple[str, dict[str, Any]]
-_recorder: ContextVar[list[Launch] | None] = ContextVar("effdet_kernels_recorder", default=None)
+
+
+class Recorder(list[Launch]):
+    """Kernels that were called inside ``recorded``, in order."""
+
+    def __init__(self, *, packs: bool) -> None:
+        super().__init__()
+        self.packs = packs
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("effdet_kernels_recorder", default=None)
 _STATUS = {
     1: "a pointer is null or misaligned",
     2: "a size is negative or too large",
@@ -51,8 +61,9 @@ class NotRecordableError(RuntimeError):
 
 
 def copied(what: str) -> None:
-    """Launchers call it when they copy an input; raises inside ``recorded``."""
-    if _recorder.get() is not None:
+    """Launchers call it when they copy an input; raises inside ``recorded`` without ``packs``."""
+    launches = _recorder.get()
+    if launches is not None and not launches.packs:
         raise NotRecordableError(what)
 
 
@@ -65,15 +76,37 @@ def launch(name: str, **fields: Any) -> None:
     launches = _recorder.get()
     if launches is not None:
         launches.append((name, fields))
-        return
+    else:
+        _run(name, fields)
+
+
+def pack(name: str, **fields: Any) -> None:
+    """The same of a kernel that packs weights: inside ``recorded`` it runs, unless packs are asked for."""
+    launches = _recorder.get()
+    if launches is not None and launches.packs:
+        launches.append((name, fields))
+    else:
+        _run(name, fields)
+
+
+def _run(name: str, fields: dict[str, Any]) -> None:
     kernel = getattr(_C, f"{name}_cpu")
     check(kernel(fields, torch.get_num_threads()), name)
 
 
+def recording() -> bool:
+    """Whether this is inside ``recorded``."""
+    return _recorder.get() is not None
+
+
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels called by this thread do not run: their names and fields go to the list."""
-    launches: list[Launch] = []
+def recorded(*, packs: bool = False) -> Iterator[list[Launch]]:
+    """Inside, kernels called by this thread do not run: their names and fields go to the list.
+
+    Weights are packed there and then, which is right as long as they do not change; with ``packs`` that is a kernel as
+    all others, and launchers may copy: whoever records notes what torch does.
+    """
+    launches = Recorder(packs=packs)
     token = _recorder.set(launches)
     try:
         yield launches

@@ -38,6 +38,7 @@ ProductGradientParams read_product(const Fields& f) {
   p.b = f.map("b");
   if (p.a.height != p.b.height || p.a.width != p.b.width) throw std::invalid_argument("b: its size is not that of a");
   p.gate = f.optional_accumulators("gate");
+  p.transposed = static_cast<int>(f.integer("transposed", 0, 1));
   p.out = f.accumulators("out");
   p.partial = f.pointer("partial", 64);
   return p;

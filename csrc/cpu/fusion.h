@@ -28,6 +28,28 @@ struct Linear {
   }
 };
 
+// What each map is multiplied by: the weight, normalised.
+template <typename A>
+struct Shares {
+  A of[kMaxFused] = {A(1), A(1), A(1)};
+  A total = 1;  // of what is normalised
+  EFFDET_INLINE explicit Shares(const Fusion& fusion) {
+    if (fusion.method == kSum) return;
+    const A* weight = static_cast<const A*>(fusion.weight);
+    const int64_t count = fusion.count;
+    A largest = weight[0];
+    for (int64_t m = 1; m < count; ++m) largest = weight[m] > largest || weight[m] != weight[m] ? weight[m] : largest;
+    total = 0;
+    for (int64_t m = 0; m < count; ++m) {
+      const A positive = weight[m] > 0 || weight[m] != weight[m] ? weight[m] : A(0);
+      of[m] = fusion.method == kSoftmax ? exponential(splat<A>(weight[m] - largest))[0] : positive;
+      total += of[m];
+    }
+    if (fusion.method == kFastAttention) total += A(1e-4);
+    for (int64_t m = 0; m < count; ++m) of[m] /= total;
+  }
+};
+
 // Adds share * (the resampled map) at places [first, first + count) of row h to `to`, or sets it where `start`; then,
 // where `end`, applies `act`. `to` has `width` channels per place, whole vectors, zeros beyond `channels`.
 template <typename T>
@@ -110,9 +132,10 @@ template <typename T>
 EFFDET_INLINE void fuse_row(const Map* maps, const Fusion& fusion, int act, int64_t image, int64_t channels, int64_t h,
                             int64_t height, int64_t all_columns, int64_t first, int64_t count, Acc<T>* to) {
   using A = Acc<T>;
+  const Shares<A> shares(fusion);
   for (int64_t m = 0; m < fusion.count; ++m) {
     FusionPass<T> pass;
-    pass.share = fusion.shares ? static_cast<const A*>(fusion.shares)[m] : A(1);
+    pass.share = shares.of[m];
     pass.start = m == 0;
     pass.end = m == fusion.count - 1;
     pass.act = act;

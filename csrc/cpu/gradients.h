@@ -43,10 +43,10 @@ struct AffineGradientParams {
 struct ProductGradientParams {
   Map a, b;          // [batch, height, width, rows], [..., columns]
   const void* gate;  // [batch, columns] of the accumulator's type, or null
-  void* out;         // [rows, columns] of the accumulator's type
+  void* out;         // [rows, columns], or [columns, rows] if `transposed`, of the accumulator's type
   void* partial;     // workspace [segments, rows, columns]
   std::int64_t batch, rows, columns;
-  int dtype;
+  int dtype, transposed;
 
   template <typename F>
   void pointers(F&& f) {
@@ -83,7 +83,7 @@ struct GateGradientParams {
 // Of a depthwise convolution: out[c, i, j] = sum of grad[h, w] * x[h * stride + i - top, w * stride + j - left].
 struct DepthwiseGradientParams {
   Map x, grad;    // [batch, height, width, channels]
-  void* out;      // [kernel * kernel, channels] of the accumulator's type
+  void* out;      // [channels, kernel * kernel] of the accumulator's type
   void* partial;  // workspace [batch * strips, kernel * kernel, channels]
   std::int64_t batch, channels, kernel, stride, left, top;
   int dtype;

@@ -9,16 +9,23 @@ namespace effdet {
 namespace EFFDET_ISA {
 namespace {
 
-// out[i] = sum over parts of partial[part * size + i], in order.
+// out[r, c], or out[c, r] if transposed, = sum over parts of partial[part, r, c], in order.
 template <typename A>
-void add_parts(const void* partial, int64_t parts, int64_t size, void* out, int threads) {
+void add_parts(const void* partial, int64_t parts, int64_t rows, int64_t columns, bool transposed, void* out,
+               int threads) {
   constexpr int64_t kShare = 1024;
+  const int64_t size = rows * columns;
   parallel_for(divide_up(size, kShare), threads, [&](int64_t share) {
     for (int64_t i = share * kShare; i < least((share + 1) * kShare, size); i += kLanes<A>) {
       const int64_t n = least(size, (share + 1) * kShare) - i;
       Vec<A> sum{};
       for (int64_t part = 0; part < parts; ++part) sum += load_n(static_cast<const A*>(partial) + part * size + i, n);
-      store_n(static_cast<A*>(out) + i, sum, n);
+      if (!transposed) {
+        store_n(static_cast<A*>(out) + i, sum, n);
+        continue;
+      }
+      for (int64_t l = 0; l < least<int64_t>(n, kLanes<A>); ++l)
+        static_cast<A*>(out)[(i + l) % columns * rows + (i + l) / columns] = sum[static_cast<int>(l)];
     }
   });
 }
@@ -143,7 +150,7 @@ Status product(const ProductGradientParams& p, int threads) {
       if (width == 3) product_rows<T, 3>(p, a, b, count, gate, columns, adds, out);
     }
   });
-  add_parts<A>(p.partial, segments, p.rows * p.columns, p.out, threads);
+  add_parts<A>(p.partial, segments, p.rows, p.columns, p.transposed, p.out, threads);
   return kOk;
 }
 
@@ -171,7 +178,7 @@ Status gate(const GateGradientParams& p, int threads) {
   });
   parallel_for(p.batch, threads, [&](int64_t image) {
     const A* partial = static_cast<const A*>(p.partial) + image * per_image * p.channels;
-    add_parts<A>(partial, per_image, p.channels, static_cast<A*>(p.grad_gate) + image * p.channels, 1);
+    add_parts<A>(partial, per_image, 1, p.channels, false, static_cast<A*>(p.grad_gate) + image * p.channels, 1);
   });
   return kOk;
 }
@@ -256,7 +263,7 @@ Status depthwise(const DepthwiseGradientParams& p, int threads) {
     A* partial = static_cast<A*>(p.partial) + (image * strips + strip) * taps * p.channels + c;
     for (int64_t t = 0; t < taps; ++t) store_n(partial + t * p.channels, sums[t], n);
   });
-  if (status == kOk) add_parts<A>(p.partial, p.batch * strips, taps * p.channels, p.out, threads);
+  if (status == kOk) add_parts<A>(p.partial, p.batch * strips, taps, p.channels, true, p.out, threads);
   return static_cast<Status>(status);
 }
 

@@ -1,4 +1,5 @@
-// Weights in the order in which kernels read them (cpu/gemm.h, cpu/depthwise.h); done once in a plan, else per call.
+// Weights in the order in which kernels read them (cpu/gemm.h, cpu/depthwise.h): packed once for a network's plan, else
+// in each call.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,11 @@ struct WeightParams {
   std::int64_t out, in, rows, columns;
   std::int64_t out_stride, in_stride, row_stride, column_stride;
   int dtype;
+
+  template <typename F>
+  void pointers(F&& f) {
+    f(weight), f(packed);
+  }
 };
 
 // A vector [count] in the accumulator's type of `dtype`, padded with zeros to whole vectors.
@@ -22,6 +28,11 @@ struct VectorParams {
   void* packed;
   std::int64_t count, stride;
   int dtype;
+
+  template <typename F>
+  void pointers(F&& f) {
+    f(vector), f(packed);
+  }
 };
 
 // Bytes of a packed dense weight: `segments` kernel rows of `length` elements of k.
@@ -29,7 +40,7 @@ EFFDET_PER_ISA(std::int64_t, packed_dense_bytes,
                (int dtype, std::int64_t out, std::int64_t segments, std::int64_t length))
 EFFDET_PER_ISA(std::int64_t, packed_depthwise_bytes, (int dtype, std::int64_t channels, std::int64_t taps))
 EFFDET_PER_ISA(Status, pack_dense, (const WeightParams&, int threads))
-EFFDET_PER_ISA(Status, pack_depthwise, (const WeightParams&))
-EFFDET_PER_ISA(Status, pack_vector, (const VectorParams&))
+EFFDET_PER_ISA(Status, pack_depthwise, (const WeightParams&, int threads))
+EFFDET_PER_ISA(Status, pack_vector, (const VectorParams&, int threads))
 
 }  // namespace effdet

@@ -94,14 +94,14 @@ Status pack_dense(const WeightParams& p, int threads) {
   return kBadDtype;
 }
 
-Status pack_depthwise(const WeightParams& p) {
+Status pack_depthwise(const WeightParams& p, int) {
   if (p.dtype == kFloat32) return depthwise<float>(p);
   if (p.dtype == kFloat64) return depthwise<double>(p);
   if (p.dtype == kBFloat16) return depthwise<BFloat16>(p);
   return kBadDtype;
 }
 
-Status pack_vector(const VectorParams& p) {
+Status pack_vector(const VectorParams& p, int) {
   return p.dtype == kFloat64 ? vector<double>(p) : vector<float>(p);
 }
 

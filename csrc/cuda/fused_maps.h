@@ -9,9 +9,6 @@ namespace effdet::cuda {
 // A map of half the size, nearest: what kNearest is turned into where it halves the coordinates.
 constexpr int kHalved = kMaxPool + 1;
 
-// The order of effdet_kernels/ops/weighted_fusion/op.py's METHODS.
-enum FusionMethod : int { kFastAttention, kSoftmax, kSum, kFusionMethods };
-
 struct FusedMaps {
   Map x[kMaxFused];         // [batch, H_i, W_i, channels] of one dtype, 16-byte vectors of channels
   int resample[kMaxFused];  // a Resample, or kHalved

@@ -29,7 +29,7 @@ struct SeparableParams {
 
   template <typename F>
   void pointers(F&& f) {
-    f(fusion.shares);
+    f(fusion.weight);
     for (std::int64_t i = 0; i < count; ++i) {
       SeparableOutput& o = outputs[i];
       for (Map& map : o.x) f(map.data);

@@ -26,14 +26,14 @@ FusionGradientParams read_gradient(const Fields& f) {
   p.batch = f.size("batch");
   p.channels = f.size("channels", 1);
   p.fusion = read_fusion(f);
-  if (!p.fusion.shares) throw std::invalid_argument("shares: got None");
   read_maps(f, f.get("x"), p.fusion, p.x);
   p.grad = f.map("grad");
   const auto grads = f.get("grad_x").cast<pybind11::list>();
   if (static_cast<std::int64_t>(grads.size()) != p.fusion.count) throw std::invalid_argument("grad_x: takes one a map");
   for (std::int64_t i = 0; i < p.fusion.count; ++i)
     p.grad_x[i] = f.as_pointer("grad_x", grads[i], p.dtype == kFloat64 ? 8 : 4);
-  p.grad_shares = f.accumulators("grad_shares");
+  p.grad_weight = f.optional_accumulators("grad_weight");
+  if (!p.grad_weight != !p.fusion.weight) throw std::invalid_argument("grad_weight: takes an address with a weight");
   p.partial = f.pointer("partial", 64);
   return p;
 }
@@ -50,8 +50,9 @@ Fusion read_fusion(const Fields& f) {
     if (fusion.resample[i] < kIdentity || fusion.resample[i] > kMaxPool)
       throw std::invalid_argument("resample: no such code");
   }
-  fusion.shares = f.optional_accumulators("shares");
-  if (!fusion.shares && fusion.count != 1) throw std::invalid_argument("shares: None, with more than one map");
+  fusion.weight = f.optional_accumulators("weight");
+  fusion.method = static_cast<int>(f.integer("method", 0, kFusionMethods - 1));
+  if (!fusion.weight != (fusion.method == kSum)) throw std::invalid_argument("weight: does not fit the method");
   fusion.pool_left = f.size("pool_left");
   fusion.pool_top = f.size("pool_top");
   return fusion;

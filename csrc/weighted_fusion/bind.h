@@ -6,7 +6,7 @@
 
 namespace effdet {
 
-Fusion read_fusion(const Fields& fields);  // resample, shares, pool_left, pool_top
+Fusion read_fusion(const Fields& fields);  // resample, weight, method, pool_left, pool_top
 void read_maps(const Fields& fields, const pybind11::handle& value, const Fusion& fusion, Map* maps);
 
 }  // namespace effdet

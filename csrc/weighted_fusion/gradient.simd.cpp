@@ -14,6 +14,7 @@ struct MapGradient {
   using V = Vec<A>;
   const FusionGradientParams& p;
   int index;
+  A share;
   int64_t image, channel, lanes;
 
   EFFDET_INLINE V x_at(int64_t h, int64_t w) const {
@@ -44,12 +45,12 @@ struct MapGradient {
   // The sum of grad * resampled x.
   V run() const {
     const Map& x = p.x[index];
-    const V share = splat<A>(static_cast<const A*>(p.fusion.shares)[index]);
+    const V factor = splat<A>(share);
     clear();
     V total{};
     for (int64_t h = 0; h < p.grad.height; ++h)
       for (int64_t w = 0; w < p.grad.width; ++w) {
-        const V g = grad_at(h, w), scaled = g * share;
+        const V g = grad_at(h, w), scaled = g * factor;
         switch (p.fusion.resample[index]) {
           case kIdentity:
             total += g * x_at(h, w);
@@ -105,20 +106,30 @@ Status run(const FusionGradientParams& p, int threads) {
   using A = Acc<T>;
   const int64_t vectors = divide_up(p.channels, kLanes<T>);
   double* partial = static_cast<double*>(p.partial);
+  const Shares<A> shares(p.fusion);
   parallel_for(p.batch * vectors, threads, [&](int64_t item) {
     const int64_t channel = item % vectors * kLanes<T>;
     for (int m = 0; m < p.fusion.count; ++m) {
-      const MapGradient<T> gradient{p, m, item / vectors, channel, p.channels - channel};
+      const MapGradient<T> gradient{p, m, shares.of[m], item / vectors, channel, p.channels - channel};
       const Vec<A> total = gradient.run();
       double sum = 0;
       for (int64_t i = 0; i < least<int64_t>(kLanes<T>, p.channels - channel); ++i) sum += total[i];
       partial[item * p.fusion.count + m] = sum;
     }
   });
+  if (!p.grad_weight) return kOk;
+  A of_share[kMaxFused] = {}, along = 0;  // along: what moves all shares together
   for (int64_t m = 0; m < p.fusion.count; ++m) {
     double sum = 0;
     for (int64_t item = 0; item < p.batch * vectors; ++item) sum += partial[item * p.fusion.count + m];
-    static_cast<A*>(p.grad_shares)[m] = static_cast<A>(sum);
+    of_share[m] = static_cast<A>(sum);
+    along += of_share[m] * shares.of[m];
+  }
+  const A* weight = static_cast<const A*>(p.fusion.weight);
+  A* grad_weight = static_cast<A*>(p.grad_weight);
+  for (int64_t m = 0; m < p.fusion.count; ++m) {
+    const A slope = p.fusion.method == kSoftmax ? shares.of[m] : (weight[m] > 0 ? A(1) : A(0)) / shares.total;
+    grad_weight[m] = slope * (of_share[m] - along);
   }
   return kOk;
 }

@@ -13,7 +13,8 @@ namespace effdet {
 struct Fusion {
   std::int64_t count;
   int resample[kMaxFused];
-  const void* shares;  // [count] of the accumulator's type; null: the one map as it is
+  const void* weight;  // [count] of the accumulator's type; null with kSum
+  int method;
   std::int64_t pool_left, pool_top;
 };
 
@@ -27,17 +28,17 @@ struct WeightedFusionParams {
   template <typename F>
   void pointers(F&& f) {
     for (Map& map : x) f(map.data);
-    f(fusion.shares), f(y);
+    f(fusion.weight), f(y);
   }
 };
 
-// Of y = sum of shares[i] * resampled x[i], with the gradient of y: those of each x and of the shares.
+// Of y = sum of share[i] * resampled x[i], with the gradient of y: those of each x and of the weight.
 struct FusionGradientParams {
   Map x[kMaxFused];
   Map grad;  // of y
   Fusion fusion;
   void* grad_x[kMaxFused];  // [batch, H_i, W_i, channels], dense, of the accumulator's type; or null
-  void* grad_shares;        // [count] of the accumulator's type
+  void* grad_weight;        // [count] of the accumulator's type; null without a weight
   void* partial;            // workspace [batch, vectors of channels, count] of double
   std::int64_t batch, channels;
   int dtype;
@@ -45,7 +46,7 @@ struct FusionGradientParams {
   template <typename F>
   void pointers(F&& f) {
     for (int i = 0; i < kMaxFused; ++i) f(x[i].data), f(grad_x[i]);
-    f(grad.data), f(fusion.shares), f(grad_shares), f(partial);
+    f(grad.data), f(fusion.weight), f(grad_weight), f(partial);
   }
 };
 

@@ -34,7 +34,7 @@ def unwidened() -> Iterator[None]:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for fp32, bf16 and fp16."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:

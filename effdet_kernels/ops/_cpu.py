@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -94,22 +95,20 @@ def pack_dense(weight: Tensor) -> Tensor:
     dtype = code(weight.dtype)
     size = _native.module().packed_dense_bytes(dtype, out, rows, columns * channels)
     packed = torch.empty(size, dtype=torch.uint8)
-    fields = _weight_fields(weight, packed)
-    _native.check(_native.module().pack_dense(fields, torch.get_num_threads()), "pack_dense")
+    _native.pack("pack_dense", **_weight_fields(weight, packed))
     return packed
 
 
-def pack_depthwise(weight: Tensor) -> Tensor:
-    """A weight [C, 1, k, k] in the order of csrc/cpu/depthwise.h."""
+def pack_depthwise(weight: Tensor, *, flipped: bool = False) -> Tensor:
+    """A weight [C, 1, k, k] in the order of csrc/cpu/depthwise.h; ``flipped``: its rows and columns backwards."""
     channels, _, rows, columns = weight.shape
     size = _native.module().packed_depthwise_bytes(code(weight.dtype), channels, rows * columns)
     packed = torch.empty(size, dtype=torch.uint8)
-    fields = _weight_fields(weight, packed)
-    _native.check(_native.module().pack_depthwise(fields), "pack_depthwise")
+    _native.pack("pack_depthwise", **_weight_fields(weight, packed, flipped=flipped))
     return packed
 
 
-def _weight_fields(weight: Tensor, packed: Tensor) -> dict[str, int]:
+def _weight_fields(weight: Tensor, packed: Tensor, *, flipped: bool = False) -> dict[str, Any]:
     return {
         "dtype": code(weight.dtype),
         "out": weight.shape[0],
@@ -120,14 +119,16 @@ def _weight_fields(weight: Tensor, packed: Tensor) -> dict[str, int]:
         "in_stride": weight.stride(1),
         "row_stride": weight.stride(2),
         "column_stride": weight.stride(3),
-        "weight": weight.data_ptr(),
-        "packed": packed.data_ptr(),
+        "flipped": int(flipped),
+        "weight": weight,
+        "packed": packed,
     }
 
 
 @functools.lru_cache(maxsize=256)
 def _constant(value: float, count: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((count,), value, dtype=dtype, device="cpu")
+    # By numpy, not by torch: a training plan that is made meanwhile would take it for a step.
+    return torch.from_numpy(numpy.full(count, value, "f8" if dtype == torch.float64 else "f4"))
 
 
 def pack_vector(vector: Tensor | None, fill: float, count: int, dtype: torch.dtype) -> Tensor:
@@ -138,14 +139,14 @@ def pack_vector(vector: Tensor | None, fill: float, count: int, dtype: torch.dty
         return _constant(fill, padded, accumulator)
     vector = vector.to(accumulator)
     packed = torch.empty(padded, dtype=accumulator)
-    fields = {
-        "dtype": code(dtype),
-        "count": count,
-        "stride": vector.stride(0),
-        "vector": vector.data_ptr(),
-        "packed": packed.data_ptr(),
-    }
-    _native.check(_native.module().pack_vector(fields), "pack_vector")
+    _native.pack(
+        "pack_vector",
+        dtype=code(dtype),
+        count=count,
+        stride=vector.stride(0),
+        vector=vector,
+        packed=packed,
+    )
     return packed
 
 

@@ -105,12 +105,13 @@ def product(
 
     The kernel has vectors of b and single numbers of a: the wider map is b, as far as it depends on this function.
     """
-    if rows > columns and gate is None:
-        return product(b, columns, a, rows).t()
     dtype, batch = a[0].dtype, a[0].shape[0]
     if batch == 0:
         return torch.zeros(rows, columns, dtype=dtype)
     out = torch.empty(rows, columns, dtype=dtype)
+    transposed = rows > columns and gate is None
+    if transposed:
+        a, rows, b, columns = b, columns, a, rows
     segments = _native.module().product_segments(batch, a[1], a[2])
     _native.launch(
         "product_gradient",
@@ -118,6 +119,7 @@ def product(
         batch=batch,
         rows=rows,
         columns=columns,
+        transposed=int(transposed),
         a=a,
         b=b,
         gate=None if gate is None else _cpu.vectors(gate, dtype),
@@ -160,7 +162,7 @@ def depthwise_weight(
     batch, channels = x.shape[:2]
     if batch == 0:
         return x.new_zeros(channels, 1, kernel, kernel)
-    out = torch.empty(kernel * kernel, channels, dtype=x.dtype)
+    out = torch.empty(channels, 1, kernel, kernel, dtype=x.dtype)
     strips = -(-grad.shape[2] // _native.module().STRIP_ROWS)
     _native.launch(
         "depthwise_gradient",
@@ -176,4 +178,4 @@ def depthwise_weight(
         out=out,
         partial=torch.empty(batch * strips * kernel * kernel * channels, dtype=x.dtype),
     )
-    return out.t().reshape(channels, 1, kernel, kernel)
+    return out

@@ -10,6 +10,8 @@
 #include "batch_norm_act/params.h"
 #include "common/activation_codes.h"
 #include "common/dtype.h"
+#include "common/parallel_for.h"
+#include "cpu/elementwise.h"
 #include "cpu/gradients.h"
 #include "cpu/packing.h"
 #include "dense_conv/params.h"
@@ -97,7 +99,7 @@ struct Problem {
                          kernel,
                          1,
                          dtype};
-    if (isa::pack_depthwise(p) != kOk) std::abort();
+    if (isa::pack_depthwise(p, static_cast<int>(threads)) != kOk) std::abort();
     return packed;
   }
 };
@@ -170,7 +172,8 @@ bool dense() {
 Fusion fusion_of(Problem& q, int64_t height, int64_t width, int64_t channels, Map* maps) {
   Fusion fusion{};
   fusion.count = pick(1, kMaxFused);
-  fusion.shares = q.data(q.accumulator, fusion.count);
+  fusion.method = static_cast<int>(pick(0, kFusionMethods - 1));
+  fusion.weight = fusion.method == kSum ? nullptr : q.data(q.accumulator, fusion.count);
   fusion.pool_left = pick(0, 2), fusion.pool_top = pick(0, 2);
   for (int64_t i = 0; i < fusion.count; ++i) {
     fusion.resample[i] = static_cast<int>(pick(kIdentity, kMaxPool));
@@ -196,7 +199,7 @@ bool fusion() {
     if (pick(0, 3)) g.grad_x[i] = q.data(q.dtype, p.batch * p.x[i].height * p.x[i].width * p.channels);
   }
   g.grad = q.map(p.height, p.width, p.channels);
-  g.grad_shares = q.data(q.accumulator, p.fusion.count);
+  g.grad_weight = p.fusion.weight ? q.data(q.accumulator, p.fusion.count) : nullptr;
   g.partial = q.data(kFloat64, p.batch * p.channels * p.fusion.count);
   return isa::weighted_fusion_gradient(g, static_cast<int>(q.threads)) == kOk;
 }
@@ -327,7 +330,8 @@ bool gradients() {
   g.gate = q.data(q.dtype, q.batch * channels), g.grad_gate = q.data(q.dtype, q.batch * channels);
   g.partial = q.data(q.dtype, blocks * channels);
   ProductGradientParams p{};
-  p.dtype = q.dtype, p.batch = q.batch, p.rows = channels, p.columns = other;
+  p.dtype = q.dtype, p.batch = q.batch, p.rows = channels, p.columns = other,
+  p.transposed = static_cast<int>(pick(0, 1));
   p.a = grad, p.b = q.map(grad.height, grad.width, other);
   p.gate = q.data(q.dtype, q.batch * other), p.out = q.data(q.dtype, channels * other);
   p.partial = q.data(q.dtype, product_segments(q.batch, grad.height, grad.width) * channels * other);
@@ -342,11 +346,45 @@ bool gradients() {
          isa::product_gradient(p, threads) == kOk && isa::depthwise_gradient(d, threads) == kOk;
 }
 
+// Each item once, whatever threads there are and however long an item takes.
+bool loops() {
+  const int64_t count = pick(0, 300), slow = pick(0, 300);
+  std::vector<int> times(static_cast<std::size_t>(count));
+  parallel_for(count, static_cast<int>(pick(1, 9) == 9 ? 70 : pick(1, 5)), [&](int64_t i) {
+    volatile int64_t work = i == slow ? 20000 : 10;
+    while (work > 0) work = work - 1;
+    __atomic_fetch_add(&times[static_cast<std::size_t>(i)], 1, __ATOMIC_RELAXED);
+  });
+  for (const int n : times)
+    if (n != 1) return false;
+  return true;
+}
+
+bool elementwise() {
+  Problem q;
+  ElementwiseParams e{};
+  e.dtype = q.dtype, e.kind = static_cast<int>(pick(kAdded, kBetween)),
+  e.factor = 0.25 * static_cast<double>(pick(-4, 4));
+  e.outer = q.batch, e.middle = pick(1, 500), e.inner = pick(1, 90);
+  const int64_t elements = e.outer * e.middle * e.inner;
+  e.a = q.data(q.dtype, elements);
+  const bool spread = pick(0, 1);
+  e.b_outer_stride = spread ? e.inner : e.middle * e.inner, e.b_middle_stride = spread ? 0 : e.inner;
+  e.b = e.kind == kScaled ? nullptr : q.data(q.dtype, spread ? e.outer * e.inner : elements);
+  e.out = pick(0, 1) ? const_cast<void*>(e.a) : q.data(q.dtype, elements);
+  TransposeParams t{};
+  t.dtype = q.dtype, t.rows = pick(1, 200), t.columns = pick(1, 200);
+  t.x = q.data(q.dtype, t.rows * t.columns), t.out = q.data(q.dtype, t.rows * t.columns);
+  const int threads = static_cast<int>(q.threads);
+  return isa::elementwise(e, threads) == kOk && isa::transpose(t, threads) == kOk;
+}
+
 }  // namespace
 
 int main() {
   effdet::current_isa();  // asks for the registers that a set needs
-  bool (*const kernels[])() = {pointwise, depthwise, dense, fusion, separable, excite, norm, loss, labels, gradients};
+  bool (*const kernels[])() = {pointwise, depthwise, dense,  fusion,    separable,   excite,
+                               norm,      loss,      labels, gradients, elementwise, loops};
   for (int i = 0; i < 150; ++i)
     for (const auto kernel : kernels)
       if (!kernel()) {

@@ -103,6 +103,8 @@ def launch(
     stride: int,
     padding: Sequence[int],
     act: str,
+    *,
+    flipped: bool = False,
 ) -> list[Tensor]:
     """Runs the C++ kernel of this op, whose ``expansion`` is empty, and of ``expand_depthwise``."""
     outputs = _cpu.allocate(specs, x.dtype)
@@ -139,7 +141,7 @@ def launch(
         left=left,
         top=top,
         x=_cpu.map_fields(x),
-        weights=_cpu.pack_depthwise(dw_weight),
+        weights=_cpu.pack_depthwise(dw_weight, flipped=flipped),
         y=y,
         **fields,
     )
@@ -161,9 +163,8 @@ def input_gradient(
     k = weight.shape[2]
     before = [k - 1 - side for side in padding]
     spread = {"dilation": stride}
-    flipped = weight.flip(2, 3)
     specs = [_library.nchw(x.shape, x)]
-    return launch(specs, grad, spread, flipped, None, None, 1, before, "none")[0]
+    return launch(specs, grad, spread, weight, None, None, 1, before, "none", flipped=True)[0]
 
 
 def backward(grads, *rest) -> list[Tensor]:

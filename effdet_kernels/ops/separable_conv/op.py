@@ -173,7 +173,7 @@ def _reference(
 
 
 _MAX_OUTPUTS = 12  # of one launch
-_AS_IT_IS = {"resample": [0], "shares": None, "pool_left": 0, "pool_top": 0}
+_AS_IT_IS = {"resample": [0], "weight": None, "method": 2, "pool_left": 0, "pool_top": 0}
 
 
 def _run_cpu(*args) -> list[Tensor]:

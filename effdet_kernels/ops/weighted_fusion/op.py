@@ -133,18 +133,6 @@ def _reference(x, weight, method, resample, size, pool_padding, act) -> Tensor:
     return reference.weighted_fusion(x, weight, method, names, size, pool_padding, act)
 
 
-def shares(weight: Tensor | None, method: str, count: int, dtype: torch.dtype) -> Tensor:
-    """The normalised weights a_i [count], in the accumulation dtype of maps of ``dtype``."""
-    accumulator = accumulation_dtype(dtype)
-    if weight is None:
-        return torch.ones(count, dtype=accumulator)
-    weight = weight.to(accumulator)
-    if method == "attn":
-        return weight.softmax(0)
-    weight = weight.relu()
-    return weight / (weight.sum() + reference.FASTATTN_EPS)
-
-
 def fusion_fields(
     weight: Tensor | None,
     method: str,
@@ -154,9 +142,12 @@ def fusion_fields(
 ) -> dict[str, Any]:
     """How a C++ kernel fuses maps of ``dtype``."""
     codes = [RESAMPLE.index(name) for name in resample.split(",")]
+    if weight is not None:
+        weight = weight.to(accumulation_dtype(dtype)).contiguous()
     return {
         "resample": codes,
-        "shares": shares(weight, method, len(codes), dtype),
+        "weight": weight,
+        "method": METHODS.index(method),
         "pool_left": pool_padding[0],
         "pool_top": pool_padding[2],
     }
@@ -199,28 +190,22 @@ def gradients(
         else None
         for level, need in zip(x, of_x, strict=True)
     ]
-    fields = fusion_fields(weight, method, resample, pool_padding, grad.dtype)
-    share, of_shares = fields["shares"], torch.zeros(len(x), dtype=grad.dtype)
-    if batch:
-        _native.launch(
-            "weighted_fusion_gradient",
-            dtype=_cpu.code(grad.dtype),
-            batch=batch,
-            channels=channels,
-            x=[_cpu.map_fields(_cpu.channels_inner(level)) for level in x],
-            grad=_cpu.map_fields(_cpu.channels_inner(grad)),
-            grad_x=found,
-            grad_shares=of_shares,
-            partial=torch.empty(batch * channels * len(x), dtype=torch.float64),
-            **fields,
-        )
-    if weight is None:
-        return found, None
-    of_weight = of_shares - (of_shares * share).sum()
-    if method == "attn":
-        return found, share * of_weight
-    positive = weight.to(share.dtype).relu()
-    return found, (positive > 0) * of_weight / (positive.sum() + reference.FASTATTN_EPS)
+    of_weight = None if weight is None else torch.empty(len(x), dtype=grad.dtype)
+    if not batch:
+        return found, None if of_weight is None else of_weight.zero_()
+    _native.launch(
+        "weighted_fusion_gradient",
+        dtype=_cpu.code(grad.dtype),
+        batch=batch,
+        channels=channels,
+        x=[_cpu.map_fields(_cpu.channels_inner(level)) for level in x],
+        grad=_cpu.map_fields(_cpu.channels_inner(grad)),
+        grad_x=found,
+        grad_weight=of_weight,
+        partial=torch.empty(batch * channels * len(x), dtype=torch.float64),
+        **fusion_fields(weight, method, resample, pool_padding, grad.dtype),
+    )
+    return found, of_weight
 
 
 def _backward_cpu(grads, *rest) -> list[Tensor]:
