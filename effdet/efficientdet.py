@@ -28,7 +28,7 @@ from .layers import (
     SequentialList,
 )
 from .padding import Size
-from .plan import Plans, images_of
+from .plan import Plans, TrainingPlans, images_of
 
 __all__ = [
     "BiFpn",
@@ -79,6 +79,7 @@ class EfficientDet(nn.Module):
         self.class_net = HeadNet(self.config, num_outputs=self.config.num_classes)
         self.box_net = HeadNet(self.config, num_outputs=4)
         self._plans = Plans()
+        self._training_plans = TrainingPlans()
         self._folds = Folds()
         for name in ("fpn", "class_net", "box_net"):
             self._init_child(name, alternate_init)
@@ -147,6 +148,7 @@ class EfficientDet(nn.Module):
         switch(enable)
         for part in (self.fpn, self.class_net, self.box_net):
             part.grad_checkpointing = enable
+        self._training_plans.clear()
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images -> class logits and box codes of each level, finest first.
@@ -157,8 +159,11 @@ class EfficientDet(nn.Module):
         """
         if x.ndim != 4:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, 3, H, W]")
-        planned = self._plans.run(self, self._network, x)
+        planned = self._plans_now().run(self, self._network, x)
         return self._network(x) if planned is None else planned
+
+    def _plans_now(self) -> Plans:
+        return self._training_plans if torch.is_grad_enabled() else self._plans
 
     def _network(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with self._folds.ahead(self, x):
@@ -189,7 +194,7 @@ class EfficientDet(nn.Module):
 
     def plan_reason(self, x: Tensor) -> str | None:
         """Why a call with images like x, made here and now, runs module by module; None if a plan serves it."""
-        return self._plans.reason(self, self._network, x)
+        return self._plans_now().reason(self, self._network, x)
 
     def refresh(self) -> None:
         """Drop plans, after a change of the model that cannot be seen.
@@ -200,15 +205,19 @@ class EfficientDet(nn.Module):
         `torch.backends` remain those of the first call with a shape.
         """
         self._plans.clear()
+        self._training_plans.clear()
 
     def train(self, mode: bool = True) -> EfficientDet:
         if mode:
             self._plans.clear()  # gradients need the memory
+        else:
+            self._training_plans.release()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EfficientDet:
         super()._apply(fn, recurse)
         self._plans.clear_if_changed()
+        self._training_plans.clear_if_changed()
         return self
 
 

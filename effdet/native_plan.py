@@ -9,19 +9,19 @@ operation on maps that is no kernel of ours gets no plan.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from effdet_kernels import _native
+from effdet_kernels._arena import Buffer, place
 
 Maps = tuple[list[Tensor], list[Tensor]]
 
-_ALIGNMENT = 64
 _ARENA, _INPUT = 0, 1  # slots; outputs follow
-_SLOT_SHIFT = 48
+SLOT_SHIFT = 48
 _WRITTEN = ("y", "y_sums", "row_sums", "gates")  # fields of kernels that are outputs
 
 
@@ -29,72 +29,26 @@ class NotPlannableError(Exception):
     """A forward does something that no plan can repeat; the message says what."""
 
 
-class Buffer(NamedTuple):
-    """Bytes of memory that are needed from step `first` to step `last`."""
-
-    size: int
-    first: int
-    last: int
-
-
-def place(buffers: list[Buffer], outputs: list[Buffer]) -> tuple[list[tuple[int, int]], int]:
-    """A (space, offset) for each buffer, such that no two that are needed at once overlap.
-
-    Space 0 is the arena, of as many bytes as the second result says; space 1 + i is the memory of output i, which is
-    free until the output is written. Largest first, each in the first output with room, else in the arena.
-    """
-    places = [(0, 0)] * len(buffers)
-    inside: list[list[int]] = [[] for _ in range(1 + len(outputs))]
-    for i in sorted(range(len(buffers)), key=lambda i: -buffers[i].size):
-        mine = buffers[i]
-        size = -(-mine.size // _ALIGNMENT) * _ALIGNMENT
-        for space in [*range(1, 1 + len(outputs)), 0]:
-            if space and mine.last >= outputs[space - 1].first:
-                continue
-            others = [j for j in inside[space] if _meet(mine, buffers[j])]
-            offset = _lowest(size, sorted((places[j][1], buffers[j].size) for j in others))
-            room = outputs[space - 1].size // _ALIGNMENT * _ALIGNMENT if space else 0
-            if not space or offset + size <= room:
-                places[i] = space, offset
-                inside[space].append(i)
-                break
-    return places, max((places[i][1] + buffers[i].size for i in inside[0]), default=0)
-
-
-def _meet(a: Buffer, b: Buffer) -> bool:
-    return a.first <= b.last and b.first <= a.last
-
-
-def _lowest(size: int, taken: list[tuple[int, int]]) -> int:
-    """The lowest aligned offset at which `size` bytes are free; `taken` are (offset, size), in order."""
-    offset = 0
-    for start, length in taken:
-        if offset + size <= start:
-            break
-        offset = max(offset, -(-(start + length) // _ALIGNMENT) * _ALIGNMENT)
-    return offset
-
-
 class _NoOther(TorchFunctionMode):
     """Raises when a torch function other than a view, or an op of ours, reads a map of the network."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.maps = {_storage(x)}
+        self.maps = {storage_of(x)}
         self.kept: list[Tensor] = []  # no storage is freed, so no address means two things
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not any(_storage(t) in self.maps for t in _tensors((args, kwargs))):
+        if not any(storage_of(t) in self.maps for t in tensors_in((args, kwargs))):
             return result
-        outputs = _tensors(result)
+        outputs = tensors_in(result)
         name = getattr(func, "__name__", str(func))
         if getattr(func, "namespace", "") == "effdet_kernels":
             self.kept += outputs
-            self.maps.update(_storage(t) for t in outputs)
-        elif any(_storage(t) not in self.maps for t in outputs) or _writes(name):
+            self.maps.update(storage_of(t) for t in outputs)
+        elif any(storage_of(t) not in self.maps for t in outputs) or _writes(name):
             raise NotPlannableError(f"{name} of a map")
         return result
 
@@ -104,17 +58,17 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors(item)]
+        return [t for item in value for t in tensors_in(item)]
     return []
 
 
@@ -140,9 +94,11 @@ class Plan:
         self._outputs = [(out.shape, out.dtype) for out in outputs]
         self.names = [name for name, _ in launches]
         self._constants: list[Tensor] = []
-        slots = {_storage(x): _INPUT} | {_storage(o): _INPUT + 1 + i for i, o in enumerate(outputs)}
+        slots = {storage_of(x): _INPUT} | {
+            storage_of(o): _INPUT + 1 + i for i, o in enumerate(outputs)
+        }
         lives = _lives(launches)
-        if any(_storage(out) not in lives for out in outputs):
+        if any(storage_of(out) not in lives for out in outputs):
             raise NotPlannableError("an output that no kernel writes")
         self._native = self._bind(launches, lives, slots, x)
 
@@ -159,17 +115,17 @@ class Plan:
         place_of = dict(zip(inner, places, strict=True))
 
         def address(tensor: Tensor) -> int:
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             inside = tensor.data_ptr() - storage
             if storage in slots:
                 start = (
                     int(x.storage_offset()) * x.element_size() if slots[storage] == _INPUT else 0
                 )
-                return ((slots[storage] + 1) << _SLOT_SHIFT) + inside - start
+                return ((slots[storage] + 1) << SLOT_SHIFT) + inside - start
             if storage in place_of:
                 space, offset = place_of[storage]
                 slot = _INPUT + space if space else _ARENA
-                return ((slot + 1) << _SLOT_SHIFT) + offset + inside
+                return ((slot + 1) << SLOT_SHIFT) + offset + inside
             self._constants.append(tensor)
             return tensor.data_ptr()
 
@@ -177,7 +133,7 @@ class Plan:
         for name, fields in launches:
             getattr(plan, name)(_native.resolved(fields, address))
         self.constant_bytes = sum(
-            t.nbytes for t in {_storage(t): t for t in self._constants}.values()
+            t.nbytes for t in {storage_of(t): t for t in self._constants}.values()
         )
         return plan
 
@@ -187,7 +143,7 @@ class Plan:
             torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
             for shape, dtype in self._outputs
         ]
-        arena = self._take_arena()
+        arena = take_arena(self._arenas, self.arena_bytes)
         bases = [arena.data_ptr(), x.data_ptr(), *[out.data_ptr() for out in outputs]]
         try:
             _native.check(self._native.run(bases, torch.get_num_threads()), "plan")
@@ -195,14 +151,16 @@ class Plan:
             self._arenas.append(arena)
         return outputs[: self._levels], outputs[self._levels :]
 
-    def _take_arena(self) -> Tensor:
-        while True:
-            try:
-                arena = self._arenas.pop()
-            except IndexError:
-                return torch.empty(max(self.arena_bytes, 1), dtype=torch.uint8)
-            if arena.numel() >= self.arena_bytes:
-                return arena
+
+def take_arena(arenas: list[Tensor], size: int) -> Tensor:
+    """One of at least ``size`` bytes; smaller ones are given up."""
+    while True:
+        try:
+            arena = arenas.pop()
+        except IndexError:
+            return torch.empty(max(size, 1), dtype=torch.uint8)
+        if arena.numel() >= size:
+            return arena
 
 
 def _lives(launches: list[_native.Launch]) -> dict[int, Buffer]:
@@ -211,10 +169,10 @@ def _lives(launches: list[_native.Launch]) -> dict[int, Buffer]:
     for step, (_, fields) in enumerate(launches):
         for written in _written(fields):
             size = written.untyped_storage().nbytes()
-            lives.setdefault(_storage(written), Buffer(size, step, step))
-        for tensor in _tensors(fields):
-            if _storage(tensor) in lives:
-                lives[_storage(tensor)] = lives[_storage(tensor)]._replace(last=step)
+            lives.setdefault(storage_of(written), Buffer(size, step, step))
+        for tensor in tensors_in(fields):
+            if storage_of(tensor) in lives:
+                lives[storage_of(tensor)] = lives[storage_of(tensor)]._replace(last=step)
     return lives
 
 

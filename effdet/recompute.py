@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from effdet_kernels import _native
+
+from .native_plan import NotPlannableError
+
 _again: ContextVar[bool] = ContextVar("computing_again", default=False)
 
 
@@ -28,6 +32,8 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*args)
+    if _native.recording():
+        raise NotPlannableError("activations are computed again")
     return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
 
 

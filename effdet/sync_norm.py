@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from effdet_kernels import _dispatch, batch_norm_act, batch_norm_grad, use_backend
+from effdet_kernels import _dispatch, _native, batch_norm_act, batch_norm_grad, use_backend
 from effdet_kernels.ops._activations import moments
+
+from .native_plan import NotPlannableError
 
 
 def group_of(norm: nn.Module) -> Any:
@@ -64,6 +66,8 @@ def synchronised_norm_act(
     Raises:
         ValueError: all processes together have less than two values per channel; on all of them.
     """
+    if _native.recording():
+        raise NotPlannableError("statistics of the images of several processes")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

@@ -56,8 +56,10 @@ def build_optimizer(
     AdamW takes ``momentum`` as its beta1. Its decay is decoupled, so it wants a larger one.
     """
     groups = parameter_groups(model, weight_decay)
+    # One pass over parameters in place of several. On a GPU torch's own choice stays: it and loss scaling go together.
+    fused = True if all(p.device.type == "cpu" for p in model.parameters()) else None
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise ValueError(f"optimizer: got {name!r}, takes 'sgd' or 'adamw'")
