@@ -32,6 +32,7 @@ from bench.model import (
 from bench.peers.contest import Check, Engine, compete, here, peer
 from bench.results import Job, Row
 from effdet.anchors import AnchorLabeler, Anchors
+from effdet.engine.schedule import build_optimizer
 from effdet_kernels import use_backend
 
 AUTOCAST = {"fp32": "", "bf16": "bfloat16"}
@@ -140,7 +141,7 @@ def own_step(
     if compile_mode:
         torch.compiler.reset()
         step = torch.compile(bench, mode=compile_mode, dynamic=False)
-    optimizer = torch.optim.SGD(bench.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    optimizer = build_optimizer(bench, "sgd", LEARNING_RATE, 0.9, 0.0)  # as `effdet train` does
     x = x.repeat(times, 1, 1, 1).to(device)
     target = {
         "bbox": boxes.repeat(times, 1, 1).to(device),
