@@ -88,6 +88,30 @@ def both_ways(model: nn.Module, x: Tensor, steps: int = 1, tolerance: float = 0.
     assert not other._training_plans._plans
 
 
+class _Strange(nn.Module):
+    """Something that torch does: reads its argument, splits, changes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = torch.nn.functional.layer_norm(x, x.shape[1:]).split([1, 2], dim=1)
+        return torch.cat([first.tanh(), rest.clone().mul_(0.5)], dim=1)
+
+
+class _Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class _Before(nn.Module):
+    """A backbone after something else."""
+
+    def __init__(self, extra: nn.Module, backbone: nn.Module) -> None:
+        super().__init__()
+        self.extra, self.backbone = extra, backbone
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.backbone(self.extra(x))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -125,6 +149,7 @@ def test_float32():
 
 def test_making_a_plan_draws_no_random_numbers_and_changes_no_buffer():
     model, x = build(), images(2, 3, 64, 64)
+    model.backbone = _Before(_Noise(), model.backbone)
     before = {name: b.clone() for name, b in model.named_buffers()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -132,6 +157,7 @@ def test_making_a_plan_draws_no_random_numbers_and_changes_no_buffer():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert all(p.grad is None for p in model.parameters())
+    both_ways(model, x, steps=2)
 
 
 def test_stochastic_depth_draws_anew_in_every_step():
@@ -373,25 +399,6 @@ class _Foreign(nn.Module):
         for _ in range(600):
             x = torch.sin(x)
         return x
-
-
-class _Strange(nn.Module):
-    """Something that torch does: reads its argument, splits, changes in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, rest = torch.nn.functional.layer_norm(x, x.shape[1:]).split([1, 2], dim=1)
-        return torch.cat([first.tanh(), rest.clone().mul_(0.5)], dim=1)
-
-
-class _Before(nn.Module):
-    """A backbone after something else."""
-
-    def __init__(self, extra: nn.Module, backbone: nn.Module) -> None:
-        super().__init__()
-        self.extra, self.backbone = extra, backbone
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.backbone(self.extra(x))
 
 
 @pytest.mark.parametrize(
