@@ -9,16 +9,8 @@ from effdet.data import set_epoch
 from effdet.engine.config import TrainConfig
 from effdet.engine.processes import Processes
 from effdet.engine.trainer import Trainer
-from effdet.scenes import generate_scenes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    generate_scenes(folder, 8, seed=0, size=64)
-    return folder
 
 
 def _trainer(scenes, out, **settings) -> Trainer:
