@@ -54,6 +54,8 @@ class Plans:
     or an unpickled one is empty.
     """
 
+    most = _MAX_PLANS
+
     def __init__(self, graphs_only: bool = False) -> None:
         self._lock = threading.Lock()
         self._graphs_only = graphs_only
@@ -118,7 +120,7 @@ class Plans:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = self._tried(forward, inputs)
-                if len(self._plans) > _MAX_PLANS:
+                if len(self._plans) > self.most:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
             return plan
@@ -173,8 +175,11 @@ class Plans:
 class TrainingPlans(Plans):
     """The plans of one model in training mode, on a CPU; likewise.
 
-    They outlive evaluations: only a model that differs at the next step of training drops them.
+    They outlive evaluations: only a model that differs at the next step of training drops them. They hold no copies of
+    weights and share their memory, so there may be many: training on images of many sizes needs one for each.
     """
+
+    most = 64
 
     def release(self) -> None:
         """Free the memory between forward and backward; the next step of training takes it again."""
