@@ -160,6 +160,10 @@ class Plans:
             return "the call is compiled or traced"
         if not _enabled.get():
             return "use_plan(False)"
+        return self._of_another_kind(model, inputs)
+
+    def _of_another_kind(self, model: nn.Module, inputs: Sequence[Tensor | None]) -> str | None:
+        """Why these plans are not for a call in this mode, on these inputs, or None."""
         if model.training or torch.is_grad_enabled():
             return "the model is in training mode" if model.training else "gradients are enabled"
         given = [t for t in inputs if t is not None]
@@ -202,11 +206,7 @@ class TrainingPlans(Plans):
         trained = [p for p in self._parameters() if p.requires_grad]
         return TrainingPlan(forward, inputs[0], trained, self._arenas)
 
-    def _refusal(self, model: nn.Module, inputs: Sequence[Tensor | None]) -> str | None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return "the call is compiled or traced"
-        if not _enabled.get():
-            return "use_plan(False)"
+    def _of_another_kind(self, model: nn.Module, inputs: Sequence[Tensor | None]) -> str | None:
         if not (model.training and torch.is_grad_enabled()):
             return "gradients are disabled" if model.training else "gradients are enabled"
         (x,) = inputs

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from effdet_kernels import _native
-from effdet_kernels._arena import ALIGNMENT, Buffer, place
+from effdet_kernels._arena import Buffer, aligned, place
 
 from .native_plan import SLOT_SHIFT, Maps, NotPlannableError, storage_of, take_arena, tensors_in
 from .tape import Step, Tape, TorchStep, name_of, touched
@@ -133,7 +133,7 @@ class TrainingPlan:
             alone = storages.count(at) == 1 and grad.untyped_storage().nbytes() == grad.nbytes
             if alone and at in tape.made and at not in self._slots:
                 flat[at] = self._flat_bytes
-                self._flat_bytes += -(-grad.nbytes // ALIGNMENT) * ALIGNMENT
+                self._flat_bytes += aligned(grad.nbytes)
         return flat
 
     def _compiled(self, steps: Sequence[Step], place_of: Callable[..., Any]) -> list[Any]:
@@ -221,29 +221,20 @@ class _Bound:
             return _locate(value, place_of) if isinstance(value, Tensor) else value
 
         self._function, self._out = _into_memory(step)
-        self._args = [_mapped(located, value) for value in step.args]
-        self._kwargs = {name: _mapped(located, value) for name, value in step.kwargs.items()}
-        self._outs = [_locate(out, place_of) for out in step.outs]
+        self._call = tree_map(located, (step.args, step.kwargs, step.outs))
 
     def run(self, memory: Sequence[Tensor]) -> None:
         def found(value: Any) -> Any:
             return value.in_(memory) if isinstance(value, _Place) else value
 
-        args = [_mapped(found, value) for value in self._args]
-        kwargs = {name: _mapped(found, value) for name, value in self._kwargs.items()}
-        outs = [found(out) for out in self._outs]
+        # A place is a tuple, too.
+        args, kwargs, outs = tree_map(found, self._call, is_leaf=lambda v: isinstance(v, _Place))
         if self._out:
             self._function(*args, **kwargs, **{self._out: outs[0]})
             return
         result = self._function(*args, **kwargs)
         for out, value in zip(outs, tensors_in(result) if outs else (), strict=True):
             out.copy_(value)
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, (list, dict)) or (type(value) is tuple):
-        return tree_map(function, value, is_leaf=lambda v: isinstance(v, _Place))
-    return function(value)
 
 
 def _into_memory(step: TorchStep) -> tuple[Any, str]:
@@ -296,7 +287,7 @@ def _placed(lives: dict[int, Buffer], middle: int, ends: set[int]) -> tuple[dict
     for at, buffer in lives.items():
         if at in ends or buffer.first < middle <= buffer.last:
             places[at] = size
-            size += -(-buffer.size // ALIGNMENT) * ALIGNMENT
+            size += aligned(buffer.size)
         else:
             shared.append(at)
     inner, more = place([lives[at] for at in shared], [])

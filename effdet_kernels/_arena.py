@@ -7,6 +7,11 @@ from typing import NamedTuple
 ALIGNMENT = 64
 
 
+def aligned(size: int) -> int:
+    """``size`` rounded up to where a buffer may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 class Buffer(NamedTuple):
     """Bytes of memory that are needed from step ``first`` to step ``last``."""
 
@@ -25,7 +30,7 @@ def place(buffers: list[Buffer], outputs: list[Buffer]) -> tuple[list[tuple[int,
     inside: list[list[int]] = [[] for _ in range(1 + len(outputs))]
     for i in sorted(range(len(buffers)), key=lambda i: -buffers[i].size):
         mine = buffers[i]
-        size = -(-mine.size // ALIGNMENT) * ALIGNMENT
+        size = aligned(mine.size)
         for space in [*range(1, 1 + len(outputs)), 0]:
             if space and mine.last >= outputs[space - 1].first:
                 continue
@@ -49,5 +54,5 @@ def _lowest(size: int, taken: list[tuple[int, int]]) -> int:
     for start, length in taken:
         if offset + size <= start:
             break
-        offset = max(offset, -(-(start + length) // ALIGNMENT) * ALIGNMENT)
+        offset = max(offset, aligned(start + length))
     return offset

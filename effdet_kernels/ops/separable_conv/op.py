@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from effdet_kernels import _checks, _cuda, _library, _native, _triton
@@ -173,7 +174,7 @@ def _reference(
 
 
 _MAX_OUTPUTS = 12  # of one launch
-_AS_IT_IS = {"resample": [0], "weight": None, "method": 2, "pool_left": 0, "pool_top": 0}
+_AS_IT_IS = fusion_fields(None, "sum", "identity", [0, 0, 0, 0], torch.float32)
 
 
 def _run_cpu(*args) -> list[Tensor]:
