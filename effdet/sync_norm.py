@@ -34,7 +34,6 @@ def group_of(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-@torch.compiler.disable
 def synchronised_norm_act(
     x: Tensor,
     weight: Tensor,
@@ -68,6 +67,23 @@ def synchronised_norm_act(
     """
     if _native.recording():
         raise NotPlannableError("statistics of the images of several processes")
+    run = _normalised
+    if (
+        torch.compiler.is_compiling()
+    ):  # not a decorator: it would import the compiler with this file
+        run = torch.compiler.disable(_normalised)
+    return run(x, weight, bias, group, eps, act, statistics)
+
+
+def _normalised(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    group: Any,
+    eps: float,
+    act: str,
+    statistics: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

@@ -35,6 +35,10 @@ _COMPILER = (
 
 
 def _find_reason() -> str | None:
+    if (
+        not INTERPRET and not torch.cuda.is_available()
+    ):  # before triton is imported, which takes its time
+        return "no CUDA device is visible to torch"
     try:
         import triton
     except ImportError:
@@ -43,8 +47,6 @@ def _find_reason() -> str | None:
     if release < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return f"triton {triton.__version__} is too old: pip install 'triton>={oldest}'"
-    if not INTERPRET and not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
     return None
 
 
