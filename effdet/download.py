@@ -102,14 +102,17 @@ def _fetch(url: str, part: Path) -> None:
 def _hash_problem(path: Path, name: str) -> str | None:
     """What is wrong with the content of `path`, if the name says what it should be."""
     found = _HASH_IN_NAME.search(name)
-    if not found:
-        return None
+    return hash_problem(path, found.group(1)) if found else None
+
+
+def hash_problem(path: Path, expected: str) -> str | None:
+    """What is wrong with the content of `path`, whose SHA-256 should begin with these digits; None if it does."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     actual = digest.hexdigest()
-    if actual.startswith(found.group(1)):
+    if actual.startswith(expected):
         return None
     length = path.stat().st_size
-    return f"the SHA-256 of its {length} bytes begins {actual[:8]}, expected {found.group(1)}"
+    return f"the SHA-256 of its {length} bytes begins {actual[:8]}, expected {expected}"

@@ -81,7 +81,8 @@ def create_model_from_config(
         num_classes: classes of the result; pretrained weights are loaded before the class head is
             replaced, a checkpoint after.
         pretrained: load the detector weights of `config.url`.
-        checkpoint_path: a file to load, its averaged weights if `checkpoint_ema`.
+        checkpoint_path: a file to load, on this machine or the Hub (`hf://owner/name`).
+        checkpoint_ema: load its averaged weights, where it has them.
         **kwargs: the config entries redundant_bias, label_smoothing, legacy_focal, jit_loss,
             soft_nms, max_det_per_image, max_detection_points, image_size; `bench_labeler` (labels
             are made in the training bench; default False); `pretrained_backbone` (ImageNet weights;

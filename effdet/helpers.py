@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import hub, safetensors_file
 from .download import DownloadError, download
+from .errors import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -27,17 +30,13 @@ _logger = logging.getLogger(__name__)
 _KEYS_SHOWN = 3
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not belong to the model."""
-
-
 def load_pretrained(
     model: nn.Module,
     url: str,
     filter_fn: Callable[[StateDict], StateDict] | None = None,
     strict: bool = True,
 ) -> None:
-    """Fetch the weights at `url` through torch's cache and load them into `model`.
+    """Fetch the weights at `url` through torch's cache, or from the Hub (`hf://`), and load them into `model`.
 
     Without a URL it only logs a warning. `filter_fn` maps the state dict before it is loaded.
 
@@ -48,7 +47,7 @@ def load_pretrained(
     if not url:
         _logger.warning("No pretrained weights exist for this model; it keeps its initial weights.")
         return
-    path = download(url)
+    path = hub.fetch(url) if hub.is_reference(url) else download(url)
     state_dict = _read_state_dict(path, use_ema=False)
     _load(model, filter_fn(state_dict) if filter_fn else state_dict, path, strict)
 
@@ -58,32 +57,44 @@ def load_checkpoint(
 ) -> None:
     """Load the weights in a file into `model`.
 
-    The file is a state dict, or a training checkpoint that has one as `state_dict_ema` (averaged;
-    taken first if `use_ema`), `state_dict` or `model`; saved by torch, or as `.safetensors`. A
-    `module.` in front of every key is dropped. Nothing in the file is executed.
+    The file may be on the Hub: `hf://owner/name[@revision][/file]`. It is a state dict, or a
+    training checkpoint that has one as `state_dict_ema` (averaged; taken first if `use_ema`),
+    `state_dict` or `model`; saved by torch, or as `.safetensors`. A `module.` in front of every key
+    is dropped. Nothing in the file is executed.
 
     Raises:
         FileNotFoundError: no such file.
+        DownloadError: it cannot be fetched from the Hub.
         CheckpointError: the file cannot be read, holds non-finite weights, or does not belong to
             the model.
     """
-    path = Path(checkpoint_path)
+    path = local_path(checkpoint_path)
     _load(model, _read_state_dict(path, use_ema), path, strict)
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def local_path(checkpoint: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint, fetched first if it is on the Hub.
+
+    Raises:
+        DownloadError: it cannot be fetched.
+    """
+    return hub.fetch(str(checkpoint)) if hub.is_reference(checkpoint) else Path(checkpoint)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The content of a file saved by torch, or of a `.safetensors` file; on the CPU.
 
-    Nothing in the file is executed.
+    The file may be on the Hub. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: no such file.
+        DownloadError: it cannot be fetched from the Hub.
         CheckpointError: the file cannot be read.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint_path: no file at {path}")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return safetensors_file.read(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _read_state_dict(path: Path, use_ema: bool) -> StateDict:
@@ -119,20 +130,6 @@ def _read_torch(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: cannot be read, it may be incomplete ({first})"
             ) from error
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    try:
-        import safetensors
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: reading it takes the safetensors package: pip install safetensors"
-        ) from error
-    try:
-        return load_file(path)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be read, it may be incomplete ({error})") from error
 
 
 def _load(model: nn.Module, state_dict: StateDict, path: Path, strict: bool) -> None:

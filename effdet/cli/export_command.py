@@ -9,22 +9,29 @@ from .options import add_command
 
 _TEXT = """\
 Writes the averaged weights of a checkpoint of `effdet train` in half precision, with the model's
-name, input size and class names. The first 8 digits of the file's SHA-256 become part of its name.
+name, input size and class names. The first 8 digits of the file's SHA-256 become part of its name,
+but for .safetensors, which the Hugging Face Hub takes as it is.
 
-example:
+examples:
   effdet export run/best.pth --out weights/mine.pth    writes weights/mine-1a2b3c4d.pth
   effdet detect photos/ --checkpoint weights/mine-1a2b3c4d.pth
+  effdet export run/best.pth --out model.safetensors   once it is uploaded to the Hub:
+  effdet detect photos/ --checkpoint hf://owner/name
 """
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "export", "write a small half-precision weights file", _TEXT)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pth or best.pth of a run")
-    parser.add_argument("--out", required=True, metavar="FILE", help="hash is added to the name")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help=".pth (a hash is added) or .safetensors"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the half-precision file and print its path; the exit status."""
     from effdet.engine.checkpoint import export_half
 
     path = export_half(args.checkpoint, args.out)

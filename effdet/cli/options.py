@@ -67,7 +67,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="",
         metavar="FILE",
-        help="weights; files written by `effdet train` say which model they are for",
+        help="weights, also hf://owner/name; `effdet train` writes in them which model they are for",
     )
     group.add_argument(
         "--size",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from effdet import safetensors_file
 from effdet.helpers import CheckpointError, read_checkpoint
 
 FORMAT = "effdet-checkpoint-1"
@@ -123,6 +124,8 @@ def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str])
     and ``bn_eps`` where it is not the configuration's.
     The first 8 digits of its SHA-256 are put into its name, the convention of torch.hub:
     ``out`` = ``dir/name.pth`` gives ``dir/name-1a2b3c4d.pth``, which is returned.
+    ``out`` = ``dir/name.safetensors`` is written under that name, as the Hugging Face Hub, which
+    keeps hashes itself, wants it.
 
     Raises:
         CheckpointError: not a checkpoint of ``effdet train``, or a weight exceeds half's range.
@@ -130,16 +133,14 @@ def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str])
     content = read(checkpoint)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint}: not written by `effdet train`")
-    weights = {}
-    for name, value in content["state_dict_ema"].items():
-        half = value.half() if value.is_floating_point() else value
-        if not bool(torch.isfinite(half).all()):
-            raise CheckpointError(f"{checkpoint}: {name} does not fit half precision")
-        weights[name] = half.contiguous()
+    weights = _half(content["state_dict_ema"], checkpoint)
     small = {key: content[key] for key in ("model", "image_size", "class_names", "category_ids")}
     if content.get("bn_eps"):
         small["bn_eps"] = content["bn_eps"]
     out = Path(out)
+    if out.suffix == ".safetensors":
+        safetensors_file.write(out, weights, {**small, "image_size": list(small["image_size"])})
+        return out
     partial = out.with_name(out.name + ".part")
     # the legacy format has no per-tensor archive entries, a third of the size of a small model
     torch.save({**small, "state_dict": weights}, partial, _use_new_zipfile_serialization=False)
@@ -147,3 +148,13 @@ def export_half(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str])
     final = out.with_name(f"{out.stem}-{digest}{out.suffix}")
     os.replace(partial, final)
     return final
+
+
+def _half(weights: dict[str, torch.Tensor], checkpoint: object) -> dict[str, torch.Tensor]:
+    halves = {}
+    for name, value in weights.items():
+        half = value.half() if value.is_floating_point() else value
+        if not bool(torch.isfinite(half).all()):
+            raise CheckpointError(f"{checkpoint}: {name} does not fit half precision")
+        halves[name] = half.contiguous()
+    return halves

@@ -12,7 +12,7 @@ from torch import nn
 
 from effdet.config import get_efficientdet_config
 from effdet.factory import create_model
-from effdet.helpers import CheckpointError, load_checkpoint
+from effdet.helpers import CheckpointError, load_checkpoint, local_path
 
 from . import checkpoint as checkpoints
 from .coco_names import COCO_NAMES
@@ -64,7 +64,7 @@ def load_model(
 
     Args:
         model: configuration name, or empty.
-        checkpoint: weights file, or empty.
+        checkpoint: weights file, on this machine or the Hub (``effdet.hub``), or empty.
         size: (height, width) of the input; None takes the checkpoint's, else the model's own.
 
     Raises:
@@ -77,6 +77,7 @@ def load_model(
         checkpoint = bundled_checkpoint()
     if not checkpoint:
         return _published(model, size)
+    source, checkpoint = str(checkpoint), local_path(checkpoint)
     content = checkpoints.read(checkpoint)
     name = model or content.get("model", "")
     if not isinstance(name, str) or not name:
@@ -99,10 +100,10 @@ def load_model(
         pretrained_backbone=False,
         image_size=size or tuple(content.get("image_size", ())) or None,
     )
-    load_checkpoint(built, str(checkpoint))
+    load_checkpoint(built, checkpoint)
     bn_eps = float(content.get("bn_eps", 0.0))
     set_norms(built, 0.0, bn_eps)
-    return LoadedModel(built, name, list(names), [int(i) for i in ids], str(checkpoint), bn_eps)
+    return LoadedModel(built, name, list(names), [int(i) for i in ids], source, bn_eps)
 
 
 def set_norms(model: nn.Module, momentum: float, eps: float) -> None:
