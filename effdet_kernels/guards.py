@@ -34,10 +34,12 @@ class CheckError(AssertionError):
 
 
 def contiguous(tensor: Tensor) -> Tensor:
+    """Dense, in the order of the dimensions."""
     return _embedded(tensor, torch.contiguous_format)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
+    """Dense with channels inside, where there are four dimensions."""
     return _embedded(tensor, _channels_last_of(tensor))
 
 

@@ -87,12 +87,14 @@ class Outcome:
     refused: int = 0
 
     def add(self, ratio: float | None) -> None:
+        """Count a call that passed, and its error over the bound, if the check has one."""
         self.calls += 1
         if ratio is not None:
             self.worst = max(self.worst or 0.0, ratio)
 
     @property
     def status(self) -> str:
+        """One of "failed", "not run" and "passed"."""
         return "failed" if self.failures else "not run" if self.calls == 0 else "passed"
 
 

@@ -35,14 +35,17 @@ Parts = Callable[[int], list[list[int]]]
 
 # How the gradients of n tensors are asked for: the tensors of each backward call.
 def together(n: int) -> list[list[int]]:
+    """All in one call."""
     return [list(range(n))]
 
 
 def one_by_one(n: int) -> list[list[int]]:
+    """A call for each."""
     return [[i] for i in range(n)]
 
 
 def every_other(n: int) -> list[list[int]]:
+    """Two calls: the even ones, the odd ones."""
     return [part for part in (list(range(0, n, 2)), list(range(1, n, 2))) if part]
 
 

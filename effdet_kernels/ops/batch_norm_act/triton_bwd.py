@@ -154,6 +154,7 @@ def input_gradient(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of x [B, C, H, W], weight [C] and bias [C]."""
     x, weight, bias, eps, act, *given, saved, needs = rest
     x, grad = _gpu.pixels_inner(x), _gpu.pixels_inner(grads[0])
     vectors = [v.contiguous() for v in (*(saved or given), weight, bias)]

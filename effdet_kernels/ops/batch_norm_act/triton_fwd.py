@@ -222,6 +222,7 @@ def run(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> list[Tensor]:
+    """y like x; without ``mean`` also the batch's mean and variance [C]."""
     x = _gpu.pixels_inner(x)
     moments = []
     if mean is None:

@@ -53,6 +53,7 @@ def run(
     limits: Tensor | None,
     strides: Tensor | None,
 ) -> list[Tensor]:
+    """Boxes [B, K, 4], logits, anchor indices and classes [B, K], best first."""
     specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
     boxes, logits, anchor_index, classes = outputs = [spec.empty() for spec in specs]
     batch, kept = logits.shape

@@ -110,6 +110,7 @@ def run(
     picks: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    """The wanted gradients of the class and box maps, 0 but at the picks."""
     of_boxes, of_logits = grads[:2]
     of_cls, of_box = wanted((cls_outputs, box_outputs), needs)
     anchor_index, classes = (t.contiguous() for t in picks)

@@ -115,6 +115,7 @@ def run(
     limits: Tensor | None,
     strides: Tensor | None,
 ) -> list[Tensor]:
+    """Boxes [B, K, 4], logits, anchor indices and classes [B, K], best first: search, sort, decode."""
     specs = op._out_spec(cls_outputs, box_outputs, anchors, num_classes, k, limits, strides)
     outputs = _gpu.allocate(specs)
     batch, kept = outputs[1].shape

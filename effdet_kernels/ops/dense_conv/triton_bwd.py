@@ -253,6 +253,7 @@ def _weight_gradient(x, weight, delta, stride, padding):
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of x, weight, scale and shift."""
     x, weight, scale, shift, stride, padding, act, _, needs = rest
     of_x, of_weight, of_scale, of_shift = wanted((x, weight, scale, shift), needs)
     x, weight, patch = placed(x, weight)

@@ -163,6 +163,7 @@ def run(
     act: str,
     statistics: bool = False,
 ) -> list[Tensor]:
+    """y [B, O, H', W']; with ``statistics`` also mean and variance [O]."""
     batch, channels, _, _ = x.shape
     out_channels, kernel = weight.shape[0], weight.shape[2]
     size = _arguments.convolved_size("dense_conv", x, kernel, stride, padding)

@@ -39,6 +39,7 @@ def refusal(
 
 
 def run(*args: Any) -> list[Tensor]:
+    """y [B, C, H', W'], and with ``squeeze`` its sums [B, C] in float32."""
     y, parts = run_to_parts(*args)
     return [y] if parts is None else [y, parts.sum(1)]
 

@@ -39,6 +39,7 @@ def refusal(grads: Sequence[Tensor | None], *rest) -> str | None:
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of x and weight; calls with scale or shift are refused."""
     x, weight, scale, shift, stride, padding, _, _, _, needs = rest
     of_x, of_weight, *others = wanted((x, weight, scale, shift), needs)
     batch, channels, height, width = x.shape

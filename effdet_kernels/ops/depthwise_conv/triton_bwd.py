@@ -393,6 +393,7 @@ def output_gradient(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of x, weight, scale and shift."""
     x, weight, scale, shift, stride, padding, act, squeeze, _, needs = rest
     of_x, of_weight, of_scale, of_shift = wanted((x, weight, scale, shift), needs)
     delta, d_scale, d_shift = grads[0], None, None

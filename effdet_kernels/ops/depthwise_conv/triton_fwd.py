@@ -289,6 +289,7 @@ def run(
     squeeze: bool,
     statistics: bool = False,
 ) -> list[Tensor]:
+    """y [B, C, H', W']; with ``squeeze`` also its sums [B, C], or with ``statistics`` mean and variance [C]."""
     x = _gpu.channels_inner(x)
     batch, channels, height, width = x.shape
     k = weight.shape[2]

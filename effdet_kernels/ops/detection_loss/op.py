@@ -46,7 +46,8 @@ def detection_loss(
             not trained.
         num_positives: [B], any floating or integer dtype, positives of each image.
         num_classes: C, at least 1.
-        alpha, gamma: balance and focus of the focal loss; gamma at least 0.
+        alpha: balance of the focal loss, at least 0.
+        gamma: its focus, at least 0.
         delta: knee of the huber loss, above 0.
         label_smoothing: s, 0 to 1.
         legacy_focal: ignore label_smoothing (in exact arithmetic that is all that the older form

@@ -101,6 +101,7 @@ def detection_loss_bwd_box_kernel(
 
 
 def run(grads: Sequence[Tensor | None], *rest) -> list[Tensor]:
+    """The wanted gradients of the class maps, then of the box maps: a launch for each kind."""
     *tensors, positives, num_classes, alpha, gamma, delta, smoothing, legacy, needs = rest
     count = len(tensors[0])
     of_logits, of_codes = (

@@ -182,10 +182,12 @@ def flat_maps(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def flat_labels(labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The labels, copied where they are not dense."""
     return tuple(t.contiguous() for t in labels)
 
 
 def flat_targets(targets: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The box targets in ``dtype``, dense."""
     return tuple(t.to(dtype).contiguous() for t in targets)
 
 
@@ -227,6 +229,7 @@ def run(
     label_smoothing: float,
     legacy_focal: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Class and box loss, 0-d: sums of parts of the maps, then the sum of these in a fixed order."""
     first = cls_outputs[0]
     for label in cls_targets:
         if (

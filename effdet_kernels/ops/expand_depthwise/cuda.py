@@ -72,6 +72,7 @@ def _out_pixels(x: Tensor, dw_weight: Tensor, stride: int, padding: Sequence[int
 
 
 def run(*args: Any) -> list[Tensor]:
+    """y [B, E, H', W'], and with ``squeeze`` its sums [B, E] in float32."""
     y, parts = run_to_parts(*args)
     return [y] if parts is None else [y, parts.sum(1)]
 

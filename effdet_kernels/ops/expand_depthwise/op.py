@@ -39,11 +39,12 @@ def expand_depthwise(
         x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
             place).
         expand_weight: [E, C, 1, 1], dtype of ``x``.
-        expand_scale, expand_shift: [E] float32 (float64 with float64), the first BN, folded.
+        expand_scale: [E] float32 (float64 with float64): the first BN, folded, its factor.
+        expand_shift: [E] like ``expand_scale``, its offset.
         dw_weight: [E, 1, k, k], dtype of ``x``.
-        scale, shift: [E] like ``expand_scale``, the second BN, folded. Both None: y is the raw
-            depthwise result, without activation, for statistics to be taken from it. One None: 1 or
-            0.
+        scale: [E] like ``expand_scale``, the second BN's factor; None: 1.
+        shift: [E] like ``expand_scale``, its offset; None: 0. Both None: y is the raw depthwise
+            result, without activation, for statistics to be taken from it.
         stride: of the depthwise convolution, both axes, at least 1.
         padding: zeros (left, right, top, bottom) around the expanded map, in pixels.
         act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish";

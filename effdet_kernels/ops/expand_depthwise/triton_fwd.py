@@ -23,6 +23,7 @@ def run(
     act: str,
     squeeze: bool,
 ) -> list[Tensor]:
+    """y [B, E, H', W'], and with ``squeeze`` its sums [B, E]; the expanded map is stored between."""
     last_act = "none" if scale is None and shift is None else act
     (e,) = pointwise.run(x, expand_weight, expand_scale, expand_shift, None, None, act)
     return depthwise.run(e, dw_weight, scale, shift, stride, padding, last_act, squeeze)

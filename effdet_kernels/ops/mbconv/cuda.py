@@ -27,6 +27,7 @@ def refusal(*args: Any) -> str | None:
 
 
 def run(*args: Any) -> Tensor:
+    """y [B, O, H', W'] of a whole block."""
     block = Block(*args)
     first = depthwise if block.expand_weight is None else expand
     wide, parts = first.run_to_parts(*block.opening)

@@ -60,20 +60,23 @@ def mbconv(
         x: [B, C, H, W] float32, float64, float16 or bfloat16, any strides (channels_last is read in
             place).
         expand_weight: [E, C, 1, 1], dtype of ``x``; None: E is C.
-        expand_scale, expand_shift: [E] float32 (float64 with float64), the BN that follows, folded;
+        expand_scale: [E] float32 (float64 with float64): the BN that follows, folded, its factor;
             None without ``expand_weight``.
+        expand_shift: [E] like ``expand_scale``, its offset.
         dw_weight: [E, 1, k, k], dtype of ``x``.
-        dw_scale, dw_shift: [E] like ``expand_scale``.
+        dw_scale: [E] like ``expand_scale``.
+        dw_shift: [E] like ``expand_scale``.
         se_reduce_weight: [R, E, 1, 1], any floating dtype, the same for the four of squeeze-excite.
         se_reduce_bias: [R].
         se_expand_weight: [E, R, 1, 1].
         se_expand_bias: [E].
         weight: [O, E, 1, 1], dtype of ``x``.
-        scale, shift: [O] like ``expand_scale``.
+        scale: [O] like ``expand_scale``.
+        shift: [O] like ``expand_scale``.
         stride: of the depthwise convolution, both axes, at least 1.
         padding: zeros (left, right, top, bottom) around e, in pixels.
-        act, se_act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or
-            "mish".
+        act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        se_act: one of these.
         gate: "sigmoid" or "hard_sigmoid".
         residual: add x, which then has the shape of y.
 
@@ -167,6 +170,7 @@ class Block(NamedTuple):
 
     @property
     def excite(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weights and biases of squeeze-excite, in the order of ``squeeze_excite``."""
         return (
             self.se_reduce_weight,
             self.se_reduce_bias,
@@ -176,6 +180,7 @@ class Block(NamedTuple):
 
     @property
     def added(self) -> Tensor | None:
+        """What the projection adds: x or nothing."""
         return self.x if self.residual else None
 
 

@@ -233,6 +233,7 @@ def input_gradient(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of x, weight, scale, shift, gate and residual."""
     x, weight, scale, shift, gate, residual, act, _, needs = rest
     grad = grads[0]
     of_x, of_weight, of_scale, of_shift, of_gate, of_residual = wanted(

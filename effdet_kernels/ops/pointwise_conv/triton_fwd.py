@@ -95,6 +95,7 @@ def run(
     act: str,
     statistics: bool = False,
 ) -> list[Tensor]:
+    """y [B, O, H, W]; with ``statistics`` also mean and variance [O]."""
     x = _gpu.pixels_inner(x)
     residual = None if residual is None else _gpu.pixels_inner(residual)
     batch, channels, height, width = x.shape

@@ -102,6 +102,7 @@ def run(
     pool_padding: Sequence[int],
     statistics: bool = False,
 ) -> list[Tensor]:
+    """Maps [B, O, H, W], net-major."""
     specs = op._out_spec(
         x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, resample, size,
         pool_padding,

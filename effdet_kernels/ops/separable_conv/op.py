@@ -50,12 +50,14 @@ def separable_conv(
         scale: empty (1), or n * l vectors [O], net-major, float32 (float64 with float64): the
             folded BN's factor.
         shift: empty (0), or n * l vectors like ``scale``.
-        pre_act, act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or
-            "mish".
+        pre_act: "none", "swish", "relu", "relu6", "hard_swish", "leaky_relu" (slope 0.01) or "mish".
+        act: one of these.
         method: None, or "fastattn", "attn", "sum": how ``x`` is fused, as in ``weighted_fusion``,
-            whose ``weight`` is ``fusion_weight`` here and whose ``resample``, ``size`` and
-            ``pool_padding`` mean the same. There is one net and one output then.
+            whose ``weight`` is ``fusion_weight`` here. There is one net and one output then.
         fusion_weight: [len(x)], any floating dtype; None with "sum" and without ``method``.
+        resample: as in ``weighted_fusion``.
+        size: (H, W) of the fused map, as in ``weighted_fusion``.
+        pool_padding: as in ``weighted_fusion``.
         statistics: also return means and variances, for batch norms that follow.
 
     Returns:

@@ -127,6 +127,7 @@ def output_gradients(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of every tensor, in the order of the arguments."""
     *args, needs = rest
     x, dw_weight, pw_weight, scale, shift, pre_act, act, method, fusion_weight, *how, statistics = (
         args

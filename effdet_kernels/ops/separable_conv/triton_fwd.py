@@ -247,6 +247,7 @@ def _row(kernel: int, kinds: Sequence[str], pre_act: str, grads: Sequence[Tensor
 
 
 def run(*args) -> list[Tensor]:
+    """Maps [B, O, H, W], net-major; with ``statistics`` then their means, then their variances, [O] each."""
     if max(weight.shape[2] for weight in args[1]) > LARGEST:
         return op._reference(*args)
     *rest, wanted = args

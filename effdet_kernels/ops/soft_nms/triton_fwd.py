@@ -267,6 +267,7 @@ def run(
     score_threshold: float,
     max_per_class: int | None,
 ) -> list[Tensor]:
+    """Indices and scores [B, max_det], counts and dropped [B]."""
     boxes, scores = boxes.contiguous(), scores.contiguous()
     classes, num_valid = _gpu.dense(classes), _gpu.dense(num_valid)
     batch, count = scores.shape

@@ -108,6 +108,7 @@ def squeeze_excite_bwd_weight_kernel(
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of sums [B, C] and of the weights and biases."""
     sums, *parameters, count, act, gate, needs = rest
     (batch, channels), rows = sums.shape, len(parameters[0])
     sums = sums.contiguous()

@@ -24,6 +24,7 @@ def load_weight(weight_ptr, row, rows, column, columns, ACC: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, at, count, ACC: tl.constexpr):
+    """A vector's values at ``at``, 0 from ``count`` on."""
     return tl.load(ptr + at, mask=at < count, other=0.0).to(ACC)
 
 
@@ -48,6 +49,7 @@ def reduced(
 
 @triton.jit
 def gated(u, GATE: tl.constexpr):
+    """The gate of u: a sigmoid, or its piecewise linear stand-in."""
     if GATE == "sigmoid":
         return sigmoid(u)
     return activate(u + 3.0, "relu6") * (1.0 / 6.0)
@@ -96,6 +98,7 @@ def run(
     act: str,
     gate: str,
 ) -> Tensor:
+    """Gates [B, C]."""
     batch, channels = sums.shape
     parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
     (gates,) = _gpu.allocate([TensorSpec((batch, channels), sums.dtype, sums.device)])

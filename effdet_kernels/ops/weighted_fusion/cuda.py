@@ -89,6 +89,7 @@ def run(
     pool_padding: Sequence[int],
     act: str,
 ) -> Tensor:
+    """y [B, C, *size]."""
     batch, channels = x[0].shape[:2]
     y = _library.nchw((batch, channels, *size), x[0]).empty()
     if batch == 0:

@@ -32,6 +32,7 @@ def refusal(grads: Sequence[Tensor | None], *rest) -> str | None:
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of the maps and of weight."""
     x, weight, method, resample, _, pool_padding, act, needs = rest
     of_x, of_weight = wanted((x, weight), needs)
     dx, d_weight = gradients(

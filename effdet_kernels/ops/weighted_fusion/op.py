@@ -154,6 +154,7 @@ def fusion_fields(
 
 
 def run_cpu(*args) -> Tensor:
+    """The fused map [B, C, *size], channels_last."""
     x, weight, method, resample, size, pool_padding, act = _cpu.widened(args)
     (y,) = _cpu.allocate(_out_spec(*args), x[0].dtype)
     if y.shape[0] == 0:

@@ -194,6 +194,7 @@ def _weight_gradient(of_shares: Tensor, weight: Tensor, method: str) -> Tensor:
 
 
 def run(grads: Sequence[Tensor], *rest) -> list[Tensor]:
+    """The wanted gradients of the maps and of weight."""
     x, weight, method, resample, _, pool_padding, act, needs = rest
     of_x, of_weight = wanted((x, weight), needs)
     dx, d_weight = gradients(

@@ -78,6 +78,7 @@ def run(
     pool_padding: Sequence[int],
     act: str,
 ) -> Tensor:
+    """y [B, C, *size]."""
     maps, geometry, names, unit = sources(x, resample, size)
     batch, channels = maps[0].shape[:2]
     height, width = size
