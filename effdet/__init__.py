@@ -1,5 +1,6 @@
 """EfficientDet on hand-written kernels, with the names of the PyPI package `effdet` 0.4.1."""
 
+from . import _conflict as _conflict  # first: what follows may not be ours
 from . import distributed as distributed
 from . import evaluation as evaluation
 from .bench import DetBenchPredict, DetBenchTrain, unwrap_bench

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from effdet import _conflict as _conflict  # effdet/__init__.py may not be ours
+
 from .main import main
 
 __all__ = ["main"]
