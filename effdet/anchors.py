@@ -132,6 +132,7 @@ class Anchors(nn.Module):
         )
 
     def get_anchors_per_location(self) -> int:
+        """Anchors at each position of a map: scales times aspect ratios."""
         return self.num_scales * len(self.aspect_ratios)
 
     def boxes_for(self, image_size: tuple[int, int]) -> Tensor:

@@ -321,6 +321,7 @@ class DetBenchPredict(_DetBench):
                 self(x, {"img_scale": scale, "img_size": size} if img_info else None)
 
     def train(self, mode: bool = True) -> DetBenchPredict:
+        """``nn.Module.train``; training mode drops the plans, whose memory it needs."""
         if mode:
             self._plans.clear()
         return super().train(mode)

@@ -184,6 +184,9 @@ class EfficientDet(nn.Module):
 
         Args:
             sizes: (H, W), or one number for both.
+            batch: images per call.
+            dtype: of the images.
+            memory_format: of the images.
 
         Raises:
             ValueError: the model is in training mode.
@@ -208,6 +211,7 @@ class EfficientDet(nn.Module):
         self._training_plans.clear()
 
     def train(self, mode: bool = True) -> EfficientDet:
+        """``nn.Module.train``; frees what the plans of the other mode hold."""
         if mode:
             self._plans.clear()  # gradients need the memory
         else:

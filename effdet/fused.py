@@ -377,6 +377,7 @@ def _with_sums(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | No
 
 
 def spatial_sums(y: Tensor) -> Tensor:
+    """The sums [B, C] over the pixels of y [B, C, H, W], at least in float32."""
     return y.sum((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
 
 

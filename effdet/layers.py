@@ -20,6 +20,7 @@ class SequentialList(nn.Sequential):
     """`nn.Sequential` over a list of feature maps."""
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """The list of maps through each module in turn."""
         for module in self:
             x = module(x)
         return x
@@ -125,6 +126,7 @@ class Interpolate2d(nn.Module):
         self.align_corners = None if mode == "nearest" else align_corners
 
     def forward(self, input: Tensor) -> Tensor:
+        """``input`` [B, C, H, W] at the module's size or scale."""
         return F.interpolate(
             input,
             self.size,

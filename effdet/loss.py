@@ -120,7 +120,8 @@ def loss_fn(
             trained, which is how background anchors are left out.
         num_positives: ``[B]`` positive anchors per image. Both losses are divided by its sum + 1.
         num_classes: number of classes.
-        alpha, gamma: of the focal loss.
+        alpha: balance of the focal loss.
+        gamma: focus of the focal loss.
         delta: of the huber loss.
         box_loss_weight: weight of the box loss in the total.
         label_smoothing: of the focal loss; the legacy form has none.

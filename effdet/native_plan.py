@@ -59,10 +59,12 @@ def _writes(name: str) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of: what two views share."""
     return int(tensor.untyped_storage().data_ptr())
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a value, in lists, tuples and dictionaries too."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

@@ -62,6 +62,7 @@ class Plans:
         self.clear()
 
     def clear(self) -> None:
+        """Forget all plans, why some could not be made, and their memory."""
         self._watch: Watch | None = None
         self._plans: OrderedDict[Hashable, _AnyPlan | NotPlannableError] = OrderedDict()
         self._arenas: list[Tensor] = []

@@ -148,8 +148,10 @@ def _translated(step: Step) -> Step:
 
 
 def name_of(step: Step) -> str:
+    """The name of a step's kernel or torch function, for messages."""
     return str(step.function) if isinstance(step, TorchStep) else step[0]
 
 
 def touched(step: Step) -> list[Tensor]:
+    """The tensors that a step reads or writes."""
     return tensors_in(step if isinstance(step, TorchStep) else step[1])

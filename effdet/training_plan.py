@@ -163,6 +163,7 @@ class TrainingPlan:
         return maps[: self._levels], maps[self._levels :]
 
     def run_forward(self, ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """Class and box maps for x [B, 3, H, W]; ``ctx`` keeps what the backward reads."""
         arena = take_arena(self._arenas, self.arena_bytes)
         outputs = [torch.empty_strided(*of, dtype=dtype) for *of, dtype in self._outputs]
         _run(self._forward, [arena, x, *outputs])
@@ -176,6 +177,7 @@ class TrainingPlan:
         return tuple(outputs)
 
     def run_backward(self, ctx: Any, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """Given the maps' gradients, those of the parameters; None for one without."""
         lease, x, *rest = ctx.saved_tensors
         read = iter(rest)
         outputs = [next(read) if reads else lease for reads in self._reads_outputs]

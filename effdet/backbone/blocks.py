@@ -45,9 +45,11 @@ class BlockArgs:
     drop_path: float
 
     def norm(self, channels: int) -> nn.BatchNorm2d:
+        """A batch norm of `channels`, with the block's eps and momentum."""
         return nn.BatchNorm2d(channels, eps=self.bn_eps, momentum=self.bn_momentum)
 
     def activation(self) -> nn.Module:
+        """The block's activation as a module of its own."""
         return fused.activation_class(self.act)()
 
 
@@ -78,6 +80,7 @@ class MixedConv2d(nn.ModuleDict):
         )
 
     def convs(self) -> list[nn.Conv2d]:
+        """The convolutions, in the order of their shares of the channels."""
         return cast("list[nn.Conv2d]", list(self.values()))
 
 
@@ -88,12 +91,14 @@ def _shares(channels: int, count: int) -> list[int]:
 
 
 def pointwise_layer(in_channels: int, out_channels: int, splits: int) -> nn.Conv2d | MixedConv2d:
+    """A 1x1 convolution without bias; with `splits` above 1 a mix of so many."""
     if splits > 1:
         return MixedConv2d(in_channels, out_channels, (1,) * splits)
     return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
 def depthwise_layer(channels: int, args: BlockArgs) -> nn.Conv2d | MixedConv2d:
+    """The block's depthwise convolution without bias; of several kernel sizes a mix."""
     if isinstance(args.kernel, tuple):
         return MixedConv2d(channels, channels, args.kernel, stride=args.stride, depthwise=True)
     return nn.Conv2d(channels, channels, args.kernel, args.stride, groups=channels, bias=False)
@@ -176,11 +181,13 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
+        """x with whole images set to 0, the others divided by the share that is kept."""
         keep = 1.0 - self.drop_prob
         mask = x.new_empty((x.shape[0], *(1,) * (x.ndim - 1))).bernoulli_(keep)
         return x * mask.div_(keep)
 
     def extra_repr(self) -> str:
+        """The probability, for `print(model)`."""
         return f"drop_prob={self.drop_prob:.3f}"
 
 
@@ -240,6 +247,7 @@ class Block(nn.Module):
         return fused.block(x, *stages, excite, self.act, padding, self.has_skip)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W'], in one op where one has the whole block."""
         whole = self._in_one_op(x)
         if whole is not None:
             return whole
@@ -262,6 +270,7 @@ class DepthwiseSeparableConv(Block):
         return None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x -> the depthwise result [B, in, H', W'] and its gate [B, in] or None."""
         squeeze = isinstance(self.se, SqueezeExcite)
         y, sums = depthwise(x, self.conv_dw, self.bn1, self.act, self.pad_type, squeeze)
         return y, self._gate(y, sums)
@@ -287,6 +296,7 @@ class InvertedResidual(Block):
         return (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x -> the depthwise result [B, mid, H', W'] and its gate [B, mid] or None."""
         squeeze = isinstance(self.se, SqueezeExcite)
         if isinstance(self.conv_pw, nn.Conv2d) and isinstance(self.conv_dw, nn.Conv2d):
             padding = conv_padding(x, self.conv_dw, self.pad_type)
@@ -315,6 +325,7 @@ class EdgeResidual(Block):
         self.bn2 = args.norm(args.out_channels)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x -> the dense convolution's result [B, mid, H', W']; there is no gate."""
         padding = conv_padding(x, self.conv_exp, self.pad_type)
         return fused.dense(x, self.conv_exp, self.bn1, self.act, padding), None
 
@@ -332,6 +343,7 @@ class ConvBnAct(Block):
         self.bn1 = args.norm(args.out_channels)
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x itself: there is one convolution, which `project` does."""
         return x, None
 
     def _project(self, y: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -18,12 +18,15 @@ class FeatureInfo:
         return self.info[index]
 
     def channels(self) -> list[int]:
+        """Channels of each feature map."""
         return [info["num_chs"] for info in self.info]
 
     def reduction(self) -> list[int]:
+        """Pixels of the image per pixel of each feature map, along a side."""
         return [info["reduction"] for info in self.info]
 
     def module_name(self) -> list[str]:
+        """Name of the module that makes each feature map."""
         return [info["module"] for info in self.info]
 
     def get_dicts(self, keys: list[str] | None = None) -> list[dict[str, Any]]:

@@ -27,12 +27,14 @@ example:
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "demo", "try it: draw scenes, detect, measure", _TEXT)
     parser.add_argument("--out", default="demo", metavar="DIR", help="default: demo")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw scenes, detect on one, measure on all; the exit status."""
     from effdet.engine.weights import load_model
 
     out = Path(args.out)

@@ -37,6 +37,7 @@ _LABELS = {
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "eval", "measure COCO AP on a data set", _TEXT)
     parser.add_argument("data", metavar="DATA", help="folder in COCO format")
     parser.add_argument("--split", default="val", help="default: val")
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure the model on a split and print the figures; the exit status."""
     from effdet.engine.weights import load_model
 
     loaded = load_model(args.model, args.checkpoint, args.size)

@@ -19,12 +19,14 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "models", "list the models and their sizes", _TEXT)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only names that match")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print a table of the models that match; the exit status."""
     from effdet.config.model_config import efficientdet_model_param_dict, get_efficientdet_config
 
     names = [

@@ -24,6 +24,7 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "scenes", "draw a labelled data set from a seed", _TEXT)
     parser.add_argument("out", metavar="OUT", help="folder to write to; may hold other splits")
     parser.add_argument("--count", type=positive_int, default=100, help="pictures (default: 100)")
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw a split and print its annotation file; the exit status."""
     with tqdm(total=args.count, desc="drawing", unit="scene", leave=False, disable=None) as bar:
         path = generate_scenes(
             args.out,

@@ -50,6 +50,7 @@ _MAY_CHANGE = {"data", "device", "workers", "out", "keep", "save_every", "log_ev
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "train", "train a model on a folder in COCO format", _TEXT)
     # Defaults are those of TrainConfig; what is not given is not in the namespace.
     parser.set_defaults(run=run, resume="", restart=False, quiet=False, threads=0)
@@ -135,6 +136,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train, or go on with a run; the exit status."""
     import torch
 
     from effdet.engine.config import TrainConfig

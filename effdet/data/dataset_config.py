@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class CocoCfg:
+    """Annotations in COCO's format: per split a JSON file and the folder of the pictures."""
+
     variant: str | None = None
     parser: str = "coco"
     num_classes: int = 80
@@ -37,18 +39,24 @@ def _coco2014_splits() -> dict[str, dict]:
 
 @dataclass
 class Coco2017Cfg(CocoCfg):
+    """COCO 2017: train, val, test and test-dev; the last two without labels."""
+
     variant: str = "2017"
     splits: dict[str, dict] = field(default_factory=_coco2017_splits)
 
 
 @dataclass
 class Coco2014Cfg(CocoCfg):
+    """COCO 2014: train, val, and test without labels."""
+
     variant: str = "2014"
     splits: dict[str, dict] = field(default_factory=_coco2014_splits)
 
 
 @dataclass
 class VocCfg:
+    """Pascal VOC: per split a list of names, an XML file per picture, the folder of the pictures."""
+
     variant: str | None = None
     parser: str = "voc"
     num_classes: int = 20
@@ -68,6 +76,8 @@ def _voc_split(years: tuple[str, ...], split: str) -> dict:
 
 @dataclass
 class Voc2007Cfg(VocCfg):
+    """VOC 2007: train and val."""
+
     variant: str = "2007"
     splits: dict[str, dict] = field(
         default_factory=lambda: {s: _voc_split(("2007",), s) for s in ("train", "val")}
@@ -76,6 +86,8 @@ class Voc2007Cfg(VocCfg):
 
 @dataclass
 class Voc2012Cfg(VocCfg):
+    """VOC 2012: train and val."""
+
     variant: str = "2012"
     splits: dict[str, dict] = field(
         default_factory=lambda: {s: _voc_split(("2012",), s) for s in ("train", "val")}
@@ -97,6 +109,8 @@ class Voc0712Cfg(VocCfg):
 
 @dataclass
 class OpenImagesCfg:
+    """Open Images: per split CSV files of boxes and of labels, and the folder of the pictures."""
+
     variant: str | None = None
     parser: str = "openimages"
     num_classes: int | None = None
@@ -146,17 +160,23 @@ def _open_images_challenge2019_splits() -> dict[str, dict]:
 
 @dataclass
 class OpenImagesObjCfg(OpenImagesCfg):
+    """Open Images with boxes: the 601 classes that have them."""
+
     num_classes: int = 601
     categories_map: str = "annotations/class-descriptions-boxable.csv"
 
 
 @dataclass
 class OpenImagesObjV5Cfg(OpenImagesObjCfg):
+    """Open Images V5 with boxes: train, val and test."""
+
     splits: dict[str, dict] = field(default_factory=_open_images_v5_splits)
 
 
 @dataclass
 class OpenImagesObjChallenge2019Cfg(OpenImagesObjCfg):
+    """The 500 classes of the Open Images challenge of 2019; test without labels."""
+
     num_classes: int = 500
     categories_map: str = "annotations/challenge-2019/challenge-2019-classes-description-500.csv"
     splits: dict[str, dict] = field(default_factory=_open_images_challenge2019_splits)
@@ -176,12 +196,16 @@ class OpenImagesSegCfg(OpenImagesCfg):
 
 @dataclass
 class OpenImagesSegV5Cfg(OpenImagesSegCfg):
+    """Segmentation of Open Images V5: a class count only."""
+
     num_classes: int = 300
     splits: dict[str, dict] = field(default_factory=_no_files)
 
 
 @dataclass
 class OpenImagesSegChallenge2019Cfg(OpenImagesSegCfg):
+    """Segmentation of the challenge of 2019: a class count only."""
+
     num_classes: int = 300
     ann_class_map: str = (
         "annotations/challenge-2019/challenge-2019-classes-description-segmentable.csv"

@@ -27,6 +27,8 @@ def coco_folder(
     left out for its size.
 
     Args:
+        root: the folder.
+        split: the name of the part, as file and folder names have it.
         num_classes: of the model to be used. If it is not the number of categories, but covers
             their ids (as the 90 classes of a COCO model do), the ids themselves are the labels.
 

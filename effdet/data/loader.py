@@ -54,6 +54,7 @@ class DetectionFastCollate:
         self.dropped_instances = 0
 
     def __call__(self, batch: list[tuple]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The images [B, 3, H, W], of the dtype that they have, and the targets of the batch."""
         images = torch.stack([torch.as_tensor(image) for image, _ in batch])
         targets = [target for _, target in batch]
         labelled = {"bbox", "cls", "bbox_ignore"} if self.anchor_labeler is not None else set()
@@ -230,16 +231,26 @@ def create_loader(
 
     Args:
         dataset: its `transform` is set.
-        input_size: one number, (H, W) or (3, H, W).
+        input_size: one number, (H, W) or (3, H, W), in pixels.
+        batch_size: images per batch.
         is_training: shuffle, flip and scale jitter (`scale`); else letterbox, in order.
         use_prefetcher: give batches on `device`; otherwise normalised on the CPU by the workers.
-        re_prob, re_mode, re_count: random erasing, in training with the prefetcher.
+        re_prob: of random erasing, in training with the prefetcher: the share of images.
+        re_mode: what is put there, see `RandomErasing`.
+        re_count: the most rectangles per image.
+        interpolation: of the resizing, a name of Pillow's; in training also "random".
+        fill_color: around the image: "mean", one level 0..255, or three.
+        mean: subtracted from pixels of 0 to 1, per channel.
+        std: divided by, per channel.
+        num_workers: processes that load; 0: this one.
         distributed: this process's share of the samples.
+        pin_mem: batches in page-locked memory.
         anchor_labeler: label in the workers, see `DetectionFastCollate`.
         transform_fn: transform in place of the built-in ones.
         collate_fn: collate in place of `DetectionFastCollate`.
         device: default is CUDA where available, else the CPU.
         seed: makes order and transforms a function of (seed, epoch) alone; see `set_epoch`.
+        scale: smallest and largest factor of the scale jitter.
         max_instances: boxes kept per image.
         drop_last: leave out an incomplete last batch.
         worker_init_fn: called in each worker with its number.

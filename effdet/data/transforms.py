@@ -92,6 +92,7 @@ class ImageToNumpy:
     """PIL image to a uint8 array [C, H, W]."""
 
     def __call__(self, img: Image.Image, target: dict) -> tuple[np.ndarray, dict]:
+        """The image as an array; a grey one gets a channel axis. The target as it is."""
         pixels = np.array(img, dtype=np.uint8)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
@@ -105,6 +106,7 @@ class ImageToTensor:
         self.dtype = dtype
 
     def __call__(self, img: Image.Image, target: dict) -> tuple[torch.Tensor, dict]:
+        """The image as a tensor, the target as it is."""
         pixels, target = ImageToNumpy()(img, target)
         return torch.from_numpy(pixels).to(self.dtype), target
 
@@ -117,6 +119,7 @@ class Normalize:
         self.std = torch.tensor(std).view(3, 1, 1) * 255
 
     def __call__(self, img: torch.Tensor, target: dict) -> tuple[torch.Tensor, dict]:
+        """The image in float32, normalised; the target as it is."""
         return (img.float() - self.mean) / self.std, target
 
 
@@ -138,6 +141,7 @@ class ResizePad:
         _pil_interp(interpolation)
 
     def __call__(self, img: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        """The letterboxed image; boxes scaled and clipped in place, `img_scale` added."""
         scale = min(self.target_size[0] / img.height, self.target_size[1] / img.width)
         size = _scaled_size(img, scale)
         canvas = Image.new("RGB", self.target_size[::-1], color=self.fill_color)
@@ -184,6 +188,7 @@ class RandomResizePad:
         return scaled_h, scaled_w, offset_y, offset_x, scale
 
     def __call__(self, img: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        """The resized crop; boxes moved and clipped, those outside dropped, `img_scale` added."""
         scaled_h, scaled_w, offset_y, offset_x, scale = self._get_params(img)
         if isinstance(self.interpolation, tuple):
             interpolation = random.choice(self.interpolation)
@@ -222,6 +227,7 @@ class RandomFlip:
         return horizontal, vertical
 
     def __call__(self, img: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        """The image, mirrored or not, and the boxes with it."""
         horizontal, vertical = self._get_params()
         if horizontal:
             img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -239,6 +245,7 @@ class Compose:
         self.transforms = transforms
 
     def __call__(self, img, target: dict):
+        """(img, target) after every transform."""
         for transform in self.transforms:
             img, target = transform(img, target)
         return img, target

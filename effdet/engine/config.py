@@ -139,6 +139,7 @@ class TrainConfig:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, takes {takes}")
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON; `from_dict` reads them."""
         return asdict(self)
 
     @classmethod

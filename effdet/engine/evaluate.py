@@ -56,7 +56,8 @@ def evaluate(
         autocast: makes the context manager to run the network in.
         progress: called with the number of images of each batch.
         stop: looked at after each batch; when it becomes true, None is returned.
-        soft_nms, max_det: of the post-processing.
+        soft_nms: of the post-processing; False: NMS.
+        max_det: of the post-processing: detections per image.
         distributed: this process has a share of the images; all call this, all get the whole result.
         result_file: also write the detections there, in COCO's result format.
         suppression: what else a call of ``DetBenchPredict`` takes.

@@ -24,6 +24,7 @@ class JsonLog:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -78,7 +78,8 @@ def evaluation_page(
     """AP of each class, and precision over recall, of one evaluation.
 
     Args:
-        per_class, curves: ``per_class`` and ``precision_recall`` of `effdet.engine.evaluate.Evaluation`.
+        per_class: of an `effdet.engine.evaluate.Evaluation`.
+        curves: its ``precision_recall``.
 
     Returns:
         a ``matplotlib.figure.Figure``; None when matplotlib is missing.

@@ -41,6 +41,7 @@ class TensorBoardLog:
             self._writer.flush()
 
     def close(self) -> None:
+        """Write what is left and close the files."""
         self._writer.close()
 
 

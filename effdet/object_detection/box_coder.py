@@ -34,6 +34,7 @@ class FasterRcnnBoxCoder:
         self.eps = eps
 
     def code_size(self) -> int:
+        """Numbers per code: 4."""
         return 4
 
     def encode(self, boxes: BoxList, anchors: BoxList) -> Tensor:

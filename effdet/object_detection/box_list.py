@@ -27,6 +27,7 @@ class BoxList:
         self.data: dict[str, Tensor] = {"boxes": _check_boxes(boxes)}
 
     def num_boxes(self) -> int:
+        """N."""
         return self.boxes().shape[0]
 
     def get_all_fields(self) -> list[str]:
@@ -42,9 +43,11 @@ class BoxList:
         self.data[field] = field_data
 
     def has_field(self, field: str) -> bool:
+        """Whether there is a field of that name."""
         return field in self.data
 
     def boxes(self) -> Tensor:
+        """The boxes, ``[N, 4]`` float32."""
         return self.data["boxes"]
 
     def set_boxes(self, boxes: Tensor) -> None:
@@ -52,6 +55,7 @@ class BoxList:
         self.data["boxes"] = _check_boxes(boxes)
 
     def get_field(self, field: str) -> Tensor:
+        """A field's tensor, of length N."""
         self._require(field)
         return self.data[field]
 
@@ -76,6 +80,7 @@ class BoxList:
         return {name: self.get_field(name) for name in (self.data if fields is None else fields)}
 
     def device(self) -> torch.device:
+        """The device of the boxes."""
         return self.boxes().device
 
     def _require(self, field: str) -> None:

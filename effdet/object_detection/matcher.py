@@ -27,33 +27,43 @@ class Match:
         self.match_results = match_results
 
     def matched_column_indices(self) -> Tensor:
+        """Columns that have a row, ascending."""
         return _positions(self.matched_column_indicator())
 
     def matched_column_indicator(self) -> Tensor:
+        """``[columns]`` bool: whether each column has a row."""
         return self.match_results >= 0
 
     def num_matched_columns(self) -> int:
+        """How many columns have a row."""
         return self.matched_column_indices().numel()
 
     def unmatched_column_indices(self) -> Tensor:
+        """Columns that are unmatched (-1), ascending."""
         return _positions(self.unmatched_column_indicator())
 
     def unmatched_column_indicator(self) -> Tensor:
+        """``[columns]`` bool: whether each column is unmatched (-1)."""
         return self.match_results == UNMATCHED
 
     def num_unmatched_columns(self) -> int:
+        """How many columns are unmatched (-1)."""
         return self.unmatched_column_indices().numel()
 
     def ignored_column_indices(self) -> Tensor:
+        """Columns that are ignored (-2), ascending."""
         return _positions(self.ignored_column_indicator())
 
     def ignored_column_indicator(self) -> Tensor:
+        """``[columns]`` bool: whether each column is ignored (-2)."""
         return self.match_results == IGNORED
 
     def num_ignored_columns(self) -> int:
+        """How many columns are ignored (-2)."""
         return self.ignored_column_indices().numel()
 
     def unmatched_or_ignored_column_indices(self) -> Tensor:
+        """Columns without a row, ascending."""
         return _positions(self.match_results < 0)
 
     def matched_row_indices(self) -> Tensor:

@@ -43,6 +43,7 @@ class TargetAssigner:
         self._keypoints_field_name = keypoints_field_name
 
     def box_coder(self) -> FasterRcnnBoxCoder:
+        """The coder that makes the regression targets."""
         return self._box_coder
 
     def assign(

@@ -136,6 +136,7 @@ class BoxAudit:
         return max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
 
     def warn(self, source: str) -> None:
+        """One warning, which names `source`, if boxes were left out or clipped."""
         if self.dropped or self.clipped:
             warnings.warn(
                 f"{source}: of {self.total} boxes {self.dropped} left out (a side under one pixel, "
