@@ -1,5 +1,4 @@
-"""Pascal VOC and OpenImages evaluation, which is not available yet.
+"""Pascal VOC and OpenImages metrics on numpy arrays; boxes are (y1, x1, y2, x2).
 
-`effdet.evaluator.CocoEvaluator` gives AP at IoU 0.5 (the Pascal metric, up to its interpolation) as
-`stats["AP50"]`.
+Read `detection_evaluator` first. `effdet.evaluator` applies them to a data set.
 """

@@ -19,16 +19,30 @@ LISTING = Path(__file__).with_name("signatures.txt")
 # The names of the package itself, then what other repositories import beyond them.
 IMPORTED = Path(__file__).with_name("names.txt").read_text().split()
 
-# Not here yet: the numpy evaluators for Pascal VOC and OpenImages (CocoEvaluator is).
-PENDING_MODULES = ("effdet.evaluation.",)
 # Deliberate differences. Private helpers that nothing outside calls:
 ABSENT = {
     "effdet.efficientdet.HeadNet._forward",
     "effdet.efficientdet.HeadNet._forward_level_first",
     "effdet.distributed._pad_to_largest_tensor",
     "effdet.distributed._serialize_to_tensor",
+    "effdet.evaluation.np_box_list._copy_extra_fields",
+    "effdet.evaluation.np_box_list._update_valid_indices_by_removing_high_iou_boxes",
+    "effdet.evaluation.object_detection_evaluation.ObjectDetectionEvaluation._initialize_detections",
+    *(
+        f"effdet.evaluation.per_image_evaluation.PerImageEvaluation.{name}"
+        for name in (
+            "_compute_cor_loc",
+            "_compute_is_class_correctly_detected_in_image",
+            "_compute_tp_fp",
+            "_compute_tp_fp_for_single_class",
+            "_get_ith_class_arrays",
+            "_get_overlaps_and_scores_box_mode",
+            "_get_overlaps_and_scores_mask_mode",
+            "_remove_invalid_boxes",
+        )
+    ),
 }
-# Defaults that were wrong, or that name the class of a pending module.
+# Defaults that were wrong.
 CHANGED_DEFAULTS = {
     ("effdet.data.dataset_config.VocCfg", "num_classes"),  # VOC has 20 classes
     ("effdet.data.dataset_config.Voc2007Cfg", "num_classes"),
@@ -54,7 +68,7 @@ def entries() -> list[tuple[str, str]]:
             found.append((owner, match[2]))
         elif match := re.match(r"      \.(\w+)(.*)", line):
             found.append((f"{owner}.{match[1]}", match[2]))
-    return [entry for entry in found if not entry[0].startswith(PENDING_MODULES)]
+    return found
 
 
 def resolve(name: str):
