@@ -1,4 +1,4 @@
-"""``python -m bench report``: tables, roofline plots and one self-contained page from rows of results.
+"""``python -m bench report``: tables, plots and one self-contained page from rows of results.
 
 Rows of different machines, commits or versions are told apart. Where one of these has several rows with the same key
 and engine, the latest counts. A row that was not timed is listed with its reason.
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import page, roofline
+from bench import accuracy, page, roofline
 from bench.columns import CASE, DEVICE, DIRECTION, DTYPE, ENGINE, FIGURES, GRAPH, SHAPE
 from bench.results import Row, load
 from bench.setups import (
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes tables.md, rows.csv, roofline-<device>-<dtype>.svg and index.html.
+    """Writes tables.md, rows.csv, index.html, roofline-<device>-<dtype>.svg and accuracy-<device>-<dtype>.svg.
 
     Raises:
         ValueError: there is no row at a path, or matplotlib is missing.
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     notes = [f"Rows left out, because they {_UNNAMED}: {left_out}."] if left_out else []
     files = {plot.file: plot.svg for plot in plots}
+    files |= {} if args.no_plot else dict(accuracy.plots(setups))
     files["tables.md"] = tables(setups, args.title, notes)
     files["rows.csv"] = _csv(setups)
     files["index.html"] = page.render(setups, plots, args.title, READING, notes)

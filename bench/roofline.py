@@ -7,27 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import io
 import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench import drawing
+from bench.drawing import COLOURS, INK, MARKERS, PAPER, RULE
 from bench.results import Row
 from bench.setups import Setup, name_of, number, plain, timed
 
-INK, PAPER, RULE = "#1f2329", "#fefefd", "#d8dee5"  # the page replaces these by its own
-COLOURS = (  # so are these
-    "#d9480f",
-    "#1c7ed6",
-    "#2b8a3e",
-    "#9c36b5",
-    "#7f5539",
-    "#0b7285",
-    "#c2255c",
-    "#66800b",
-)
-_MARKERS = "osD^vPX*"
 _COLUMNS = 4  # of the key
 _WIDTH, _TOP, _PLOT, _AROUND, _LINE = 11.0, 0.65, 4.7, 1.1, 0.16  # inches; _LINE: of the key
 _NAME_LENGTH = 40
@@ -70,7 +59,7 @@ def plots(setups: Sequence[Setup]) -> list[Plot]:
     measured = [_of_kernels(setup) for setup in setups]
     engines = dict.fromkeys(plain(row["engine"]) for rows in measured for row in rows)
     style = {
-        engine: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)])
+        engine: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
         for i, engine in enumerate(engines)
     }
     found = []
@@ -135,26 +124,11 @@ def _draw(
     title: str,
     salt: str,
 ) -> str:
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            f"plots need matplotlib ({error}): install the extra [plot], or pass --no-plot"
-        ) from error
     keys = [math.ceil(len(marks) / _COLUMNS) * _LINE for marks in panels.values()]
     height = _TOP + sum(keys) + (_PLOT + _AROUND) * len(panels)
     tooltips: dict[str, str] = {}
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.size": 9,
-        "text.color": INK,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(_WIDTH, height), facecolor=PAPER)
-        FigureCanvasSVG(figure)
+
+    def draw(figure: Any) -> None:
         figure.text(0.06, 1 - 0.2 / height, title, va="center", fontsize=11, parse_math=False)
         top = height - _TOP
         for index, ((direction, marks), key) in enumerate(zip(panels.items(), keys, strict=True)):
@@ -164,10 +138,9 @@ def _draw(
             top -= _PLOT + 0.5 * _AROUND
             _key(figure.add_axes((0.06, (top - key) / height, 0.93, key / height)), marks, style)
             top -= key + 0.5 * _AROUND
-            tooltips |= {f"{gid}-{m.label}": _tooltip(m, direction) for m in marks}
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return _titled(out.getvalue(), tooltips)
+            tooltips.update({f"{gid}-{m.label}": _tooltip(m, direction) for m in marks})
+
+    return _titled(drawing.svg(_WIDTH, height, salt, draw), tooltips)
 
 
 def _panel(
@@ -178,14 +151,9 @@ def _panel(
     style: Style,
     gid: str,
 ) -> None:
-    axes.set(xscale="log", yscale="log", facecolor=PAPER)
-    axes.set_xlabel("operations per byte that must be moved", color=INK)
-    axes.set_ylabel("GFLOP/s", color=INK)
+    axes.set(xscale="log", yscale="log")
+    drawing.style(axes, "FLOP per byte that must be moved", "GFLOP/s")
     axes.set_title(direction, loc="left", color=INK, fontsize=9, parse_math=False)
-    axes.tick_params(which="both", colors=INK, labelsize=8)
-    axes.grid(color=RULE, linewidth=0.6)
-    for spine in axes.spines.values():
-        spine.set_color(RULE)
     _limits(axes, marks, ceilings)
     roof = _roof(axes, ceilings)
     for mark in marks:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
-from bench import roofline
+from bench import drawing, roofline
 from bench.columns import (
     CASE,
     DEVICE,
@@ -103,9 +103,9 @@ def _plot(plot: roofline.Plot) -> str:
     svg = plot.svg[plot.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # of groups; several plots would share them
-    for colour, name in ((roofline.INK, "ink"), (roofline.PAPER, "card"), (roofline.RULE, "rule")):
+    for colour, name in ((drawing.INK, "ink"), (drawing.PAPER, "card"), (drawing.RULE, "rule")):
         svg = svg.replace(colour, f"var(--{name})")
-    for index, colour in enumerate(roofline.COLOURS):
+    for index, colour in enumerate(drawing.COLOURS):
         svg = svg.replace(colour, f"var(--engine-{index})")
     note = f" Cases without operations, not in it: {plot.left_out}." if plot.left_out else ""
     return (

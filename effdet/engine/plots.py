@@ -42,7 +42,7 @@ def training_page(
     Args:
         records: of a log (`effdet.engine.log.read_log`); a field that is missing is left out, and of
             a step or epoch written twice, as by a resumed run, the later counts.
-        curves: `effdet.engine.evaluate.Evaluation.precision_recall`, and its "epoch".
+        curves: `effdet.engine.evaluate.Evaluation.precision_recall`, and its "epoch"; None: without these panels.
 
     Returns:
         a ``matplotlib.figure.Figure``; None when matplotlib is missing.
@@ -51,25 +51,33 @@ def training_page(
     epochs = {r["epoch"]: r for r in records if r.get("kind") == "epoch" and "AP" in r}
     last = epochs[max(epochs)].get("per_class", {}) if epochs else {}
     few = len(last) <= MOST_LINES
-    if few:
-        rows = [["loss", "rate", "figures"], ["recall", "classes", "class recall"]]
-        panels = _panels(rows, (16, 9))
-    else:
-        panels = _panels([["loss", "rate", "figures", "recall"], ["classes"] * 4], (19, 10))
+    panels = _panels(*_training_layout(few, curves is not None))
     if panels is None:
         return None
     figure, axes = panels
     _draw_losses(axes["loss"], steps)
     _draw_rate(axes["rate"], steps)
     _draw_figures(axes["figures"], epochs)
-    _draw_mean_curves(axes["recall"], curves)
+    if curves is not None:
+        _draw_mean_curves(axes["recall"], curves)
     if few:
         _draw_classes_over_epochs(axes["classes"], epochs, list(last))
-        _draw_class_curves(axes["class recall"], curves)
+        if curves is not None:
+            _draw_class_curves(axes["class recall"], curves)
         _name_classes(figure, last)
     else:
         _draw_bars(axes["classes"], last, f"epoch {max(epochs)}")
     return figure
+
+
+def _training_layout(few: bool, recall: bool) -> tuple[list[list[str]], tuple[float, float]]:
+    """Names of the panels, and the page's size in inches."""
+    if few and recall:
+        return [["loss", "rate", "figures"], ["recall", "classes", "class recall"]], (16, 9)
+    if few:
+        return [["loss", "rate"], ["figures", "classes"]], (12, 9)
+    curves = ["loss", "rate", "figures", *(["recall"] if recall else [])]
+    return [curves, ["classes"] * len(curves)], (19, 10)
 
 
 def evaluation_page(

@@ -103,6 +103,14 @@ def test_what_a_log_lacks_is_left_out(found, tmp_path):
     assert "nothing yet" in [text.get_text() for text in page.axes[0].texts]
 
 
+@pytest.mark.parametrize("classes", [3, 30])
+def test_without_precision_and_recall_there_are_no_panels_of_them(classes):
+    per_class = {f"class {n}": {"AP": 0.1, "AP50": 0.2} for n in range(classes)}
+    found = [{"kind": "epoch", "epoch": 1, "AP": 0.1, "per_class": per_class}]
+    titles = [axes.get_title() for axes in plots.training_page(found).axes]
+    assert len(titles) == 4 and not [title for title in titles if "recall" in title]
+
+
 def test_of_a_step_or_epoch_written_twice_the_later_counts():
     twice = [*records(2), {"kind": "step", "step": 10, "loss": 9.0}]
     line = panel(plots.training_page(twice), "training loss").lines[0]
