@@ -15,9 +15,15 @@ from pycocotools.cocoeval import COCOeval
 
 from .data.parsers.coco_json import make_coco
 from .distributed import all_gather, broadcast, is_main_process
+from .evaluation.detection_evaluator import (
+    ObjectDetectionEvaluator,
+    OpenImagesDetectionEvaluator,
+    PascalDetectionEvaluator,
+)
 from .files import replacing
 
 MIN_SCORE = 0.001
+_SWAPPED = [1, 0, 3, 2]  # (x1, y1, x2, y2) from (y1, x1, y2, x2), and back
 
 _STATS = (
     *("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge"),
@@ -26,7 +32,7 @@ _STATS = (
 
 
 class Evaluator:
-    """Collects detections; see `CocoEvaluator`.
+    """Collects detections; see `CocoEvaluator` and `TfmEvaluator`.
 
     Args:
         distributed: gather the detections of all processes; each then has to call `evaluate`.
@@ -38,6 +44,7 @@ class Evaluator:
         self.pred_yxyx = pred_yxyx
         self.img_indices: list[int] = []
         self.predictions: list[np.ndarray] = []
+        self._parser: Any = None
 
     def reset(self) -> None:
         """Forget all detections."""
@@ -49,7 +56,7 @@ class Evaluator:
 
         Args:
             detections: [B, n, 6] rows (box in pixels of the original image, score, class), in any
-                order; rows with a score under 0.001 are padding.
+                order; padding among them is left out.
             target: `img_idx` [B], the number of each image in the data set.
         """
         if "img_idx" not in target:
@@ -62,7 +69,7 @@ class Evaluator:
             )
         for index, image_rows in zip(indices, rows, strict=True):
             self.img_indices.append(index)
-            self.predictions.append(_usable_rows(image_rows))
+            self.predictions.append(_finite(image_rows[~self._is_padding(image_rows)]))
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """The metric; optionally writes the detections as `save` does."""
@@ -76,9 +83,28 @@ class Evaluator:
         results, _ = self._coco_predictions()
         self._write(results, result_file)
 
+    def _is_padding(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows [n, 6] are no detections, bool [n]: those with a score under 0.001."""
+        return rows[:, 4] < MIN_SCORE
+
     def _coco_predictions(self) -> tuple[list[dict], list]:
         """(COCO results, ids of the images seen) of all processes."""
-        raise NotImplementedError
+        results, image_ids = [], []
+        for index, rows in self._gathered().items():
+            image_id = self._parser.img_ids[index]
+            image_ids.append(image_id)
+            boxes = rows[:, _SWAPPED if self.pred_yxyx else slice(4)].copy()
+            boxes[:, 2:] -= boxes[:, :2]
+            for box, (score, label) in zip(boxes.tolist(), rows[:, 4:].tolist(), strict=True):
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "bbox": box,
+                        "score": score,
+                        "category_id": self._parser.label_to_cat_id(int(label)),
+                    }
+                )
+        return results, image_ids
 
     def _gathered(self) -> dict[int, np.ndarray]:
         """Rows by image number; an image that several processes saw counts once."""
@@ -99,7 +125,8 @@ class Evaluator:
 class CocoEvaluator(Evaluator):
     """COCO metrics by pycocotools, over the images that predictions were added for.
 
-    `dataset.parser` is a `CocoParser`. After `evaluate()`:
+    `dataset.parser` is a `CocoParser`. Detections with a score under 0.001 are padding. After
+    `evaluate()`:
 
     - `stats`: AP (IoU 0.50:0.95), AP50, AP75, APsmall, APmedium, APlarge, AR1, AR10, AR100,
       ARsmall, ARmedium, ARlarge; -1 where no annotation falls in the range.
@@ -133,8 +160,7 @@ class CocoEvaluator(Evaluator):
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """AP at IoU 0.50:0.95. The same on every process."""
         results, image_ids = self._coco_predictions()
-        if not image_ids:
-            raise ValueError("no predictions were added, so there is nothing to evaluate")
+        _check_any(image_ids)
         if output_result_file:
             self._write(results, output_result_file)
         main = not self.distributed or is_main_process()
@@ -143,25 +169,6 @@ class CocoEvaluator(Evaluator):
             broadcast(metrics) if self.distributed else metrics
         )
         return self.stats["AP"]
-
-    def _coco_predictions(self) -> tuple[list[dict], list]:
-        results, image_ids = [], []
-        for index, rows in self._gathered().items():
-            image_id = self._parser.img_ids[index]
-            image_ids.append(image_id)
-            order = [1, 0, 3, 2] if self.pred_yxyx else [0, 1, 2, 3]
-            boxes = rows[:, order]
-            boxes[:, 2:] -= boxes[:, :2]
-            for box, (score, label) in zip(boxes.tolist(), rows[:, 4:].tolist(), strict=True):
-                results.append(
-                    {
-                        "image_id": image_id,
-                        "bbox": box,
-                        "score": score,
-                        "category_id": self._parser.label_to_cat_id(int(label)),
-                    }
-                )
-        return results, image_ids
 
     def _measure(self, results: list[dict], image_ids: list) -> tuple[dict, dict, dict, str]:
         truth = self._parser.coco
@@ -195,39 +202,94 @@ class CocoEvaluator(Evaluator):
 
 
 class TfmEvaluator(Evaluator):
-    """Pascal-style evaluation, which is not available yet."""
+    """Mean average precision at IoU 0.5 by an evaluator of `effdet.evaluation`.
+
+    The ground truth of the images that predictions were added for is what `dataset.parser` gives by
+    `get_ann_info`: "bbox" and "cls", and flags as "difficult" and "group_of" where it gives them (the
+    parsers of `effdet.data` do not: difficult objects of VOC count, unless it was told to leave them
+    out). Rows of classes beyond the categories are padding. After `evaluate()`:
+
+    - `stats`: "AP50", the mean over categories; NaN without annotations.
+    - `per_class`: category name to {"AP50"}; NaN for a category without annotations.
+    - `metrics`: all that the evaluator found, by its own names.
+
+    Args:
+        dataset: its `parser` tells the categories and the ground truth.
+        distributed: gather the detections of all processes; each then has to call `evaluate`.
+        pred_yxyx: detections are (y1, x1, y2, x2, ...) instead of (x1, y1, x2, y2, ...).
+        evaluator_cls: the evaluator; called with the categories.
+    """
 
     def __init__(
-        self, dataset, distributed: bool = False, pred_yxyx: bool = False, evaluator_cls=None
+        self,
+        dataset,
+        distributed: bool = False,
+        pred_yxyx: bool = False,
+        evaluator_cls=ObjectDetectionEvaluator,
     ):
-        raise NotImplementedError(
-            f"{type(self).__name__} is not available yet; CocoEvaluator gives AP at IoU 0.5 as "
-            'stats["AP50"] for COCO annotations'
-        )
+        super().__init__(distributed=distributed, pred_yxyx=pred_yxyx)
+        self._parser = dataset.parser
+        self._evaluator = evaluator_cls(categories=self._parser.cat_dicts)
+        self.stats: dict[str, float] = {}
+        self.per_class: dict[str, dict[str, float]] = {}
+        self.metrics: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget all detections and metrics."""
+        super().reset()
+        self.stats, self.per_class, self.metrics = {}, {}, {}
+
+    def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
+        """The mean average precision. The same on every process."""
+        rows = self._gathered()
+        _check_any(rows)
+        if output_result_file:
+            self.save(output_result_file)
+        main = not self.distributed or is_main_process()
+        metrics = self._measure(rows) if main else {}
+        self.metrics = broadcast(metrics) if self.distributed else metrics
+        name = f"AP{100 * self._evaluator.matching_iou_threshold:g}"
+        self.stats = {name: float(self.metrics[self._evaluator.metric_name()])}
+        self.per_class = {
+            category["name"]: {name: float(self.metrics[self._evaluator.metric_name(category)])}
+            for category in self._parser.cat_dicts
+        }
+        return self.stats[name]
+
+    def _is_padding(self, rows: np.ndarray) -> np.ndarray:
+        return (rows[:, 5] < 1) | (rows[:, 5] > self._parser.max_label)
+
+    def _measure(self, rows: dict[int, np.ndarray]) -> dict[str, Any]:
+        self._evaluator.clear()
+        for index, found in rows.items():
+            truth = self._parser.get_ann_info(index)
+            if not getattr(self._parser, "yxyx", True):
+                truth = {**truth, "bbox": truth["bbox"][:, _SWAPPED]}
+            self._evaluator.add_single_ground_truth_image_info(index, truth)
+            boxes = found[:, slice(4) if self.pred_yxyx else _SWAPPED]
+            detections = {"bbox": boxes, "score": found[:, 4], "cls": found[:, 5]}
+            self._evaluator.add_single_detected_image_info(index, detections)
+        return self._evaluator.evaluate()
 
 
 class PascalEvaluator(TfmEvaluator):
-    """Pascal VOC mean average precision, which is not available yet."""
+    """Pascal VOC mean average precision (area under the curve, as since 2010); see `TfmEvaluator`."""
 
     def __init__(self, dataset, distributed: bool = False, pred_yxyx: bool = False):
-        super().__init__(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+        super().__init__(dataset, distributed, pred_yxyx, PascalDetectionEvaluator)
 
 
 class OpenImagesEvaluator(TfmEvaluator):
-    """OpenImages mean average precision, which is not available yet."""
+    """OpenImages V5 mean average precision; see `TfmEvaluator`."""
 
     def __init__(self, dataset, distributed: bool = False, pred_yxyx: bool = False):
-        super().__init__(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
+        super().__init__(dataset, distributed, pred_yxyx, OpenImagesDetectionEvaluator)
 
 
 def create_evaluator(
     name: str, dataset, distributed: bool = False, pred_yxyx: bool = False
 ) -> Evaluator:
-    """Evaluator for a data set name: COCO, OpenImages, or else Pascal VOC.
-
-    Raises:
-        NotImplementedError: for the latter two.
-    """
+    """Evaluator for a data set name: COCO, OpenImages, or else Pascal VOC."""
     if "coco" in name:
         return CocoEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
     if "openimages" in name:
@@ -263,9 +325,13 @@ def _precision_recall(
     return {"recall": recall.tolist(), "mean": means, "per_class": of_class}
 
 
-def _usable_rows(rows: np.ndarray) -> np.ndarray:
-    """Copy of the rows [n, 6] above the minimum score, without non-finite ones."""
-    rows = rows[~(rows[:, 4] < MIN_SCORE)]
+def _check_any(images) -> None:
+    if not images:
+        raise ValueError("no predictions were added, so there is nothing to evaluate")
+
+
+def _finite(rows: np.ndarray) -> np.ndarray:
+    """Copy of the rows [n, 6] without those that are not finite."""
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         warnings.warn(

@@ -84,7 +84,7 @@ class ObjectDetectionEvaluator(DetectionEvaluator):
         if not ids or min(ids) < 1:
             raise ValueError(f"categories: got ids {ids}; takes at least one, from 1 up")
         self._num_classes = max(ids)
-        self._matching_iou_threshold = matching_iou_threshold
+        self.matching_iou_threshold = matching_iou_threshold
         self._recall_bounds = recall_lower_bound, recall_upper_bound
         self._label_id_offset = 1
         self._evaluate_corlocs = evaluate_corlocs
@@ -148,7 +148,7 @@ class ObjectDetectionEvaluator(DetectionEvaluator):
         for category in self._in_order():
             for kind, key in kinds.items():
                 value = found[key][category["id"] - self._label_id_offset]
-                metrics[self._category_metric(kind, category)] = value
+                metrics[self.metric_name(category, kind)] = value
         return metrics
 
     def clear(self):
@@ -156,7 +156,7 @@ class ObjectDetectionEvaluator(DetectionEvaluator):
         lower, upper = self._recall_bounds
         self._evaluation = ObjectDetectionEvaluation(
             num_gt_classes=self._num_classes,
-            matching_iou_threshold=self._matching_iou_threshold,
+            matching_iou_threshold=self.matching_iou_threshold,
             recall_lower_bound=lower,
             recall_upper_bound=upper,
             use_weighted_mean_ap=self._use_weighted_mean_ap,
@@ -166,20 +166,23 @@ class ObjectDetectionEvaluator(DetectionEvaluator):
 
     def _build_metric_names(self):
         """Set `_metric_names`: the mean AP first, then what else is one number."""
-        at = f"@{self._matching_iou_threshold}IOU"
+        at = f"@{self.matching_iou_threshold}IOU"
         lower, upper = self._recall_bounds
         part = f"@[{lower:.1f},{upper:.1f}]Recall" if lower > 0 or upper < 1 else ""
         names = [f"{self._metric_prefix}Precision/mAP{at}{part}"]
         if self._evaluate_corlocs:
             names.append(f"{self._metric_prefix}Precision/meanCorLoc{at}")
         for category in self._in_order():
-            names.append(self._category_metric("AP", category))
+            names.append(self.metric_name(category))
             if self._evaluate_corlocs:
-                names.append(self._category_metric("CorLoc", category))
+                names.append(self.metric_name(category, "CorLoc"))
         self._metric_names = names
 
-    def _category_metric(self, kind: str, category: dict) -> str:
-        at = f"@{self._matching_iou_threshold}IOU"
+    def metric_name(self, category=None, kind="AP"):
+        """Name among the metrics of the mean AP, or of a category's "AP" or another of its figures."""
+        if category is None:
+            return self._metric_names[0]
+        at = f"@{self.matching_iou_threshold}IOU"
         return f"{self._metric_prefix}PerformanceByCategory/{kind}{at}/{category['name']}"
 
     def _in_order(self) -> list[dict]:

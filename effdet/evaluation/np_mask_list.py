@@ -69,7 +69,8 @@ def intersection_mask(masks1, masks2):
         raise ValueError(
             f"masks2: of size {masks2.shape[1:]}; takes that of masks1, {masks1.shape[1:]}"
         )
-    flat1, flat2 = (masks.reshape(len(masks), -1).astype(np.float32) for masks in (masks1, masks2))
+    pixels = int(np.prod(masks1.shape[1:]))
+    flat1, flat2 = (masks.reshape(-1, pixels).astype(np.float32) for masks in (masks1, masks2))
     return flat1 @ flat2.T
 
 

@@ -51,7 +51,6 @@ CHANGED_DEFAULTS = {
     ("effdet.data.parsers.parser_config.VocParserCfg", "img_filename"),  # "%.jpg" lacks its s
     ("effdet.data.loader.create_loader", "device"),  # CUDA where available, else the CPU
     ("effdet.data.loader.PrefetchLoader", "device"),
-    ("effdet.evaluator.TfmEvaluator", "evaluator_cls"),
 }
 
 

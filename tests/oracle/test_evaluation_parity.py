@@ -6,11 +6,14 @@ pruning them by overlap. Difficult groups are left out too: there they are found
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import effdet.evaluator
 from effdet.evaluation import (
     detection_evaluator,
     metrics,
@@ -222,3 +225,34 @@ def _made(fields: dict) -> np_box_list.BoxList:
     for name in set(fields) - {"boxes", "masks"}:
         made.add_field(name, fields[name])
     return made
+
+
+@pytest.mark.parametrize("pred_yxyx", [False, True])
+@pytest.mark.parametrize("evaluator", ["TfmEvaluator", "PascalEvaluator", "OpenImagesEvaluator"])
+def test_data_set(oracle, evaluator, pred_yxyx):
+    scenes = _scenes(1)
+    annotations = [truth for _, truth, _ in scenes]
+    rows = torch.zeros(len(scenes), 30, 6)  # the rest are padding
+    for row, (_, _, found) in zip(rows, scenes, strict=True):
+        corners = found["bbox"] if pred_yxyx else found["bbox"][:, [1, 0, 3, 2]]
+        columns = [corners, found["score"][:, None] ** 9, found["cls"][:, None]]
+        row[: len(corners)] = torch.from_numpy(np.concatenate(columns, axis=1))
+    names = [f"class {number}" for number in range(1, 6)]
+    parser = SimpleNamespace(
+        cat_dicts=[{"id": number, "name": name} for number, name in enumerate(names, start=1)],
+        max_label=len(names),
+        get_ann_info=annotations.__getitem__,
+    )
+    judge = getattr(effdet.evaluator, evaluator)(SimpleNamespace(parser=parser), False, pred_yxyx)
+    judge.add_predictions(rows, {"img_idx": torch.arange(len(scenes))})
+    theirs = oracle.call(
+        "data_set_map",
+        evaluator=evaluator,
+        annotations=annotations,
+        names=names,
+        pred_yxyx=pred_yxyx,
+        detections=rows,
+    )
+    assert judge.evaluate() == pytest.approx(theirs, abs=1e-12)
+    assert 0.05 < theirs < 0.95
+    assert (rows[..., 4] < 0.001).sum() > (rows[..., 5] == 0).sum()  # some scores are that low
