@@ -22,6 +22,11 @@ namespace cuda {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of effdet_kernels; addresses and sizes in, a status out.";
   module.attr("BUILT_WITH_CUDA") = static_cast<bool>(EFFDET_BUILT_WITH_CUDA);
+#ifdef _OPENMP
+  module.attr("BUILT_WITH_OPENMP") = true;
+#else
+  module.attr("BUILT_WITH_OPENMP") = false;
+#endif
   effdet::bind_cpu(module);
   effdet::bind_gradients(module);
 #define EFFDET_CUDA_OP(name)

@@ -13,7 +13,7 @@ __attribute__((noinline)) Vec<T> other_derivative(Vec<T> x, int act) {
     case kRelu:
       return x > zero ? one : (x != x ? x : zero);
     case kRelu6:
-      return (x > zero) & (x < splat<T>(6)) ? one : (x != x ? x : zero);
+      return ((x > zero) & (x < splat<T>(6))) ? one : (x != x ? x : zero);
     case kHardSwish: {
       const Vec<T> middle = x / T(3) + T(0.5);
       const Vec<T> inner = x < splat<T>(-3) ? zero : middle;

@@ -17,7 +17,7 @@ constexpr int kPanel = 3;
 template <typename T>
 constexpr bool kPairs = false;
 template <>
-constexpr bool kPairs<BFloat16> = kHasBf16Dot;
+inline constexpr bool kPairs<BFloat16> = kHasBf16Dot;
 
 // Elements of k that a segment of `length` takes up in packed weights.
 template <typename T>

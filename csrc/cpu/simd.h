@@ -167,7 +167,7 @@ EFFDET_INLINE float widen(BFloat16 x) {
 // Maximum in which a NaN on either side stays.
 template <typename V>
 EFFDET_INLINE V nan_max(V a, V b) {
-  return (a > b) | (a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
 
 // Whether any element of a comparison's result is true.

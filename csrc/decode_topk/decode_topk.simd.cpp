@@ -117,7 +117,7 @@ EFFDET_INLINE void decode_side(Lanes<A>* lanes, int side, const A* limits) {
     if (limits) {
       const Vec<A> limit = splat<A>(limits[side]);
       x = lower(x, Vec<A>{});
-      x = (x > limit) | (limit != limit) ? limit : x;
+      x = ((x > limit) | (limit != limit)) ? limit : x;
     }
     store(lanes->box[side + 2 * end], x);
   }

@@ -187,7 +187,7 @@ struct Matcher {
       const Vec<T> before = load(best_), matters = upper(before, splat(below(claim->iou)));
       if (lanes_of((overlap > T(0)) & (overlap >= all * matters)) == 0) continue;
       Vec<T> iou = overlap / all;
-      iou = (overlap > T(0)) & (iou > T(0)) ? iou : Vec<T>{};
+      iou = ((overlap > T(0)) & (iou > T(0))) ? iou : Vec<T>{};
       unsigned taken = lanes_of(iou > before);
       if (taken != 0) {
         store(best_, lower(before, iou));

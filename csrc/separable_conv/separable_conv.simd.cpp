@@ -17,7 +17,7 @@ constexpr int64_t kRingBytes = 32 * 1024;
 constexpr int64_t kBlock = 48;  // pixels of a product, at least, where the map has as many
 
 // On tile registers the depthwise results go in as the sum of two bf16 numbers, which keeps 16 bits of them.
-EFFDET_INLINE void split(const float* from, int64_t count, BFloat16* high, BFloat16* low) {
+[[maybe_unused]] EFFDET_INLINE void split(const float* from, int64_t count, BFloat16* high, BFloat16* low) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
     const Vec<float> value = load(from + i);
     store(high + i, value);

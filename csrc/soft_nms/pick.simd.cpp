@@ -64,7 +64,7 @@ EFFDET_INLINE Vec<T> decayed(Vec<T> score, Vec<T> width, Vec<T> height, Vec<T> a
     if constexpr (kMethod == Method::kLinear) factor = T(1) - iou;
   }
   const Vec<T> product = score * factor;
-  const Vec<T> left = (factor != T(0)) & (product > d.score_threshold) ? product : splat<T>(kGone<T>);
+  const Vec<T> left = ((factor != T(0)) & (product > d.score_threshold)) ? product : splat<T>(kGone<T>);
   return changes ? left : score;
 }
 
@@ -98,7 +98,7 @@ struct Picker {
       for (int lane = 0; lane < kTile; lane += kLanes<T>) {
         const Vec<T> value = load(rows[side] + lane) * sign;
         const auto gone = load(c.score + lane) == kGone<T>;
-        farthest = gone | (value < farthest) ? farthest : value;
+        farthest = (gone | (value < farthest)) ? farthest : value;
       }
       t.bounds[side][tile] = Largest<T>::of(farthest) * sign;
     }

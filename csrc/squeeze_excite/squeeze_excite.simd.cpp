@@ -90,7 +90,7 @@ void one_image_backward(const SqueezeExciteParams& p, int64_t image) {
     const int64_t n = p.channels - c;
     const Vec<T> bias = load_n(static_cast<const T*>(p.expand_bias) + c, n);
     const Vec<T> u = combine(p, kept.hidden, expand, c, bias), s = sigmoid<T>(u);
-    const Vec<T> linear = (u > splat<T>(-3)) & (u < splat<T>(3)) ? splat<T>(T(1) / T(6)) : Vec<T>{};
+    const Vec<T> linear = ((u > splat<T>(-3)) & (u < splat<T>(3))) ? splat<T>(T(1) / T(6)) : Vec<T>{};
     const Vec<T> slope = p.hard ? linear : s * (T(1) - s);
     store_n(kept.of_expanded + c, load_n(static_cast<const T*>(p.grad) + image * p.channels + c, n) * slope, n);
   }

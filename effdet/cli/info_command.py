@@ -23,15 +23,17 @@ example:
 
 
 def add_parser(commands: Any) -> None:
+    """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "info", "show versions, devices and kernel backends", _TEXT)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print versions, devices and backends; the exit status."""
     import torch
 
     from effdet.version import __version__
-    from effdet_kernels import _dispatch, _library
+    from effdet_kernels import _dispatch, _library, _native
 
     print(f"effdet       {__version__}")
     print(f"python       {platform.python_version()}, {platform.platform()}")
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     for name in _PACKAGES:
         print(f"{name:<12} {_version(name)}")
     print(f"cpu          {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    if _native.REASON is None and not _native.module().BUILT_WITH_OPENMP:
+        print("             the C++ kernels use one: they were built without OpenMP")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         print(

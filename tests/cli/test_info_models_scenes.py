@@ -5,6 +5,7 @@ import json
 import torch
 
 import effdet_kernels._dispatch as dispatch
+from effdet_kernels import _native
 
 
 def test_info_names_versions_threads_and_each_backend_with_a_reason(cli):
@@ -18,6 +19,13 @@ def test_info_names_versions_threads_and_each_backend_with_a_reason(cli):
         assert (f"missing: {reason}" if reason else "available") in line
     assert "  soft_nms           cpu, triton, cuda, reference\n" in result.out
     assert "  label_anchors      cpu, triton, reference\n" in result.out
+
+
+def test_info_says_when_the_kernels_have_one_thread(cli, monkeypatch):
+    line = "the C++ kernels use one: they were built without OpenMP"
+    assert line not in cli("info").out
+    monkeypatch.setattr(_native.module(), "BUILT_WITH_OPENMP", False)
+    assert line in cli("info").out
 
 
 def test_models_lists_size_parameters_anchors_and_weights(cli):
