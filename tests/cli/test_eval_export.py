@@ -3,11 +3,15 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from effdet import create_model
 from effdet.engine import checkpoint as checkpoints
+from effdet.engine.weights import load_model
+from effdet.tf_names import tf_names
 
 
 def test_eval_prints_the_coco_table_and_each_class(cli, scenes, weights, tmp_path):
@@ -86,3 +90,39 @@ def test_export_of_other_files_is_refused(cli, weights, tmp_path):
     assert result.code == 1
     assert "not written by `effdet train`" in result.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_variables_of_tensorflow_become_a_file_that_says_what_it_is(cli, tmp_path, suffix):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    model = create_model("tf_efficientdet_d0", num_classes=2, pretrained_backbone=False)
+    np.savez(tmp_path / "d0.npz", **as_tensorflow(model))
+    out = tmp_path / f"d0{suffix}"
+    result = cli("export", tmp_path / "d0.npz", "--model", "tf_efficientdet_d0", "--out", out)
+    assert result.code == 0, result.err
+    loaded = load_model(checkpoint=out)
+    assert loaded.name == "tf_efficientdet_d0" and loaded.class_names == ["class 1", "class 2"]
+    found = loaded.model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+def test_other_arrays_and_models_are_refused(cli, tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    given = ["export", tmp_path / "x.npz", "--out", tmp_path / "x.pth", "--model"]
+    assert "has no variable class_net/class-predict/bias" in cli(*given, "tf_efficientdet_d0").err
+    assert "tf_efficientdet_d9" in cli(*given, "tf_efficientdet_d9").err
+    assert not (tmp_path / "x.pth").exists()
+
+
+def as_tensorflow(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The variables of a model as TensorFlow has them."""
+    arrays = {}
+    for key, names in tf_names(model).items():
+        value = model.state_dict()[key]
+        if value.ndim == 4:
+            value = value.permute((2, 3, 0, 1) if "depthwise" in names[0] else (2, 3, 1, 0))
+        parts = value if len(names) > 1 else [value]
+        arrays |= {name: part.numpy() for name, part in zip(names, parts, strict=False)}
+    return arrays
