@@ -23,9 +23,9 @@ def boxes() -> BoxList:
 
 @pytest.fixture
 def masks() -> MaskList:
-    """Three masks of 4 × 4 pixels: the left half, the upper half, one pixel below right."""
+    """Three masks of 4 × 4 pixels: the left half, the upper row, one pixel below right."""
     drawn = np.zeros((3, 4, 4), dtype=np.uint8)
-    drawn[0, :, :2] = drawn[1, :2] = drawn[2, 3:, 3:] = 1
+    drawn[0, :, :2] = drawn[1, :1] = drawn[2, 3:, 3:] = 1
     made = MaskList(CORNERS[:3], drawn)
     made.add_field("scores", np.array([0.5, 0.9, 0.1]))
     return made
@@ -66,6 +66,16 @@ def test_clipping_leaves_out_what_has_no_area(boxes):
     assert kept.num_boxes() == 4
 
 
+def test_bounds_are_inside_the_window_and_not_above_the_score(boxes):
+    kept, numbers = boxes_of.prune_outside_window(boxes, [0, 0, 4, 4.1])
+    assert numbers.tolist() == [0] and kept.get_field("scores").tolist() == [0.5]
+    assert boxes_of.prune_outside_window(boxes, [0, 0, 4, 5])[1].tolist() == [0, 1, 3]
+    assert boxes_of.filter_scores_greater_than(boxes, 0.5).get_field("scores").tolist() == [
+        0.9,
+        0.7,
+    ]
+
+
 def test_pruning_by_the_covered_share(boxes):
     """The cover holds 8/16, 4/8, 0/4 and 8/16.8 of the boxes."""
     cover = BoxList(np.array([[0.0, 0, 2, 4], [20, 20, 30, 30]]))
@@ -103,28 +113,27 @@ def test_empty_lists(boxes, masks):
 
 
 def test_overlap_of_masks(masks):
-    """Areas 8, 8, 1; the halves have 4 pixels in common."""
-    half, third = 4 / 8, 4 / 12
-    assert masks_of.area_masklist(masks).tolist() == [8, 8, 1]
+    """Areas 8, 4, 1; the first two have 2 pixels in common."""
+    assert masks_of.area_masklist(masks).tolist() == [8, 4, 1]
     assert masks_of.iou_masklist(masks, masks).tolist() == [
-        pytest.approx(row) for row in ([1, third, 0], [third, 1, 0], [0, 0, 1])
+        pytest.approx(row) for row in ([1, 0.2, 0], [0.2, 1, 0], [0, 0, 1])
     ]
     two = masks_of.gather_masklist(masks, [0, 2])
-    assert masks_of.intersection_masklist(masks, two).tolist() == [[8, 0], [4, 0], [0, 1]]
-    assert masks_of.ioa_masklist(two, masks).tolist() == [[1, half, 0], [0, 0, 1]]
+    assert masks_of.intersection_masklist(masks, two).tolist() == [[8, 0], [2, 0], [0, 1]]
+    assert masks_of.ioa_masklist(two, masks).tolist() == [[1, 0.5, 0], [0, 0, 1]]
     empty = np.zeros((1, 4, 4), dtype=np.uint8)
     assert masks_of.iou_mask(empty, empty).tolist() == [[0]]
     assert masks_of.ioa_mask(masks.get_masks(), empty).tolist() == [[0]] * 3
 
 
-@pytest.mark.parametrize(("threshold", "scores"), [(0.3, [0.9, 0.1]), (0.34, [0.9, 0.5, 0.1])])
+@pytest.mark.parametrize(("threshold", "scores"), [(0.19, [0.9, 0.1]), (0.21, [0.9, 0.5, 0.1])])
 def test_suppression_of_masks(masks, threshold, scores):
-    """The boxes of the first two overlap by 1/3 too, by chance: others are put in their place."""
+    """The masks of the first two overlap by 1/5; their boxes are put where none overlap."""
     apart = MaskList(CORNERS[:3] + 50 * np.arange(3)[:, None], masks.get_masks())
     apart.add_field("scores", masks.get_field("scores"))
     kept = masks_of.non_max_suppression_mask(apart, iou_threshold=threshold)
     assert kept.get_field("scores").tolist() == scores
-    assert kept.get_masks().sum(axis=(1, 2)).tolist() == [8] * (len(scores) - 1) + [1]
+    assert kept.get_masks().sum(axis=(1, 2)).tolist() == [4, 8, 1] if len(scores) == 3 else [4, 1]
     many = MaskList(apart.get(), apart.get_masks())
     many.add_field("scores", np.stack([apart.get_field("scores"), np.full(3, 0.2)], axis=1))
     kept = masks_of.multi_class_non_max_suppression_mask(many, 0.05, threshold, 9)
@@ -140,8 +149,9 @@ def test_suppression_of_masks(masks, threshold, scores):
 def test_pruning_of_masks(masks):
     corner = masks_of.gather_masklist(masks, [2])
     upper = masks_of.gather_masklist(masks, [1])
-    pruned = masks_of.prune_non_overlapping_masklist(masks, upper, 0.5)
-    assert pruned.get_field("scores").tolist() == [0.5, 0.9]
+    for share, scores in ((0.25, [0.5, 0.9]), (0.26, [0.9])):  # it covers 2/8 of the first
+        pruned = masks_of.prune_non_overlapping_masklist(masks, upper, share)
+        assert pruned.get_field("scores").tolist() == scores
     pruned = masks_of.prune_non_overlapping_masklist(masks, corner, 0.5)
     assert pruned.get_masks().tolist() == corner.get_masks().tolist()
 

@@ -110,6 +110,24 @@ def test_detections_in_a_group_do_not_count():
     assert found["AP@0.5IOU/cup"] == pytest.approx(2 / 3)
 
 
+def test_open_images_knows_no_difficult_objects():
+    difficult = np.array([True, True, False])
+    found = _metrics(OpenImagesDetectionEvaluator(CATEGORIES), FOUND, difficult=difficult)
+    assert found["AP@0.5IOU/cup"] == 0.5
+
+
+def test_a_detection_of_a_difficult_object_is_not_one_of_a_group():
+    """Nor is the hit of a single object, so that the group is found by neither."""
+    judge = PerImageEvaluation(1, nms_iou_threshold=1.0, group_of_weight=0.5)
+    truth = np.array([CUP, OTHER_CUP, [0, 0, 40, 40]], dtype=float)
+    flags = np.array([True, False, False]), np.array([False, False, True])
+    found = truth[:2], np.array([0.9, 0.8]), np.zeros(2, dtype=int)
+    scores, hits, _ = judge.compute_object_detection_metrics(
+        *found, truth, np.zeros(3, dtype=int), *flags
+    )
+    assert scores[0].tolist() == [0.8] and hits[0].tolist() == [1.0]
+
+
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_a_group_is_one_hit(weight):
     """Hit of the group at 0.95, miss, hit; of 1 + weight objects."""
@@ -193,7 +211,9 @@ def test_masks_of_rectangles_are_as_good_as_boxes(group_of_weight):
     near = [
         (np.array(box) + rng.integers(0, 3, 4)).tolist() for box in TRUTH["bbox"] for _ in "abc"
     ]
+    near += [[1, 21, 3, 24], [50, 50, 60, 60]]  # a small part of the group, and something outside
     found = _found(*((box, rng.random(), 1 + n // 6) for n, box in enumerate(near)))
+    found["score"][-2:] = 0.98, 0.99
     settings = {"matching_iou_threshold": 0.6, "group_of_weight": group_of_weight}
     evaluator = OpenImagesDetectionEvaluator(CATEGORIES, evaluate_masks=True, **settings)
     moved = {**found, "bbox": found["bbox"] + 100, "masks": _drawn(found["bbox"])}
@@ -202,6 +222,7 @@ def test_masks_of_rectangles_are_as_good_as_boxes(group_of_weight):
         OpenImagesDetectionEvaluator(CATEGORIES, **settings), found, group_of=group_of
     )
     assert 0 < of_boxes["AP@0.6IOU/cup"] < 1
+    assert np.isnan(of_boxes["AP@0.6IOU/jar"]) == (group_of_weight == 0)
     assert _metrics(evaluator, moved, **truth) == pytest.approx(of_boxes, nan_ok=True)
 
 

@@ -78,6 +78,7 @@ def test_pascal(voc):
     assert evaluator.stats == {} and evaluator.per_class == {} and evaluator.metrics == {}
     with pytest.raises(ValueError, match="no predictions were added"):
         evaluator.evaluate()
+    assert _filled(evaluator, torch.zeros(3, 4, 6)).evaluate() == 0.0
 
 
 def test_only_images_seen_count(voc):
