@@ -213,7 +213,7 @@ def test_masks_of_rectangles_are_as_good_as_boxes(group_of_weight):
     ]
     near += [[1, 21, 3, 24], [50, 50, 60, 60]]  # a small part of the group, and something outside
     found = _found(*((box, rng.random(), 1 + n // 6) for n, box in enumerate(near)))
-    found["score"][-2:] = 0.98, 0.99
+    found["score"][-2:] = 1.0, 1.1
     settings = {"matching_iou_threshold": 0.6, "group_of_weight": group_of_weight}
     evaluator = OpenImagesDetectionEvaluator(CATEGORIES, evaluate_masks=True, **settings)
     moved = {**found, "bbox": found["bbox"] + 100, "masks": _drawn(found["bbox"])}
