@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .efficientdet import EfficientDet
 from .errors import CheckpointError
 
 _AVERAGE = "/ExponentialMovingAverage"
@@ -31,7 +32,7 @@ _TRAINING_STATE = re.compile(r"global_step|beta[12]_power|.*/(Momentum|Adam(_1)?
 _SHOWN = 3
 
 
-def tf_names(model: nn.Module) -> dict[str, list[str]]:
+def tf_names(model: EfficientDet) -> dict[str, list[str]]:
     """For each key of a `tf_efficientdet_*` model's state dict the variables that it is made of.
 
     That is one, but for the weights of a fusion, which are as many scalars, and `num_batches_tracked`, which has none.
@@ -42,12 +43,12 @@ def tf_names(model: nn.Module) -> dict[str, list[str]]:
     if not model.config.name.startswith("tf_efficientdet_"):
         raise ValueError(f"model: got {model.config.name}, takes a tf_efficientdet_*")
     keys = list(model.state_dict())
-    blocks = {}  # of stage and place in it: number among all
+    blocks: dict[str, int] = {}  # of stage and place in it: number among all
     for key in keys:
         if found := re.match(r"backbone\.blocks\.(\d+\.\d+)\.", key):
             blocks.setdefault(found[1], len(blocks))
     expanding = {key.rsplit(".", 2)[0] for key in keys if key.endswith(".conv_pwl.weight")}
-    names = {}
+    names: dict[str, list[str]] = {}
     for key in keys:
         layer, _, field = key.rpartition(".")
         if field == "num_batches_tracked":
@@ -89,7 +90,7 @@ def _in_backbone(key: str, config: Any, blocks: Mapping[str, int], expanding: se
     raise ValueError(f"model: {key} is of no backbone of google/automl")
 
 
-def _in_fpn(key: str, model: nn.Module) -> list[str]:
+def _in_fpn(key: str, model: EfficientDet) -> list[str]:
     config = model.config
     layer, _, field = key.rpartition(".")
     if found := re.fullmatch(r"fpn\.resample\.(\d+)\.conv\.(conv|bn)", layer):
@@ -106,7 +107,8 @@ def _in_fpn(key: str, model: nn.Module) -> list[str]:
         count = model.state_dict()[key].numel()
         return [f"{place}/WSM{_number(i)}" for i in range(count)]
     if inner := re.fullmatch(r"combine\.resample\.(\d+)\.conv\.(conv|bn)", rest):
-        offsets = list(model.fpn.cell[cell].fnode[node].combine.inputs_offsets)
+        fnode: Any = model.fpn.get_submodule(f"cell.{cell}.fnode.{node}")
+        offsets = list(fnode.combine.inputs_offsets)
         index = offsets.index(int(inner[1]))
         return [f"{place}/resample_{index}_{inner[1]}_{maps}/{_resampling(inner[2], field)}"]
     if inner := re.fullmatch(r"after_combine\.conv\.(conv_dw|conv_pw|bn)", rest):
@@ -145,7 +147,7 @@ def _conv_field(layer: str, field: str) -> str:
 
 
 def convert(
-    arrays: Mapping[str, np.ndarray[Any, Any]], model: nn.Module, average: bool = True
+    arrays: Mapping[str, np.ndarray[Any, Any]], model: EfficientDet, average: bool = True
 ) -> dict[str, Tensor]:
     """A state dict for `model` of the variables of a checkpoint, each used exactly once.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from effdet import safetensors_file, tf_names
 from effdet.config import get_efficientdet_config
+from effdet.efficientdet import EfficientDet
 from effdet.errors import CheckpointError
-from effdet.factory import create_model
 
 from . import checkpoint as checkpoints
 
@@ -34,7 +34,8 @@ def export_tf(variables: str | os.PathLike[str], name: str, out: str | os.PathLi
     if _CLASSES not in arrays:
         raise CheckpointError(f"{variables}: has no variable {_CLASSES} of google/automl")
     classes = arrays[_CLASSES].size // anchors
-    model = create_model(name, num_classes=classes, pretrained_backbone=False)
+    config.num_classes = classes
+    model = EfficientDet(config, pretrained_backbone=False)
     weights = tf_names.convert(arrays, model)
     fields = {"model": name, "image_size": list(config.image_size)}
     if Path(out).suffix == ".safetensors":
