@@ -26,6 +26,8 @@ __all__ = [
     "DetBenchTrain",
     "DetectionLoss",
     "generate_detections",
+    "nn",  # programs that take everything use these two without an import of their own
+    "torch",
     "unwrap_bench",
 ]
 

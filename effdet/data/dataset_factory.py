@@ -10,11 +10,14 @@ from .dataset import DetectionDatset
 from .dataset_config import (
     Coco2014Cfg,
     Coco2017Cfg,
+    CocoCfg,
+    OpenImagesCfg,
     OpenImagesObjChallenge2019Cfg,
     OpenImagesObjV5Cfg,
     Voc0712Cfg,
     Voc2007Cfg,
     Voc2012Cfg,
+    VocCfg,
 )
 from .parsers import (
     CocoParser,
@@ -37,7 +40,10 @@ _CONFIGS = {
 
 
 def create_dataset(
-    name: str, root: str | os.PathLike, splits: str | Sequence[str] = ("train", "val")
+    name: str,
+    root: str | os.PathLike,
+    splits: str | Sequence[str] = ("train", "val"),
+    custom_dataset_cfg: CocoCfg | VocCfg | OpenImagesCfg | None = None,
 ) -> DetectionDatset | list[DetectionDatset]:
     """Data set by name, with the files where its publisher puts them under `root`.
 
@@ -46,18 +52,23 @@ def create_dataset(
             openimages-challenge2019.
         root: folder of the data set.
         splits: a name gives one data set, a sequence a list (one data set if it has one entry).
+        custom_dataset_cfg: where the files are under `root`, in place of what the name says.
 
     Raises:
         ValueError: an unknown name or split.
         FileNotFoundError: the annotation file is not there; the message names it.
     """
-    key = next((prefix for prefix in _CONFIGS if name.lower().startswith(prefix)), None)
-    if key is None:
-        raise ValueError(f"name: got {name!r}; takes a name starting with {', '.join(_CONFIGS)}")
-    config = _CONFIGS[key]()
+    config = custom_dataset_cfg or _config(name)
     names = [splits] if isinstance(splits, str) else list(splits)
     datasets = [_create_split(config, Path(root), split) for split in names]
     return datasets if len(datasets) > 1 else datasets[0]
+
+
+def _config(name: str) -> CocoCfg | VocCfg | OpenImagesCfg:
+    key = next((prefix for prefix in _CONFIGS if name.lower().startswith(prefix)), None)
+    if key is None:
+        raise ValueError(f"name: got {name!r}; takes a name starting with {', '.join(_CONFIGS)}")
+    return _CONFIGS[key]()
 
 
 def _create_split(config, root: Path, split: str) -> DetectionDatset:
