@@ -153,6 +153,7 @@ def test_weights_of_a_wrapped_bench_fit_the_bare_model(tmp_path):
         assert all(map(torch.equal, [*ours[0], *ours[1]], [*theirs[0], *theirs[1]]))
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")
 def test_distributed_data_parallel(tmp_path):
     """One process: the loss is that of the bench alone, and gradients arrive in the model."""
     bench = create_model_from_config(
