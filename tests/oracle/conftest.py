@@ -18,10 +18,13 @@ HERE = Path(__file__).resolve().parent
 class Oracle:
     """A worker process; each call sends tensors and plain values through files and waits for its answer."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
+    def __init__(self, python: Path, folder: Path, checkout: Path | None = None) -> None:
+        """With `checkout` its `effdet` takes the place of the oracle's, in the oracle's environment."""
         self._folder = folder
         self._calls = 0
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        if checkout:
+            environment["PYTHONPATH"] = str(checkout)
         # Its threads must not spin while this process works: on few cores that slows both manifold.
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self._process = subprocess.Popen(
@@ -52,6 +55,15 @@ class Oracle:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def ours_with_timm(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Oracle]:
+    """A worker with this checkout's effdet and the oracle's timm."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Oracle(request.config.getoption("--oracle"), Path(folder), HERE.parents[1])
+        yield worker
+        worker.close()
 
 
 @pytest.fixture(scope="session")

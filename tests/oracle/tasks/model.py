@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import effdet
 from effdet import EfficientDet, create_model, get_efficientdet_config
 from effdet.efficientdet import FpnCombine, ResampleFeatureMap
 
@@ -25,6 +26,21 @@ def model_outputs(name: str, options: dict, state: dict, x: Tensor) -> dict:
     with torch.no_grad():
         cls, box = model(x)
     return {"cls": cls, "box": box}
+
+
+@task
+def drawn_outputs(name: str, size: tuple[int, int], seed: int) -> dict:
+    """Which effdet this is, its keys, and outputs in float64 of weights drawn in the order of the keys."""
+    model = create_model(name, pretrained_backbone=False, image_size=size).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    for value in state.values():
+        if value.ndim > 1:  # so that a signal neither fades nor explodes
+            drawn = torch.randn(value.shape, generator=generator)
+            value.copy_(drawn * (2 / value[0].numel()) ** 0.5)
+    with torch.no_grad():
+        cls, box = model(torch.randn((1, 3, *size), generator=generator).double())
+    return {"file": effdet.__file__, "keys": list(state), "cls": cls, "box": box}
 
 
 @task
