@@ -18,6 +18,7 @@ from .object_detection import (
     IouSimilarity,
     TargetAssigner,
 )
+from .padding import halved
 from .postprocess import clip_boxes_xyxy, decode_box_outputs, generate_detections, swap_xy
 from .soft_nms import batched_nms, batched_soft_nms, remove_small_boxes
 
@@ -51,7 +52,7 @@ def get_feat_sizes(image_size: tuple[int, int], max_level: int) -> list[tuple[in
     sizes = [(int(image_size[0]), int(image_size[1]))]
     for _ in range(max_level):
         height, width = sizes[-1]
-        sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
+        sizes.append((halved(height), halved(width)))
     return sizes
 
 
@@ -158,6 +159,8 @@ class Anchors(nn.Module):
             some are kept. None where ``boxes`` may have other values: they were replaced, and of
             replicas, of tensors without values or versions, and in code that is compiled or traced.
         """
+        if any(isinstance(side, torch.SymInt) for side in image_size):
+            return self._grid_of_any_size(image_size)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or "_is_replica" in vars(self):
             return None
         size = _checked_size(image_size)
@@ -178,6 +181,16 @@ class Anchors(nn.Module):
                 self._grids.clear()
             self._grids[key] = grid
         return grid
+
+    def _grid_of_any_size(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """``grid``, float32, in an export of any size: that of all multiples of the last level's stride."""
+        unit = 2**self.max_level
+        if any(side % unit for side in image_size):
+            raise ValueError(
+                f"image_size: got {tuple(image_size)}, takes multiples of {unit} where it is dynamic"
+            )
+        first, stride = self._generate_grid((unit, unit))
+        return first.to(self.boxes), stride.to(self.boxes)
 
     def level_sizes(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """Feature map (H, W) per pyramid level, of ``self.image_size`` by default."""

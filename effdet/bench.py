@@ -187,7 +187,7 @@ class _DetBench(nn.Module):
         given = [*own.items(), *changed.items()]
         return Suppression(**{name: value for name, value in given if value is not None})
 
-    def _anchors_for(self, image_size: Size) -> tuple[Tensor, Tensor | None]:
+    def anchors_for(self, image_size: Size) -> tuple[Tensor, Tensor | None]:
         """``anchors`` and ``strides`` of ``decode_topk`` for images of a size."""
         grid = self.anchors.grid(image_size)
         return (swap_xy(self.anchors.boxes_for(image_size)), None) if grid is None else grid
@@ -282,7 +282,7 @@ class DetBenchPredict(_DetBench):
         if img_info is not None:
             img_scale = _float(_require(img_info, "img_info", "img_scale"))
             img_size = _float(_require(img_info, "img_info", "img_size"))
-        inputs = x, *self._anchors_for(spatial_size(x)), img_scale, img_size
+        inputs = x, *self.anchors_for(spatial_size(x)), img_scale, img_size
         predict = functools.partial(self._predict, suppression)
         rows = None
         if type(self.model) is EfficientDet:  # anything else may do more than compute
@@ -404,7 +404,7 @@ class DetBenchTrain(_DetBench):
             output["detections"] = self._detect(
                 cls_outputs,
                 box_outputs,
-                *self._anchors_for(input_size),
+                *self.anchors_for(input_size),
                 _require(target, "target", "img_scale"),
                 _require(target, "target", "img_size"),
                 self.suppression(),

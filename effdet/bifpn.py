@@ -27,7 +27,7 @@ from .layers import (
     SequentialList,
     fusion_inputs,
 )
-from .padding import Size, pair, spatial_size
+from .padding import Size, halved, pair, spatial_size
 from .recompute import recomputed
 
 FeatureInfo = list[dict[str, Any]]
@@ -37,7 +37,7 @@ _MAX_INPUTS = 3
 
 def next_size(size: Size) -> Size:
     """The (H, W) of the next coarser level."""
-    return (size[0] - 1) // 2 + 1, (size[1] - 1) // 2 + 1
+    return halved(size[0]), halved(size[1])
 
 
 class FpnCombine(nn.Module):

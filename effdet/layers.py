@@ -210,7 +210,9 @@ class ResampleFeatureMap(nn.Module):
 
 def _window(size: Size, output_size: Size) -> tuple[Size, Size]:
     """(kernel, stride) of the pool from one (H, W) to one that is not larger on either side."""
-    rows, columns = ((n - 1) // out + 1 for n, out in zip(size, output_size, strict=True))
+    rows, columns = (
+        n // out + (1 if n % out else 0) for n, out in zip(size, output_size, strict=True)
+    )
     # One pixel stays one at any stride, also at the other side's: as in a model made for larger maps.
     stride = (columns if size[0] == 1 else rows), (rows if size[1] == 1 else columns)
     vertical, horizontal = (s + 1 if s > 1 else 1 for s in stride)

@@ -22,6 +22,11 @@ def spatial_size(x: Tensor) -> Size:
     return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)
 
 
+def halved(size: int) -> int:
+    """``size`` / 2, rounded up."""
+    return size // 2 + size % 2
+
+
 def same_padding(size: Size, kernel: Size, stride: Size, dilation: Size = (1, 1)) -> Padding:
     """TensorFlow's "same": the output is ceil(size / stride), odd padding goes right and below.
 
@@ -33,7 +38,9 @@ def same_padding(size: Size, kernel: Size, stride: Size, dilation: Size = (1, 1)
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> Size:
-    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    # By the remainder, which an export of any size that is a multiple of the stride knows to be 0.
+    last = size % stride or stride
+    total = max((kernel - 1) * dilation + 1 - last, 0)
     return total // 2, total - total // 2
 
 

@@ -119,7 +119,7 @@ class Op:
         self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
         self.name = self.schema.name.split("::")[1]
         self.impls = impls
-        self._out_spec = out_spec
+        self.out_spec = out_spec
         self._arguments = [argument.name for argument in self.schema.arguments]
         self._differentiable = [self._arguments.index(name) for name in differentiable]
         self._nondifferentiable_outputs = nondifferentiable_outputs
@@ -134,7 +134,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         route, device = self._route(args)
         if route == "dispatcher":
-            return self._overload(*args)
+            return self.overload(*args)
         if torch.is_autocast_enabled(device):
             args = tuple(self._cast(args, torch.get_autocast_dtype(device)))
             with torch.autocast(device, enabled=False):
@@ -195,7 +195,7 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_LIBRARY)
         for device in ("cpu", "cuda"):
             _LIBRARY.impl(self.name, self._autocast_kernel(device), f"Autocast{device.upper()}")
-        self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         if self._differentiable:
             self._register_backward(schema)
 
@@ -228,19 +228,19 @@ class Op:
         """What ``implementation`` returns, in the layouts of ``out_spec`` and apart from the inputs."""
         outputs = implementation(*args)
         flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        return self._pack(_conform(self._out_spec(*args), flat, _tensors(args)))
+        return self.pack(_conform(self.out_spec(*args), flat, _tensors(args)))
 
     def direct(self, backend: str, args: Sequence[Any]) -> Any:
         """The same of a kernel, whose outputs are never an input's memory."""
         outputs = self.impls[backend](*args)
         flat = (outputs,) if isinstance(outputs, Tensor) else outputs
-        specs = self._out_spec(*args)
-        return self._pack([s.arranged(out) for s, out in zip(specs, flat, strict=True)])
+        specs = self.out_spec(*args)
+        return self.pack([s.arranged(out) for s, out in zip(specs, flat, strict=True)])
 
     def _fake(self, *args: Any) -> Any:
-        return self._pack([spec.empty() for spec in self._out_spec(*args)])
+        return self.pack([spec.empty() for spec in self.out_spec(*args)])
 
-    def _pack(self, flat: list[Tensor]) -> Any:
+    def pack(self, flat: list[Tensor]) -> Any:
         if self._returns_list:
             return flat
         return flat[0] if len(flat) == 1 else tuple(flat)
@@ -251,7 +251,7 @@ class Op:
         def kernel(*args: Any) -> Any:
             cast = self._cast(args, torch.get_autocast_dtype(device))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self._overload(*cast)
+                return self.overload(*cast)
 
         return kernel
 

@@ -21,18 +21,18 @@ def schema_arguments(spec, inputs):
     """The positional arguments that the public function hands to the registered op on ``inputs``."""
     seen = []
     op = testing.operator(spec)
-    overload = op._overload
+    overload = op.overload
 
     def record(*args):
         seen.append(args)
         return overload(*args)
 
-    op._overload = record
+    op.overload = record
     try:
         with testing.through_registration(op):
             spec.op(**inputs)
     finally:
-        op._overload = overload
+        op.overload = overload
     return seen[0]
 
 
@@ -47,7 +47,7 @@ def test_opcheck(spec, case):
     if all(t.numel() and not t.isnan().any() for t in everything):
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(
-        testing.operator(spec)._overload, schema_arguments(spec, inputs), test_utils=tests
+        testing.operator(spec).overload, schema_arguments(spec, inputs), test_utils=tests
     )
 
 

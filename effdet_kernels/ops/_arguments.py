@@ -115,4 +115,6 @@ def convolved_size(
             f"{op}: padding: got a padded map of {height}x{width},"
             f" takes at least the kernel's {kernel}x{kernel}"
         )
-    return (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    # Multiples of the stride, whose quotients an export of any size knows.
+    down, across = ((n - kernel) - (n - kernel) % stride for n in (height, width))
+    return down // stride + 1, across // stride + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,7 @@ def _out_spec(
 ) -> list[TensorSpec]:
     first = cls_outputs[0]
     batch, device = first.shape[0], first.device
-    kept = min(k, sum(level.shape[1:].numel() for level in cls_outputs))
+    kept = min(k, sum(math.prod(level.shape[1:]) for level in cls_outputs))
     return [
         TensorSpec((batch, kept, 4), accumulation_dtype(first.dtype), device),
         TensorSpec((batch, kept), first.dtype, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 from effdet_kernels.ops._activations import widen
 
 
-def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
+def rows(maps: Sequence[Tensor], width: int) -> Tensor:
     """[B, A * width, H, W] per level to [B, N, width]: level, row, column, anchor."""
-    rows = [
-        m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (m.shape[1:].numel() // width, width))
+    levels = [
+        m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (math.prod(m.shape[1:]) // width, width))
         for m in maps
     ]
-    return torch.cat(rows, 1)
+    return torch.cat(levels, 1)
 
 
 def _top(values: Tensor, k: int) -> Tensor:
@@ -54,12 +55,25 @@ def decode_topk(
     strides: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best (anchor, class) logits of each image, and their boxes from (ty, tx, th, tw)."""
-    logits = _rows(cls_outputs, num_classes).flatten(1)
-    codes = widen(_rows(box_outputs, 4))  # an anchor may be picked for several classes
+    logits = rows(cls_outputs, num_classes).flatten(1)
     k = min(k, logits.shape[1])
     picks = [_top(row.detach(), k) for row in logits]
     flat = torch.stack(picks) if picks else logits.new_zeros((0, k), dtype=torch.long)
     anchor_index = flat // num_classes
+    boxes = decode(cls_outputs, box_outputs, anchors, anchor_index, limits, strides)
+    return boxes, logits.gather(1, flat), anchor_index, flat % num_classes
+
+
+def decode(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    anchor_index: Tensor,
+    limits: Tensor | None,
+    strides: Tensor | None,
+) -> Tensor:
+    """The boxes [B, k, 4] of anchors [B, k]; one may be picked for several classes."""
+    codes = widen(rows(box_outputs, 4))
     code = codes.gather(1, anchor_index[:, :, None].expand(-1, -1, 4))
     if strides is not None:
         wide = torch.promote_types(anchors.dtype, code.dtype)
@@ -67,9 +81,9 @@ def decode_topk(
     corners = anchors.to(code.dtype)[anchor_index]
     size = corners[..., 2:] - corners[..., :2]
     centre = (corners[..., :2] + corners[..., 2:]) / 2
-    centre = code[..., [1, 0]] * size + centre
-    half = code[..., [3, 2]].exp() * size / 2
+    centre = code[..., :2].flip(-1) * size + centre
+    half = code[..., 2:].flip(-1).exp() * size / 2
     boxes = torch.cat([centre - half, centre + half], -1)
     if limits is not None:
         boxes = boxes.clamp(min=0).minimum(limits.to(code.dtype).repeat(1, 2)[:, None])
-    return boxes, logits.gather(1, flat), anchor_index, flat % num_classes
+    return boxes

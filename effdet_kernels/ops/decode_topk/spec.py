@@ -79,7 +79,7 @@ def _real(name: str, largest: int, *, batch: int = 2, tags=BENCH, times: int = 1
 
 def _picked(a: Inputs, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of anchors ``index``: codes (tx, ty, tw, th), and magnitudes of the sizes and the centres."""
-    codes = reference._rows(a["box_outputs"], 4)
+    codes = reference.rows(a["box_outputs"], 4)
     code = codes.gather(1, index[:, :, None].expand(-1, -1, 4))[..., [1, 0, 3, 2]]
     anchors, strides = a["anchors"], a["strides"]
     if strides is None:
@@ -115,8 +115,8 @@ def _gradient_magnitude(a: Inputs, grads: Sequence[Tensor | None]) -> list[Tenso
     terms = torch.cat(slopes, -1)[..., [1, 0, 3, 2]]
     leaves = [torch.zeros_like(t, requires_grad=True) for t in a["cls_outputs"] + a["box_outputs"]]
     levels = len(a["cls_outputs"])
-    cls_rows = reference._rows(leaves[:levels], a["num_classes"]).flatten(1)
-    box_rows = reference._rows(leaves[levels:], 4)
+    cls_rows = reference.rows(leaves[:levels], a["num_classes"]).flatten(1)
+    box_rows = reference.rows(leaves[levels:], 4)
     picks = [
         cls_rows.gather(1, index * a["num_classes"] + classes),
         box_rows.gather(1, index[:, :, None].expand(-1, -1, 4)),
