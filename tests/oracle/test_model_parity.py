@@ -100,6 +100,13 @@ def test_outputs_are_equal(oracle: Any, name: str, size: tuple[int, int]) -> Non
     assert_close_in_deviations(box, theirs["box"])
 
 
+def test_weights_are_where_theirs_are(oracle: Any) -> None:
+    theirs = oracle.call("weight_urls")
+    assert len(theirs) == 47 and sum(map(bool, theirs.values())) == 32
+    for name, url in theirs.items():
+        assert get_efficientdet_config(name).get("url", "") == url
+
+
 @pytest.mark.parametrize("fpn_name", ["bifpn_attn", "bifpn_sum", "pan_sum", "pan_fa"])
 def test_outputs_of_other_pyramids_are_equal(oracle: Any, fpn_name: str) -> None:
     config = get_efficientdet_config("tf_efficientdet_d0")
