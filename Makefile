@@ -73,7 +73,7 @@ bench: $(INSTALLED)  ## each op's real shapes; see docs/benchmarks.md
 $(INSTALLED): constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy
-	$(BIN)/pip install -q -c constraints.txt -e ".[plot,hub,test]" ruff mypy clang-format cmake ninja pybind11
+	$(BIN)/pip install -q -c constraints.txt -e ".[plot,hub,export,video,test]" ruff mypy clang-format cmake ninja pybind11
 	touch $@
 
 $(ORACLE)/.installed: tests/oracle/requirements.txt
