@@ -12,6 +12,8 @@ from .data import (
     create_loader,
     create_parser,
 )
+from .detections import Detection, Detections
+from .detector import Detector
 from .efficientdet import EfficientDet
 from .evaluator import CocoEvaluator, OpenImagesEvaluator, PascalEvaluator, create_evaluator
 from .factory import create_model, create_model_from_config
@@ -21,7 +23,10 @@ __all__ = [
     "CocoEvaluator",
     "DetBenchPredict",
     "DetBenchTrain",
+    "Detection",
     "DetectionDatset",
+    "Detections",
+    "Detector",
     "EfficientDet",
     "OpenImagesEvaluator",
     "PascalEvaluator",

@@ -47,7 +47,7 @@ def draw_detections(
         picture = image.copy()
     draw = ImageDraw.Draw(picture)
     side = (picture.width * picture.height) ** 0.5
-    font = ImageFont.load_default(size=max(10, round(side / 40)))
+    font = _font(picture.size)
     line = max(1, round(side / 300))
     for i in reversed(range(len(boxes))):
         x0, y0, x1, y1 = (float(v) for v in boxes[i])
@@ -59,6 +59,20 @@ def draw_detections(
             text = f"{text} {scores[i]:.2f}"
         _tag(draw, text, x0, y0, colour, font, picture.size)
     return picture
+
+
+def draw_text(image: Image.Image, text: str) -> Image.Image:
+    """``image``, RGB, with a line of text written into its upper right corner."""
+    draw = ImageDraw.Draw(image)
+    font = _font(image.size)
+    left, _, right, _ = draw.textbbox((0, 0), text, font=font)
+    _tag(draw, text, image.width - (right - left), 0, (0, 0, 0), font, image.size)
+    return image
+
+
+def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Letters that can be read on a picture of this (width, height)."""
+    return ImageFont.load_default(size=max(10, round((size[0] * size[1]) ** 0.5 / 40)))
 
 
 def _tag(

@@ -1,146 +1,231 @@
-"""``effdet detect``: find objects on pictures."""
+"""``effdet detect``: find objects on pictures, videos and cameras."""
 
 from __future__ import annotations
 
 import argparse
 import glob
-import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from effdet.files import replacing
-
 from .options import (
     add_command,
     add_model_options,
     add_suppression_options,
+    positive_int,
     share_type,
     suppression_of,
 )
 
 if TYPE_CHECKING:
-    from effdet.engine.detector import Detections
+    from effdet.detections import Detections
+    from effdet.detector import Detector
+    from effdet.engine.detect_run import Picture
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEXT = """\
 Writes OUT/<name> with the boxes drawn and OUT/detections.json: the list of files and the
 detections in COCO's result format (bbox is x, y, width, height in pixels of the file, upright).
 A file that is no picture is reported, the others are still processed, and the exit code is 1.
-The table's time is from the picture to its boxes; that of the first includes one-time set-up.
+The table's time is that since the line before; the first includes one-time set-up.
+A video gives OUT/<name>.mp4 and OUT/<name>.json, a camera until Ctrl-C, with the frame rate.
 
 examples:
   effdet detect street.jpg                             the small bundled model
   effdet detect photos/ 'more/*.png' --out boxes --model tf_efficientdet_d0 --score 0.4
   effdet detect photos/ --checkpoint run/best.pth      a model of `effdet train`
+  effdet detect data/annotations/instances_val.json    the pictures that it lists, with their ids
+  effdet detect clip.mp4                               a video
+  effdet detect camera:0 --show                        a camera, in a window
+  torchrun --nproc-per-node 8 -m effdet detect photos/ --resume
+                                                       shared out; stopped, it goes on where it was
 """
 
 
 def add_parser(commands: Any) -> None:
-    parser = add_command(commands, "detect", "find objects on pictures and draw them", _TEXT)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or patterns")
+    """The command and its options, added to the subparsers of ``effdet``."""
+    parser = add_command(
+        commands, "detect", "find objects on pictures and videos and draw them", _TEXT
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders or patterns of pictures; a COCO annotation file; a video; camera:N",
+    )
     parser.add_argument(
         "--out", default="detections", metavar="DIR", help="where to write (default: detections)"
     )
     parser.add_argument(
         "--score", type=share_type, default=0.3, help="lowest score to keep (default: 0.3)"
     )
-    parser.add_argument("--no-pictures", action="store_true", help="write detections.json only")
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="write the json only, no picture or video"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what a run with the same --out has done"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="default: 16 on a GPU, 1 on a CPU"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="threads that read (default: 2)",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="auto (default), float32, bfloat16 or float16"
+    )
+    parser.add_argument("--show", action="store_true", help="videos: show the frames; q stops")
+    parser.add_argument(
+        "--frames", type=positive_int, metavar="N", help="videos: stop after so many frames"
+    )
     add_model_options(parser)
     add_suppression_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from effdet.data import load_image
-    from effdet.draw import draw_detections
-    from effdet.engine.detector import Detector
-    from effdet.engine.devices import resolve_device
-    from effdet.engine.weights import load_model
+    """Detect on all inputs; the exit status."""
+    from effdet.engine.processes import joined
+    from effdet.video import is_video
 
-    files, failures = find_images(args.images)
-    for failure in failures:
-        _report(failure)
-    if not files:
-        return 1
-    loaded = load_model(args.model, args.checkpoint, args.size)
-    device = resolve_device(args.device)
-    detector = Detector(loaded.model, device, args.score, **suppression_of(args))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{loaded.name} at {detector.size[0]}x{detector.size[1]}, weights {loaded.source}")
-    column = max(len(str(f)) for f in files)
-    print(f"{'file':<{column}}  {'size':>11}  {'boxes':>5}  {'ms':>7}")
-    names = _output_names(files)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            picture = load_image(file)
-            start = time.perf_counter()
-            found = detector(picture)
-            elapsed = 1000 * (time.perf_counter() - start)
-            if not args.no_pictures:
-                drawn = draw_detections(
-                    picture,
-                    found.boxes.tolist(),
-                    found.labels.tolist(),
-                    found.scores.tolist(),
-                    loaded.class_names,
-                )
-                _save_picture(drawn, out / names[file])
-        except (ValueError, OSError) as error:
-            message = str(error) if str(file) in str(error) else f"{file}: {error}"
-            failures.append(message)
-            _report(message)
-            continue
-        width, height = picture.size
-        image_id = len(images) + 1
-        images.append({"id": image_id, "file_name": str(file), "width": width, "height": height})
-        annotations += _coco_results(found, image_id, loaded.category_ids)
-        size = f"{width}x{height}"
-        print(f"{file!s:<{column}}  {size:>11}  {len(found.boxes):>5}  {elapsed:>7.1f}")
-    categories = [
-        {"id": i, "name": name}
-        for i, name in zip(loaded.category_ids, loaded.class_names, strict=True)
-    ]
-    target = out / "detections.json"
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    with replacing(target) as partial:
-        partial.write_text(json.dumps(document))
-    print(f"{len(annotations)} objects on {len(images)} pictures: {target}")
-    if failures:
-        _report(f"{len(failures)} of the inputs failed")
+    videos = [text for text in args.inputs if is_video(text)]
+    pictures, failures = find_images([text for text in args.inputs if text not in videos])
+    with joined(args.device) as processes:
+        first = processes.rank == 0
+        if first:
+            for failure in failures:
+                _report(failure)
+        if not pictures and not videos:
+            return 1
+        detector = _detector(args, processes.device)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        if first:
+            size = f"{detector.size[0]}x{detector.size[1]}"
+            print(f"{detector.name} at {size}, weights {detector.source}")
+        if pictures:
+            failures += _detect_pictures(args, detector, pictures, processes)
+        for video in videos[processes.rank :: processes.count]:
+            failures += _detect_video(args, detector, video)
+        if failures and first:
+            _report(f"{len(failures)} of the inputs failed")
     return 1 if failures else 0
 
 
-def find_images(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Expand files, folders (their pictures, not recursive) and patterns; without duplicates.
+def _detector(args: argparse.Namespace, device: Any) -> Detector:
+    from effdet.detector import Detector
+
+    return Detector(
+        args.model,
+        checkpoint=args.checkpoint,
+        device=device,
+        dtype=args.dtype,
+        size=args.size,
+        score=args.score,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        **suppression_of(args),
+    )
+
+
+def _detect_pictures(
+    args: argparse.Namespace, detector: Detector, pictures: list[Picture], processes: Any
+) -> list[str]:
+    """Detect on pictures, this process's share of them; what failed."""
+    from effdet.engine.detect_run import RESULT_FILE, DetectionRun
+
+    out = Path(args.out)
+    work = DetectionRun(detector, pictures, out, processes, resume=args.resume)
+    if work.done_before and processes.rank == 0:
+        print(f"{work.done_before} of {len(pictures)} pictures were done before")
+    column = max(len(str(p.file)) for p in pictures)
+    alone = processes.count == 1
+    if alone:
+        print(f"{'file':<{column}}  {'size':>11}  {'boxes':>5}  {'ms':>7}")
+    failures: list[str] = []
+    last = time.perf_counter()
+
+    def progress(picture: Picture, found: Detections) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        size = f"{found.size[0]}x{found.size[1]}"
+        if alone:
+            elapsed = 1000 * (now - last)
+            print(f"{picture.file!s:<{column}}  {size:>11}  {len(found):>5}  {elapsed:>7.1f}")
+        last = now
+
+    def failed(message: str) -> None:
+        failures.append(message)
+        _report(message)
+
+    work.run(not args.no_pictures, progress, failed)
+    document = work.merge()
+    if document is not None:
+        objects, images = len(document["annotations"]), len(document["images"])
+        print(f"{objects} objects on {images} pictures: {out / RESULT_FILE}")
+    return failures
+
+
+def _detect_video(args: argparse.Namespace, detector: Detector, source: str) -> list[str]:
+    """Detect on one video or camera; what failed."""
+    from effdet.engine.detect_video import detect_video
+    from effdet.video import VideoError
+
+    try:
+        done = detect_video(
+            detector,
+            source,
+            Path(args.out),
+            draw=not args.no_pictures,
+            show=args.show,
+            most=args.frames,
+        )
+    except (VideoError, OSError) as error:
+        _report(str(error))
+        return [str(error)]
+    print(
+        f"{source}: {done.objects} objects on {done.frames} frames,"
+        f" {done.rate:.1f} frames/s: {done.file}"
+    )
+    return []
+
+
+def find_images(arguments: list[str]) -> tuple[list[Picture], list[str]]:
+    """Expand files, folders (their pictures, not recursive), patterns and COCO annotation files; without duplicates.
 
     Returns:
-        The files in the order given, sorted within a folder or pattern, and one message for each
+        The pictures in the order given, sorted within a folder or pattern, and one message for each
         argument that leads to no file.
     """
-    files: dict[Path, None] = {}
+    from effdet.data import listed_pictures
+    from effdet.engine.detect_run import Picture
+    from effdet.pictures import find_pictures
+
+    files: dict[Path, int | str | None] = {}
     failures = []
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            if not found:
-                failures.append(f"{argument}: the folder holds no pictures ({_suffixes()})")
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-            found = [p for p in found if p.is_file()]
-            if not found:
-                failures.append(f"{argument}: no such file, folder or pattern")
-        files.update(dict.fromkeys(found))
-    return list(files), failures
+        ids: dict[Path, Any] = {}
+        try:
+            if path.is_dir():
+                ids = dict.fromkeys(find_pictures(path))
+            elif path.suffix.lower() == ".json" and path.exists():
+                ids = listed_pictures(path)
+            elif path.exists():
+                ids = {path: None}
+            else:
+                found = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+                ids = dict.fromkeys(p for p in found if p.is_file())
+                if not ids:
+                    raise FileNotFoundError(f"{argument}: no such file, folder or pattern")
+        except (OSError, ValueError) as error:
+            failures.append(str(error))
+        files.update({file: files.get(file, ids[file]) for file in ids})
+    names = _output_names(list(files))
+    return [Picture(file, names[file], image_id) for file, image_id in files.items()], failures
 
 
 def _output_names(files: list[Path]) -> dict[Path, str]:
@@ -156,29 +241,6 @@ def _output_names(files: list[Path]) -> dict[Path, str]:
         used.add(name.lower())
         names[file] = name
     return names
-
-
-def _coco_results(found: Detections, image_id: int, ids: list[int]) -> list[dict[str, Any]]:
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": ids[label - 1],
-            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-            "score": round(score, 5),
-        }
-        for (x0, y0, x1, y1), score, label in rows
-    ]
-
-
-def _save_picture(picture: Image.Image, target: Path) -> None:
-    kind = "JPEG" if target.suffix in (".jpg", ".jpeg") else "PNG"
-    with replacing(target) as partial:
-        picture.save(partial, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
-
-
-def _suffixes() -> str:
-    return " ".join(sorted(_SUFFIXES))
 
 
 def _report(message: str) -> None:

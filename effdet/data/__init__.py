@@ -12,6 +12,7 @@ from .dataset import DetectionDatset as DetectionDatset
 from .dataset import SkipSubset as SkipSubset
 from .dataset_factory import create_dataset as create_dataset
 from .folder import coco_folder as coco_folder
+from .folder import listed_pictures as listed_pictures
 from .image import ImageError as ImageError
 from .image import load_image as load_image
 from .input_config import resolve_input_config as resolve_input_config

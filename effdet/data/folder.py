@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -55,7 +56,33 @@ def coco_folder(
             )
         cfg.cat_ids_as_labels = True
         parser = CocoParser(cfg)
-    return DetectionDatset(_find_images(root, split, ann_file, parser), parser)
+    file_names = [info["file_name"] for info in parser.img_infos]
+    return DetectionDatset(_find_images(root, split, ann_file, file_names), parser)
+
+
+def listed_pictures(ann_file: str | Path) -> dict[Path, int | str]:
+    """The pictures that a COCO annotation file lists, with their ids; annotations need not be there.
+
+    They are looked for as `coco_folder` does, from the file's folder, or from the one above `annotations`.
+
+    Raises:
+        FileNotFoundError: no such file, or a picture is missing.
+        AnnotationError: the file is none of COCO's.
+    """
+    ann_file = Path(ann_file)
+    try:
+        images = json.loads(ann_file.read_text(encoding="utf-8"))["images"]
+        names = {str(image["file_name"]): image["id"] for image in images}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise AnnotationError(
+            f"{ann_file}: is no COCO annotation file, which has a list of images with id and file_name"
+        ) from error
+    if not names:
+        raise AnnotationError(f"{ann_file}: lists no images")
+    root = ann_file.parent.parent if ann_file.parent.name == "annotations" else ann_file.parent
+    split = ann_file.stem.removeprefix("instances_")
+    folder = _find_images(root, split, ann_file, list(names))
+    return {folder / name: image_id for name, image_id in names.items()}
 
 
 def _find_annotations(root: Path, split: str) -> Path:
@@ -79,13 +106,12 @@ def _find_annotations(root: Path, split: str) -> Path:
     )
 
 
-def _find_images(root: Path, split: str, ann_file: Path, parser: CocoParser) -> Path:
+def _find_images(root: Path, split: str, ann_file: Path, file_names: list[str]) -> Path:
     """The folder that holds every picture; else say what the best one lacks."""
     stem = ann_file.stem.removeprefix("instances_")
     folders = [base / name for base in (root, root / "images") for name in (stem, split)]
     folders += [*sorted(root.glob(f"{split}*")), root / "images", root, ann_file.parent]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-    file_names = [info["file_name"] for info in parser.img_infos]
     fewest, best = file_names, root
     for folder in folders:
         missing = [name for name in file_names if not (folder / name).is_file()]

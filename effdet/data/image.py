@@ -50,13 +50,18 @@ def _decode(file: IO[bytes], name: str, exif: bool) -> Image.Image:
     try:
         image = Image.open(file)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
+        return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except _DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ImageError(f"{name}: {reason}; expected {_EXPECTED}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB, itself where it is so; see `load_image`.
+
+    Raises:
+        ValueError: its samples are floating-point, or integers of more than 16 bits.
+    """
     if image.mode == "F":
         raise ValueError("the samples are floating-point numbers of unknown range")
     if image.mode == "I" or image.mode.startswith("I;16"):

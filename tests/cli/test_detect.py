@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effdet.engine.detector import Detector
-from effdet.engine.weights import load_model
+from effdet import Detector
 
 
 def _picture(path, size=(80, 60), mode="RGB", **save):
@@ -89,12 +88,12 @@ def test_suppression_options_reach_the_detections(cli, weights, tmp_path):
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_lowest_score_only_filters(cli, weights, tmp_path, soft):
     torch.manual_seed(0)
-    model = load_model("", str(weights), None).model
     picture = Image.open(_picture(tmp_path / "a.png"))
-    every = Detector(model, torch.device("cpu"), 0.0, 1000, soft)(picture)
+    options = {"checkpoint": weights, "device": "cpu", "max_det": 1000, "soft_nms": soft}
+    every = Detector(score=0.0, **options)(picture)
     score = every.scores[37].item()
     for least, kept in ((score, every.scores >= score), (np.nextafter(score, 1), None)):
-        found = Detector(model, torch.device("cpu"), least, 1000, soft)(picture)
+        found = Detector(score=least, **options)(picture)
         kept = every.scores >= least if kept is None else kept
         assert 0 < len(found.scores) < len(every.scores)
         for name in ("boxes", "scores", "labels"):
@@ -164,7 +163,7 @@ def test_bad_files_are_named_and_the_others_processed(cli, weights, tmp_path):
     assert "4 of the inputs failed" in result.err
     document = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [i["file_name"] for i in document["images"]] == [str(good)]
-    assert sorted(os.listdir(tmp_path / "out")) == ["detections.json", "good.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["detections.json", "good.png", "parts"]
 
 
 def test_an_empty_folder_is_named_and_nothing_written(cli, weights, tmp_path):

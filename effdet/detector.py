@@ -1,0 +1,266 @@
+"""A model ready to look at pictures, of any kind and size, one or many."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .bench import DetBenchPredict, unwrap_bench
+from .data import transforms as T
+from .data.image import load_image
+from .detections import Detections
+from .engine.data import input_geometry
+from .engine.devices import resolve_device
+from .engine.weights import LoadedModel, default_class_names, load_model
+from .padding import Size
+from .pictures import find_pictures, to_picture
+
+_BATCH_ON_GPU = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Prepared(NamedTuple):
+    """A picture as the network takes it."""
+
+    source: Path | Image.Image
+    size: Size  # (width, height) of the picture
+    scale: float  # its size / the letterbox's
+    pixels: np.ndarray  # [H, W, 3] uint8
+
+
+class Detector:
+    """Find objects on pictures: letterbox, normalise, run, scale back, keep what scores enough.
+
+    Args:
+        model: a configuration's name (see ``effdet models``), with its published COCO weights unless `checkpoint` is
+            given; or an `EfficientDet` or a bench of one, used as it is on its device, or copied to another device or
+            dtype. Empty, without a checkpoint: the small model that comes with the package.
+        checkpoint: a weights file, or hf://owner/name; a file of ``effdet train`` says which model it is for.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
+        dtype: "auto" (bfloat16 on a GPU of compute capability 8.0 or later, else float32), "float32", "bfloat16",
+            "float16", or a torch dtype.
+        size: (height, width) that pictures are letterboxed to; None: the model's own.
+        score: lowest score to keep, in [0, 1].
+        max_det: most objects per picture.
+        soft_nms: suppress overlaps with gaussian soft-NMS instead of hard NMS.
+        iou_threshold, sigma, class_agnostic, max_per_class: see `effdet.postprocess.Suppression`.
+        class_names: name of label 1, 2, … in place of the checkpoint's.
+        batch_size: pictures per call of the network; None: 16 on a GPU, 1 on a CPU.
+        workers: threads that read and letterbox pictures ahead of the network.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of its range.
+        KeyError: no such model.
+        CheckpointError: the file is unusable, or does not fit the model.
+        OSError: no such file, or weights cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "",
+        *,
+        checkpoint: str | os.PathLike[str] = "",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        size: Size | None = None,
+        score: float = 0.3,
+        max_det: int = 100,
+        soft_nms: bool = False,
+        iou_threshold: float | None = None,
+        sigma: float | None = None,
+        class_agnostic: bool = False,
+        max_per_class: int | None = None,
+        class_names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        workers: int = 2,
+    ) -> None:
+        if not 0.0 <= score <= 1.0:
+            raise ValueError(f"score: got {score}, takes a number in [0, 1]")
+        for name, value in (("max_det", max_det), ("batch_size", batch_size), ("workers", workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, takes an integer >= 1")
+        # A model that is given stays where it is, if nothing is said.
+        if isinstance(model, nn.Module) and device == "auto":
+            self.device = next(model.parameters()).device
+        else:
+            self.device = resolve_device(str(device))
+        self.dtype = _resolve_dtype(dtype, self.device)
+        loaded = _loaded(model, checkpoint, size)
+        self.name, self.source = loaded.name, loaded.source
+        self.class_names = list(class_names or loaded.class_names)
+        self.category_ids = list(loaded.category_ids)
+        if len(self.class_names) != len(loaded.class_names):
+            raise ValueError(
+                f"class_names: got {len(self.class_names)} names,"
+                f" takes {len(loaded.class_names)}, one for each class of the model"
+            )
+        self.score = score
+        self.batch_size = batch_size or (_BATCH_ON_GPU if self.device.type == "cuda" else 1)
+        self.workers = workers
+        own_size, mean, std, fill = input_geometry(loaded.model.config)
+        self.size = size or own_size
+        self._letterbox = T.ResizePad(target_size=self.size, fill_color=fill)
+        self._mean, self._std = (
+            (torch.tensor(value).view(1, 3, 1, 1) * 255).to(self.device) for value in (mean, std)
+        )
+        self.bench = DetBenchPredict(_placed(loaded.model, self.device, self.dtype)).eval()
+        self.bench.max_det_per_image = max_det
+        self.bench.soft_nms = soft_nms
+        self.bench.iou_threshold = iou_threshold
+        self.bench.sigma = sigma
+        self.bench.class_agnostic = class_agnostic
+        self.bench.max_per_class = max_per_class
+        # What is found stays the same: picks come in the order of their scores, so those below
+        # `score` suppress none that are kept. The bench's scores are above its threshold.
+        below = float(np.nextafter(np.float32(score), np.float32(0)))
+        self.bench.score_threshold = max(below, self.bench.suppression().least_score)
+
+    def __call__(self, images: Any) -> Detections | list[Detections]:
+        """Detect on a picture, or on several.
+
+        Args:
+            images: a path, PIL image, uint8 array [H, W, 3] or [H, W] (RGB, not OpenCV's BGR), or tensor [3, H, W]
+                (uint8, or floating in [0, 1]); or several: a list of these, a folder's path or a tensor [B, 3, H, W].
+
+        Returns:
+            `Detections` of one picture, or a list with one for each, in order; of a folder in the order of its names.
+
+        Raises:
+            ImageError: a file holds no picture. TypeError, ValueError: this is no picture.
+            OSError: a file cannot be opened.
+        """
+        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+            return list(self.stream(find_pictures(images)))
+        if isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4):
+            return list(self.stream(images))
+        return self._detect([self._prepare(images)])[0]
+
+    def stream(
+        self,
+        images: Iterable[Any],
+        on_error: Callable[[Any, Exception], object] | None = None,
+    ) -> Iterator[Detections]:
+        """Detect on many pictures; reading goes ahead of the network, and few are in memory at a time.
+
+        Args:
+            images: any number of single pictures as a call takes them.
+            on_error: called with a picture that cannot be read and its ImageError, OSError, TypeError or ValueError,
+                and the others go on; None: the error is raised.
+        """
+        batch: list[_Prepared] = []
+        for prepared in self._ahead(images, on_error):
+            batch.append(prepared)
+            if len(batch) == self.batch_size:
+                yield from self._detect(batch)
+                batch = []
+        if batch:
+            yield from self._detect(batch)
+
+    def warmup(self, batch: int = 1) -> None:
+        """Do now what the first call of `batch` pictures would do once: compile, pack weights, record, capture."""
+        height, width = self.size
+        self._detect([self._prepare(Image.new("RGB", (width, height)))] * batch)
+
+    def _ahead(
+        self, images: Iterable[Any], on_error: Callable[[Any, Exception], object] | None
+    ) -> Iterator[_Prepared]:
+        """Pictures prepared by threads, in order, a batch and two per thread ahead."""
+        waiting: deque[tuple[Any, Future[_Prepared]]] = deque()
+        most = self.batch_size + 2 * self.workers
+        with ThreadPoolExecutor(self.workers) as pool:
+            for image in images:
+                waiting.append((image, pool.submit(self._prepare, image)))
+                if len(waiting) >= most:
+                    yield from _finished(*waiting.popleft(), on_error)
+            while waiting:
+                yield from _finished(*waiting.popleft(), on_error)
+
+    def _prepare(self, image: Any) -> _Prepared:
+        path = Path(image) if isinstance(image, (str, os.PathLike)) else None
+        picture = load_image(path) if path else to_picture(image)
+        resized, target = self._letterbox(picture, {"img_size": picture.size})
+        return _Prepared(path or picture, picture.size, target["img_scale"], np.asarray(resized))
+
+    @torch.inference_mode()
+    def _detect(self, batch: list[_Prepared]) -> list[Detections]:
+        pixels = torch.from_numpy(np.stack([p.pixels for p in batch])).permute(0, 3, 1, 2)
+        x = (pixels.to(self.device) - self._mean) / self._std
+        info = {
+            "img_scale": torch.tensor([p.scale for p in batch], device=self.device),
+            "img_size": torch.tensor([p.size for p in batch], device=self.device),
+        }
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return [
+            self._result(rows, prepared)
+            for rows, prepared in zip(self.bench(x, info).cpu(), batch, strict=True)
+        ]
+
+    def _result(self, rows: Tensor, prepared: _Prepared) -> Detections:
+        rows = rows[(rows[:, 5] > 0) & (rows[:, 4] >= self.score)]
+        return Detections(
+            rows[:, :4],
+            rows[:, 4],
+            rows[:, 5].long(),
+            self.class_names,
+            self.category_ids,
+            prepared.size,
+            prepared.source,
+        )
+
+
+def _finished(
+    image: Any, future: Future[_Prepared], on_error: Callable[[Any, Exception], object] | None
+) -> Iterator[_Prepared]:
+    """What becomes of `image`, or nothing where it cannot be read."""
+    try:
+        prepared = future.result()
+    except (OSError, TypeError, ValueError) as error:
+        if on_error is None:
+            raise
+        on_error(image, error)
+    else:
+        yield prepared
+
+
+def _loaded(
+    model: str | nn.Module, checkpoint: str | os.PathLike[str], size: Size | None
+) -> LoadedModel:
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, str):
+            raise TypeError(f"model: got {type(model).__name__}, takes a name or an EfficientDet")
+        return load_model(model, checkpoint, size)
+    bare: Any = unwrap_bench(model)
+    if checkpoint:
+        raise ValueError("checkpoint: got a file with a model that has its weights, takes none")
+    if not hasattr(bare, "config"):
+        raise TypeError(f"model: got {type(bare).__name__}, takes a name or an EfficientDet")
+    names = default_class_names(bare.config.num_classes)
+    return LoadedModel(bare, bare.config.name, names, list(range(1, len(names) + 1)), "as given")
+
+
+def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """`model` on the device and in the dtype: itself where it is so already, else a copy."""
+    weight = next(model.parameters())
+    if weight.device == device and weight.dtype == dtype:
+        return model
+    return deepcopy(model).to(device, dtype)
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float32
+    known = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if known is None or known not in _DTYPES.values():
+        raise ValueError(f"dtype: got {dtype!r}, takes auto, {', '.join(_DTYPES)}")
+    return known
