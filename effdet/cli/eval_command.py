@@ -25,6 +25,8 @@ examples:
   effdet scenes data --count 100 --seed 7 --split val && effdet eval data
   effdet eval coco --model tf_efficientdet_d0 --results results.json
   effdet eval data --checkpoint run/best.pth --split test --plots plots
+  torchrun --nproc-per-node 8 -m effdet eval coco --model tf_efficientdet_d7
+                                                       each process takes its share
 """
 _LABELS = {
     "AP": "AP    @ IoU 0.50:0.95",
@@ -59,10 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure the model on a split and print the figures; the exit status."""
     from effdet.engine.weights import load_model
 
-    loaded = load_model(args.model, args.checkpoint, args.size)
-    print(f"{loaded.name}, weights {loaded.source}")
     measure(
-        loaded,
+        load_model(args.model, args.checkpoint, args.size),
         args.data,
         args.split,
         device=args.device,
@@ -90,45 +90,65 @@ def measure(
     """Evaluate a `effdet.engine.weights.LoadedModel`, print the table and return the figures.
 
     `suppression` is as for `effdet.engine.evaluate.evaluate`; `plots` is a folder for precision
-    over recall.
+    over recall. Processes that `torchrun` started share the images, and process 0 prints and writes.
 
     Raises:
         ValueError: the data set has more classes than the model.
     """
     from effdet.data import coco_folder
     from effdet.engine.data import eval_loader
-    from effdet.engine.devices import resolve_device
     from effdet.engine.evaluate import evaluate
+    from effdet.engine.processes import joined
 
     dataset = coco_folder(data, split, num_classes=len(loaded.class_names))
+    with joined(device) as processes:
+        first, several = processes.rank == 0, processes.count > 1
+        if first:
+            _introduce(loaded, dataset)
+        model = loaded.model.to(processes.device)
+        loader = eval_loader(
+            dataset, model.config, batch_size, workers, processes.device, distributed=several
+        )
+        bar = tqdm(
+            total=len(dataset),
+            desc="evaluating",
+            unit="image",
+            leave=False,
+            disable=None if first else True,
+        )
+        with bar:
+            result = evaluate(
+                model,
+                loader,
+                dataset,
+                progress=lambda images: bar.update(images * processes.count),
+                distributed=several,
+                result_file=results,
+                **suppression,
+            )
+    assert result is not None  # nothing could stop it
+    if first:
+        _print(result, f"{len(dataset)} images of {data}, split {split}")
+        if plots:
+            _plot(result, Path(plots))
+    return result.stats
+
+
+def _introduce(loaded: Any, dataset: Any) -> None:
+    print(f"{loaded.name}, weights {loaded.source}")
     other = [name for name in dataset.parser.cat_names if name not in loaded.class_names]
     if other:
         print(f"note: the model's classes are not named {', '.join(other[:5])}")
-    place = resolve_device(device)
-    model = loaded.model.to(place)
-    loader = eval_loader(dataset, model.config, batch_size, workers, place)
-    with tqdm(
-        total=len(dataset), desc="evaluating", unit="image", leave=False, disable=None
-    ) as bar:
-        result = evaluate(
-            model,
-            loader,
-            dataset,
-            progress=bar.update,
-            result_file=results,
-            **suppression,
-        )
-    assert result is not None  # nothing could stop it
-    print(f"{len(dataset)} images of {data}, split {split}")
+
+
+def _print(result: Any, what: str) -> None:
+    print(what)
     for key, label in _LABELS.items():
         print(f"  {label:<24} {_figure(result.stats[key])}")
     width = max(map(len, result.per_class))
     print(f"  {'class':<{width}}  {'AP':>10}  {'AP50':>10}")
     for name, figures in result.per_class.items():
         print(f"  {name:<{width}}  {_figure(figures['AP']):>10}  {_figure(figures['AP50']):>10}")
-    if plots:
-        _plot(result, Path(plots))
-    return result.stats
 
 
 def _plot(result: Any, folder: Path) -> None:

@@ -209,3 +209,20 @@ def test_what_lists_no_pictures_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(AnnotationError, match=r"a\.json"):
         listed_pictures(path)
+
+
+def test_two_processes_measure_what_one_does(tmp_path, pictures, capsys):
+    data = pictures[0].parent.parent
+    arguments = ["eval", str(data), "--device", "cpu", "--workers", "0", "--results"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    alone = capsys.readouterr().out
+    command = [sys.executable, *_TWO, "-m", "effdet", *arguments, str(tmp_path / "two.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone
+
+    def rows(name):
+        return sorted(json.dumps(row) for row in json.loads((tmp_path / name).read_text()))
+
+    assert rows("two.json") == rows("one.json")
