@@ -34,6 +34,17 @@ def test_boxes_and_tags_that_stick_out_are_no_problem(size, box):
     assert drawn.size == size
 
 
+def test_no_tag_hides_another():
+    """Two boxes with the same corner: both tags are there, each in its colour."""
+    size, box = (200, 200), [60, 60, 160, 160]
+    one = np.asarray(draw_detections(Image.new("RGB", size), [box], [1], [0.9], ["first"]))
+    both = draw_detections(Image.new("RGB", size), [box, box], [1, 2], [0.9, 0.8], ["first", "2nd"])
+    both = np.asarray(both)
+    assert (one[:60] == both[:60]).all() and one[:60].any()
+    inside = (both[62:90, 62:158] == class_colour(2)).all(-1)
+    assert inside.sum() > 200
+
+
 def test_lengths_that_differ_are_named():
     with pytest.raises(ValueError, match="got 1, 2 and none"):
         draw_detections(Image.new("RGB", (9, 9)), [[0, 0, 1, 1]], [1, 2])
