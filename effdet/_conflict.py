@@ -44,11 +44,11 @@ def check(package: str) -> None:
 
 
 def _changed_files(site: str, record: str) -> list[str]:
-    """Python files of effdet whose size is not the one that was installed."""
+    """Python files of effdet whose size is not the one that was installed, where the record has it."""
     changed = []
     with open(record, newline="", encoding="utf-8") as file:
         for name, _, size in csv.reader(file):
-            if name.startswith("effdet/") and name.endswith(".py"):
+            if size and name.startswith("effdet/") and name.endswith(".py"):
                 path = os.path.join(site, name)
                 if not os.path.isfile(path) or os.path.getsize(path) != int(size):
                     changed.append(name)
