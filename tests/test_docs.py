@@ -139,3 +139,25 @@ def test_what_is_not_run_is_not_run(tmp_path):
     (tmp_path / "folder").mkdir()
     assert run_page(page, tmp_path / "folder").returncode == 0
     assert (tmp_path / "folder" / "ran").exists()
+
+
+PLANTED = [
+    ("[x](nothing.md)", test_links_lead_somewhere),
+    ("# A heading\n[x](#a-head)", test_links_lead_somewhere),
+    ("`tests/nothing.py`", test_files_that_are_named_exist),
+    ("`effdet/engine/nothing_<op>.py`", test_files_that_are_named_exist),
+    ("<!-- not run: -->\n```\nls\n```", test_what_is_not_run_says_why),
+    ("<!-- not run: too far from it -->\n\nx\n```\nls\n```", test_what_is_not_run_says_why),
+    ("```python\nits end is missing\n", test_what_is_not_run_says_why),
+    ("`effdet eval --plotz`", test_commands_in_sentences),
+    ("`effdet scenes drawn --count many`", test_commands_in_sentences),
+    ('`pip install "effdet-kernels[nothing]"`', test_commands_in_sentences),
+]
+
+
+@pytest.mark.parametrize(("text", "check"), PLANTED, ids=[text[:20] for text, _ in PLANTED])
+def test_wrong_sentences_are_seen(text, check, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text + "\n")
+    with pytest.raises((AssertionError, WrongError)):
+        check(page)
