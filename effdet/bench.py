@@ -280,6 +280,11 @@ class DetBenchPredict(_DetBench):
         self._follow_head()
         img_scale = img_size = None
         if img_info is not None:
+            if not isinstance(img_info, Mapping):
+                raise TypeError(
+                    "img_info must be a dictionary of img_scale [B] and img_size [B, 2], got "
+                    f"{type(img_info).__name__}"
+                )
             img_scale = _float(_require(img_info, "img_info", "img_scale"))
             img_size = _float(_require(img_info, "img_info", "img_size"))
         inputs = x, *self.anchors_for(spatial_size(x)), img_scale, img_size

@@ -35,6 +35,7 @@ examples:
   effdet train data --out run --model tf_efficientdet_d0 --batch-size 8 --amp bf16
   effdet train data --out run --epochs 30 --opt adamw --scale-min 0.5 --scale-max 1.5
                                                        small data: milder jitter, fewer epochs
+  effdet train data --out run --model tf_efficientdet_d0 --pretrained coco --recipe finetune
   effdet train data --out run --checkpoint old.pth     start from weights, any classes
   effdet train data --out run --checkpoint old.pth --recipe finetune --batch-size 16
                                                        the recipe's rate follows the batch
@@ -64,6 +65,11 @@ def add_parser(commands: Any) -> None:
     option("--out", "folder for checkpoints, log and plot", metavar="OUT")
     option("--model", "configuration (default: efficientdet_nano); see `effdet models`")
     option("--checkpoint", "weights to start from (default: random)", metavar="FILE")
+    option(
+        "--pretrained",
+        "published weights to start from: of the whole model, or of its backbone (takes timm)",
+        choices=("coco", "imagenet"),
+    )
     parser.add_argument("--resume", metavar="FILE", help="go on from this checkpoint")
     parser.add_argument(
         "--restart", action="store_true", help="go on from OUT/last.pth where there is one"

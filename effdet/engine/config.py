@@ -17,7 +17,8 @@ class TrainConfig:
         data: COCO-format folder (see `effdet.data.coco_folder`).
         out: folder for checkpoints, log and plot.
         model: name of the configuration (``effdet models`` lists them).
-        checkpoint: weights to start from; empty trains from random weights.
+        checkpoint: weights to start from; empty trains from random weights, or from ``pretrained``.
+        pretrained: "coco": start from the model's published weights; "imagenet": from its backbone's, by timm.
         train_split, val_split: names of the two splits in ``data``.
         recipe: the recipe that the settings were made from (`TrainConfig.of_recipe`), for the log.
         epochs: length of the run.
@@ -61,6 +62,7 @@ class TrainConfig:
     out: str
     model: str = "efficientdet_nano"
     checkpoint: str = ""
+    pretrained: str = ""
     train_split: str = "train"
     val_split: str = "val"
     recipe: str = ""
@@ -104,6 +106,12 @@ class TrainConfig:
             "accumulate",
             self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
             f"an integer >= 1 that divides batch_size {self.batch_size}",
+        )
+        self._require(
+            "pretrained", self.pretrained in ("", "coco", "imagenet"), "'', 'coco' or 'imagenet'"
+        )
+        self._require(
+            "pretrained", not (self.pretrained and self.checkpoint), "'' with a checkpoint"
         )
         self._require("size", self.size == 0 or self.size >= 32, "0 or an integer >= 32")
         self._require(

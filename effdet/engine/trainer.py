@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from effdet.backbone.timm_models import INSTALL, import_timm
 from effdet.data import coco_folder, set_epoch
 from effdet.distributed import all_gather
 from effdet.factory import create_model
@@ -178,14 +179,20 @@ class Trainer:
         """The model, with weights to start from, and the epsilon of its batch norms (0: its own)."""
         size = (self.config.size, self.config.size) if self.config.size else None
         count = len(self.class_names)
-        if resume is None and self.config.checkpoint:
+        pretrained = self.config.pretrained if resume is None else ""
+        if (resume is None and self.config.checkpoint) or pretrained == "coco":
             loaded = load_model(self.config.model, self.config.checkpoint, size)
             model: Any = loaded.model
             if model.config.num_classes != count:
                 model.reset_head(num_classes=count)
             return model, self.config.bn_eps or loaded.bn_eps
+        if pretrained and import_timm() is None:
+            raise ImportError(f"pretrained: got {pretrained!r}, which takes timm: {INSTALL}")
         model = create_model(
-            self.config.model, num_classes=count, pretrained_backbone=False, image_size=size
+            self.config.model,
+            num_classes=count,
+            pretrained_backbone=pretrained == "imagenet",
+            image_size=size,
         )
         return model, (resume or {}).get("bn_eps", self.config.bn_eps)
 

@@ -12,6 +12,7 @@ from effdet.engine import checkpoint as checkpoints
 from effdet.engine import trainer as trainer_module
 from effdet.engine.log import read_log
 from effdet.engine.weights import load_model
+from effdet.factory import create_model
 
 _QUICK = ("--size", 64, "--batch-size", 4, "--epochs", 2, "--threads", 1, "--workers", 0)
 
@@ -140,6 +141,37 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(cli, scenes, tmp_pa
     assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
     fpn = "fpn.cell.0.fnode.0.after_combine.conv.conv_pw.weight"
     assert not torch.equal(before[fpn], after[fpn])
+
+
+@pytest.mark.parametrize("pretrained", ["coco", "imagenet"])
+def test_published_weights_to_start_from(cli, scenes, tmp_path, monkeypatch, pretrained):
+    """With a stand-in for what is published: other weights of the same network, kept by a frozen backbone."""
+    torch.manual_seed(1)
+    published = create_model("tf_efficientdet_lite0", pretrained_backbone=False)
+    file = tmp_path / "published.pth"
+    torch.save(published.state_dict(), file)
+    monkeypatch.setattr("effdet.helpers.download", lambda url: file)
+    features = published.backbone.state_dict()
+    monkeypatch.setattr("effdet.engine.trainer.import_timm", lambda: "timm")
+    monkeypatch.setattr(
+        "effdet.backbone.timm_models.load_imagenet_weights",
+        lambda backbone, name: backbone.load_state_dict(features),
+    )
+    args = [*_QUICK, "--epochs", 1, "--eval-every", 0, "--quiet", "--freeze-backbone"]
+    args += ["--model", "tf_efficientdet_lite0", "--pretrained", pretrained]
+    result = cli("train", scenes, "--out", tmp_path / "run", *args)
+    assert result.code == 0, result.err
+    trained = checkpoints.read(tmp_path / "run" / "last.pth")["state_dict"]
+    assert all(torch.equal(trained[f"backbone.{name}"], v) for name, v in features.items())
+    name = "fpn.cell.0.fnode.0.after_combine.conv.conv_pw.weight"
+    moved = (trained[name] - published.state_dict()[name]).abs().max()
+    assert (moved < 0.05) == (pretrained == "coco")
+
+
+def test_timm_that_is_missing_is_named(cli, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("effdet.engine.trainer.import_timm", lambda: None)
+    result = cli("train", scenes, "--out", tmp_path / "run", *_QUICK, "--pretrained", "imagenet")
+    assert result.code == 1 and "pretrained: got 'imagenet', which takes timm" in result.err
 
 
 def test_an_old_run_is_not_overwritten(cli, scenes, uninterrupted):

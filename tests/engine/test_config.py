@@ -26,6 +26,7 @@ def test_settings_of_another_version_are_an_error():
         ("epochs", 0),
         ("batch_size", 0),
         ("size", 31),
+        ("pretrained", "voc"),
         ("optimizer", "adam"),
         ("lr", -0.1),
         ("lr", float("nan")),
@@ -47,3 +48,8 @@ def test_settings_of_another_version_are_an_error():
 def test_each_setting_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: got .*takes"):
         TrainConfig("d", "o", **{name: value})
+
+
+def test_two_sorts_of_weights_to_start_from_are_one_too_many():
+    with pytest.raises(ValueError, match="pretrained: got 'coco', takes '' with a checkpoint"):
+        TrainConfig("d", "o", checkpoint="a.pth", pretrained="coco")

@@ -407,6 +407,12 @@ def test_bad_options_are_named(options, error, says):
         bench(x)
 
 
+def test_scales_in_place_of_img_info_are_named():
+    """As `DetBenchEval` of old took them."""
+    with pytest.raises(TypeError, match=r"img_info must be a dictionary .* got Tensor"):
+        DetBenchPredict(Maps())(torch.zeros(1, 3, *SIZE), torch.ones(1))
+
+
 def test_candidates_of_equal_logits_are_in_order():
     model = Maps(num_classes=3)
     model.see(0, 3, 5, label=1, logit=QUIET + 1, anchor=2)
