@@ -59,8 +59,8 @@ def add_command(commands: Any, name: str, summary: str, text: str) -> argparse.A
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --checkpoint, --size, --device: see `effdet.engine.weights.load_model`."""
+def add_model_options(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+    """--model, --checkpoint, --size and --device: see `effdet.engine.weights.load_model`."""
     group = parser.add_argument_group("model (default: the small one that comes with the package)")
     group.add_argument("--model", default="", metavar="NAME", help="see `effdet models`")
     group.add_argument(
@@ -75,7 +75,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N|HxW",
         help="input size in pixels (default: the one trained at); pictures are letterboxed to it",
     )
-    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    if device:
+        group.add_argument(
+            "--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ..."
+        )
 
 
 def add_suppression_options(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ package is not installed, and none of its kernels is in it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from effdet.data.input_config import resolve_input_config
 from effdet.padding import Size, spatial_size
 from effdet.postprocess import decode_box_outputs, swap_xy
 from effdet_kernels.export import decompositions
-from effdet_kernels.ops.decode_topk.reference import grid
+from effdet_kernels.ops.decode_topk.reference import grid, rows
 
 Outputs = Literal["detections", "raw"]
 OUTPUTS = ("detections", "raw")
@@ -33,7 +34,7 @@ class ExportOptions:
         outputs: "detections", rows [B, max_det, 6] as `DetBenchPredict` returns them, NMS or soft-NMS included; "raw",
             boxes [B, N, 4] (x_min, y_min, x_max, y_max) of all anchors, not clipped, and their scores [B, N, classes]
             in [0, 1], for an NMS that comes after (TensorRT's EfficientNMS: corner boxes, no activation).
-        size: (height, width) of the images; None: the model's.
+        size: (height, width) of the images; None: the model's, with `any_size` enlarged to a size that fits.
         batch: images per call; None: any number.
         any_size: `size` is an example; any height and width that are multiples of 2 ** max_level, from twice that, do.
         normalise: images are RGB in [0, 255], and mean and deviation are in the program; else they come normalised.
@@ -80,6 +81,8 @@ class ExportedDetector(nn.Module):
         self, images: Tensor, img_scale: Tensor | None = None, img_size: Tensor | None = None
     ) -> Any:
         """Detections [B, max_det, 6], or boxes [B, N, 4] and scores [B, N, classes], of images [B, 3, H, W]."""
+        if self.options.any_size:
+            images = _of_units(images, 2**self.bench.config.max_level)
         if self.options.normalise:
             images = (images - self.mean) / self.std
         if self.options.outputs == "raw":
@@ -89,27 +92,59 @@ class ExportedDetector(nn.Module):
 
     def _raw(self, images: Tensor) -> tuple[Tensor, Tensor]:
         cls_outputs, box_outputs = self.bench.model(images)
-        classes = self.bench.num_classes
-        logits, codes = (
-            torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, width) for m in maps], 1)
-            for maps, width in ((cls_outputs, classes), (box_outputs, 4))
-        )
         anchors, strides = self.bench.anchors_for(spatial_size(images))
         if strides is not None:
-            anchors = grid(anchors, strides, cls_outputs)
-        return decode_box_outputs(codes, swap_xy(anchors), output_xyxy=True), logits.sigmoid()
+            anchors = grid(anchors, strides, box_outputs)
+        boxes = decode_box_outputs(rows(box_outputs, 4), swap_xy(anchors), output_xyxy=True)
+        return boxes, rows(cls_outputs, self.bench.num_classes).sigmoid()
+
+
+def _of_units(images: Tensor, unit: int) -> Tensor:
+    """`images`, cropped to multiples of `unit`: sizes that stay simple while they are symbols."""
+    height, width = (side // unit * unit for side in images.shape[2:])
+    return images.narrow(2, 0, height).narrow(3, 0, width)
+
+
+def _remove_crops(program: ExportedProgram) -> None:
+    """Take what `_of_units` did out of a program whose sizes are such multiples, or it would crop others unseen."""
+    graph = program.graph
+    images = next(node for node in graph.nodes if node.name == "images")
+    crops = (torch.ops.aten.narrow.default, torch.ops.aten.slice.Tensor)
+    for node in list(graph.nodes):
+        if node.target in crops and node.args[0] is images:
+            node.replace_all_uses_with(images)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def image_size(bench: DetBenchPredict, options: ExportOptions) -> Size:
+    """(height, width) of the images that a program is traced with.
+
+    Raises:
+        ValueError: `options.size` does not fit `any_size`.
+    """
+    unit = 2**bench.config.max_level
+    if options.size is None:
+        height, width = bench.config.image_size
+        if options.any_size:
+            height, width = (max(2, -(-side // unit)) * unit for side in (height, width))
+        return height, width
+    if options.any_size and any(side % unit or side < 2 * unit for side in options.size):
+        raise ValueError(
+            f"size: got {options.size} with any_size, takes multiples of {unit} from {2 * unit}"
+        )
+    return options.size
 
 
 def example_inputs(bench: DetBenchPredict, options: ExportOptions) -> tuple[Tensor, ...]:
     """Arguments of such a program: random images of two pictures, or of `options.batch`."""
-    size = options.size or tuple(bench.config.image_size)
+    height, width = image_size(bench, options)
     batch = options.batch or 2
     like = next(bench.parameters())
-    images = torch.rand(batch, 3, *size).to(like)
+    images = torch.rand(batch, 3, height, width).to(like)
     images = images * 255 if options.normalise else images * 4 - 2
     if not options.img_info:
         return (images,)
-    height, width = size
     scale = torch.linspace(1, 1.5, batch).to(like.device)
     limits = torch.tensor([[width, height]]).to(scale) * scale[:, None] - 8
     return images, scale, limits
@@ -139,10 +174,19 @@ def export_program(
         program = torch.export.export(
             ExportedDetector(bench, options),
             example,
-            dynamic_shapes=_dynamic_shapes(bench, options, example),
+            dynamic_shapes=_dynamic_shapes(bench, options, len(example)),
             strict=False,
         )
-        return program.run_decompositions(decompositions()) if decompose else program
+        if options.any_size:
+            _remove_crops(program)
+        return decomposed(program, decompositions()) if decompose else program
+
+
+def decomposed(program: ExportedProgram, table: dict[Any, Any]) -> ExportedProgram:
+    """`run_decompositions`, without torch's warning of a call of its own that is deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return program.run_decompositions(table)
 
 
 def predict_bench(model: nn.Module) -> DetBenchPredict:
@@ -160,18 +204,12 @@ def predict_bench(model: nn.Module) -> DetBenchPredict:
 
 
 def _dynamic_shapes(
-    bench: DetBenchPredict, options: ExportOptions, example: tuple[Tensor, ...]
-) -> tuple[Any, ...]:
-    sides: dict[int, Any] = {}
+    bench: DetBenchPredict, options: ExportOptions, inputs: int
+) -> tuple[dict[int, Dim], ...]:
+    sides = {}
     if options.any_size:
         unit = 2**bench.config.max_level
         for dim, name in ((2, "height"), (3, "width")):
-            side = example[0].shape[dim]
-            if side % unit or side < 2 * unit:
-                raise ValueError(
-                    f"size: got {tuple(example[0].shape[2:])} with any_size, takes multiples of"
-                    f" {unit} from {2 * unit}"
-                )
             sides[dim] = unit * Dim(f"{name}_{unit}", min=2, max=MOST_PIXELS // unit)
     batch = {} if options.batch else {0: Dim("batch", min=1, max=MOST_IMAGES)}
-    return ({**batch, **sides}, *[batch for _ in example[1:]])
+    return ({**batch, **sides}, *[batch] * (inputs - 1))
