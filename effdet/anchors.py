@@ -145,6 +145,8 @@ class Anchors(nn.Module):
         boxes = self._other_sizes.get(key)
         if boxes is None:
             boxes = self._generate_boxes(size).to(self.boxes.device)
+            if torch.compiler.is_compiling():
+                return boxes  # a tensor of the tracer
             if len(self._other_sizes) >= _SIZES_KEPT:
                 self._other_sizes.clear()
             self._other_sizes[key] = boxes

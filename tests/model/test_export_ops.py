@@ -87,3 +87,10 @@ def test_a_size_that_no_grid_serves_is_named():
         torch.export.export(
             bench, (torch.randn(1, 3, 256, 320),), dynamic_shapes=shapes, strict=False
         )
+
+
+def test_an_export_leaves_nothing_in_the_model():
+    bench = effdet.create_model("efficientdet_nano", "predict", pretrained_backbone=False).eval()
+    with torch.no_grad():
+        torch.export.export(bench, (torch.randn(1, 3, 192, 128),), strict=False)
+    assert not bench.anchors._other_sizes
