@@ -21,8 +21,11 @@ _again: ContextVar[bool] = ContextVar("computing_again", default=False)
 
 
 def computing_again() -> bool:
-    """Whether this forward only makes activations again: running statistics have seen its batch."""
-    return _again.get()
+    """Whether this forward only makes activations again: running statistics have seen its batch.
+
+    Never in code that is compiled: torch.compile makes them again by what it recorded.
+    """
+    return not torch.compiler.is_compiling() and _again.get()
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:

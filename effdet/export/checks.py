@@ -56,13 +56,21 @@ class Check:
 
 
 def compare(
-    run: Run, bench: DetBenchPredict, options: ExportOptions, batches: list[Batch], check: Check
+    run: Run, runtime: str, bench: DetBenchPredict, options: ExportOptions, batches: list[Batch]
 ) -> Check:
-    """Run a file and the bench, with its kernels, on each batch; what was seen is added to `check`.
+    """Run a file and the bench, with its kernels, on each batch.
+
+    Args:
+        run: the file.
+        runtime: what runs it.
+        bench: what it was made of.
+        options: what it takes and returns.
+        batches: its inputs.
 
     Raises:
         ExportError: an output differs, or there was nothing to compare.
     """
+    check = Check(runtime)
     model = ExportedDetector(bench, options)
     least = bench.suppression().least_score
     for inputs in batches:
@@ -149,13 +157,13 @@ def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         off = np.abs(a - b)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    return np.where(same, 0.0, np.nan_to_num(off, nan=np.inf))
+    return np.where(same, 0.0, np.where(np.isnan(off), np.inf, off))
 
 
 def _pixels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Differences of coordinates in pixels; those beyond `_FAR` shrunk by as much as they lie farther."""
-    with np.errstate(invalid="ignore"):
-        return _difference(a, b) / np.maximum(1.0, np.nan_to_num(np.abs(b)) / _FAR)
+    far = np.where(np.isfinite(b), np.abs(b), 0.0) / _FAR
+    return _difference(a, b) / np.maximum(1.0, far)
 
 
 def _as_list(outputs: Any) -> list[Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from effdet.bench import DetBenchPredict
 from effdet.data.input_config import resolve_input_config
@@ -80,15 +81,18 @@ def export_onnx(
     """
     options = options or ExportOptions()
     bench = _checked(model)
-    runtime = _onnxruntime() if check else None
+    facts = metadata(bench, options, class_names)
+    if check:
+        _onnxruntime()
+    samples = batches(bench, options, images) if check else None
     proto = onnx_model(bench, options, opset)
-    for name, value in metadata(bench, options, class_names).items():
+    for name, value in facts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
     with replacing(path) as partial:
         partial.write_bytes(proto.SerializeToString())
-        report = None if runtime is None else check_onnx(partial, bench, options, images=images)
-    return ExportReport(Path(path), Path(path).stat().st_size, onnx_nodes(proto), report)
+        seen = compare(*_load_onnx(partial), bench, options, samples) if samples else None
+    return ExportReport(Path(path), Path(path).stat().st_size, onnx_nodes(proto), seen)
 
 
 def export_pt2(
@@ -106,15 +110,16 @@ def export_pt2(
     """
     options = options or ExportOptions()
     bench = _checked(model)
+    facts = metadata(bench, options, class_names)
+    samples = batches(bench, options, images) if check else None
     program = export_program(bench, options)
-    extra = {EXTRA: json.dumps(metadata(bench, options, class_names))}
     with replacing(path) as partial:
         with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files=extra)
-        report = check_pt2(partial, bench, options, images=images) if check else None
+            torch.export.save(program, file, extra_files={EXTRA: json.dumps(facts)})
+        seen = compare(*_load_pt2(partial), bench, options, samples) if samples else None
     modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     nodes = sum(node.op == "call_function" for m in modules for node in m.graph.nodes)
-    return ExportReport(Path(path), Path(path).stat().st_size, nodes, report)
+    return ExportReport(Path(path), Path(path).stat().st_size, nodes, seen)
 
 
 def check_onnx(
@@ -133,18 +138,7 @@ def check_onnx(
         ExportError: it cannot be loaded, or differs; the message says where, and by how much.
         ImportError: onnxruntime is missing.
     """
-    runtime = _onnxruntime()
-    try:
-        session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # kinds of its own
-        raise ExportError(f"{path}: ONNX Runtime cannot load it: {error}") from error
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(inputs: tuple[torch.Tensor, ...]) -> list[Any]:
-        arrays = [x.cpu().numpy() for x in inputs]
-        return session.run(None, dict(zip(names, arrays, strict=True)))
-
-    return _check(run, f"ONNX Runtime {runtime.__version__}", model, options, images)
+    return _check(_load_onnx, path, model, options, images)
 
 
 def check_pt2(
@@ -155,21 +149,7 @@ def check_pt2(
     images: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Check:
     """Compare a file of `export_pt2` with the model that it was made of: see `check_onnx`."""
-    try:
-        with open(path, "rb") as file:
-            program = torch.export.load(file).module()
-    except OSError:
-        raise
-    except Exception as error:
-        raise ExportError(f"{path}: torch.export cannot load it: {error}") from error
-
-    def run(inputs: tuple[torch.Tensor, ...]) -> list[Any]:
-        with torch.no_grad():
-            outputs = program(*inputs)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        return [x.float().cpu().numpy() for x in outputs]
-
-    return _check(run, f"torch {torch.__version__}", model, options, images)
+    return _check(_load_pt2, path, model, options, images)
 
 
 def metadata(
@@ -201,15 +181,45 @@ def metadata(
 
 
 def _check(
-    run: Run,
-    runtime: str,
+    load: Callable[[str | os.PathLike[str]], tuple[Run, str]],
+    path: str | os.PathLike[str],
     model: nn.Module,
     options: ExportOptions | None,
     images: Sequence[str | os.PathLike[str]] | None,
 ) -> Check:
     options = options or ExportOptions()
     bench = predict_bench(model)
-    return compare(run, bench, options, batches(bench, options, images), Check(runtime))
+    return compare(*load(path), bench, options, batches(bench, options, images))
+
+
+def _load_onnx(path: str | os.PathLike[str]) -> tuple[Run, str]:
+    """A call of the file, and the name of what runs it."""
+    runtime = _onnxruntime()
+    try:
+        session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # kinds of its own
+        raise ExportError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(inputs: tuple[torch.Tensor, ...]) -> list[Any]:
+        arrays = [x.cpu().numpy() for x in inputs]
+        return session.run(None, dict(zip(names, arrays, strict=True)))
+
+    return run, f"ONNX Runtime {runtime.__version__}"
+
+
+def _load_pt2(path: str | os.PathLike[str]) -> tuple[Run, str]:
+    with open(path, "rb") as file:
+        try:
+            program = torch.export.load(file).module()
+        except Exception as error:
+            raise ExportError(f"{path}: torch.export cannot load it: {error}") from error
+
+    def run(inputs: tuple[torch.Tensor, ...]) -> list[Any]:
+        with torch.no_grad():
+            return [x.float().cpu().numpy() for x in tree_leaves(program(*inputs))]
+
+    return run, f"torch {torch.__version__}"
 
 
 def _checked(model: nn.Module) -> DetBenchPredict:

@@ -19,6 +19,7 @@ from .checks import ExportError
 from .program import ExportOptions, decomposed, export_program
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 23
+_ANY = 2**31
 _SIDES = {0: "batch", 2: "height", 3: "width"}  # of images [B, 3, H, W]
 
 
@@ -53,8 +54,11 @@ def onnx_model(bench: DetBenchPredict, options: ExportOptions, opset: int) -> An
             output_names=["boxes", "scores"] if raw else ["detections"],
             verbose=False,
         )
-    if exported is None:
-        raise ExportError("torch.onnx.export returned nothing")
+        assert exported is not None
+        from onnxscript import optimizer
+
+        # The exporter leaves constants of more than a few thousand numbers to whoever loads the file.
+        optimizer.optimize(exported.model, input_size_limit=_ANY, output_size_limit=_ANY)
     proto = exported.model_proto
     others = {node.domain for node in _nodes(proto.graph) if node.domain}
     if others or len(proto.functions):

@@ -170,6 +170,7 @@ def export_program(
     options = options or ExportOptions()
     bench = predict_bench(model)
     example = example_inputs(bench, options)
+    bench.anchors_for(spatial_size(example[0]))  # kept, so that a trace need not
     with torch.no_grad():
         program = torch.export.export(
             ExportedDetector(bench, options),

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export see models and benches as one graph, and change no number."""
+"""torch.compile and torch.export see models and benches as one graph, in training too, and change no number."""
 
 from __future__ import annotations
 
@@ -43,3 +43,46 @@ def test_same_numbers(subject, call, gradients):
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b)
+
+
+def training_bench():
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "pretrained_backbone": False, "bench_labeler": True}
+    return effdet.create_model("efficientdet_nano", "train", **options).train()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_training_step(backend):
+    """Losses, gradients and running statistics of a step in training mode, as one graph."""
+    bench, other = training_bench(), training_bench()
+    corner = torch.rand(BATCH, 5, 2) * 60
+    truth = {"bbox": torch.cat([corner, corner + 30], -1), "cls": torch.ones(BATCH, 5)}
+    x = torch.randn(BATCH, 3, HEIGHT, WIDTH)
+    torch._dynamo.reset()
+    got = torch.compile(other, backend=backend, fullgraph=True)(x, truth)
+    want = bench(x, truth)
+    torch.testing.assert_close(got, want)
+    for losses in (got, want):
+        losses["loss"].backward()
+    for a, b in zip(other.parameters(), bench.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    untrained = dict(training_bench().named_buffers())
+    moved = 0
+    for (name, a), b in zip(other.named_buffers(), bench.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+        moved += "running_mean" in name and not torch.equal(a, untrained[name])
+    assert moved > 50
+
+
+@pytest.mark.parametrize("call", [compiled, exported], ids=["compiled", "exported"])
+def test_soft_nms(call):
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "pretrained_backbone": False, "soft_nms": True}
+    bench = effdet.create_model("efficientdet_nano", "predict", **options).eval()
+    x = torch.randn(BATCH, 3, HEIGHT, WIDTH)
+    with torch.no_grad():
+        got, want = call(bench, (x,)), bench(x)
+        assert (want[..., 5] > 0).any()
+        torch.testing.assert_close(got, want)
+        bench.soft_nms = False
+        assert not torch.equal(bench(x), want)
