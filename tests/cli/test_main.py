@@ -30,7 +30,7 @@ def test_help_lists_every_command(cli):
     [
         ([], "COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
-        (["detect"], "IMAGES"),
+        (["detect"], "INPUT"),
         (["detect", "a.png", "--score", "2"], "'2' takes a number from 0 to 1"),
         (["detect", "a.png", "--iou", "1.5"], "--iou: '1.5' takes a number from 0 to 1"),
         (["detect", "a.png", "--sigma", "0"], "--sigma: '0' takes a number above 0"),

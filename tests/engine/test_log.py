@@ -42,7 +42,8 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     _write_log(tmp_path / "log.jsonl")
     assert plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").size == (1760, 990)
+    # without the column of precision over recall, which there is none of
+    assert Image.open(tmp_path / "curves.png").size == (1320, 990)
     assert not list(tmp_path.glob("*.part"))
 
 
