@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .options import (
     add_command,
     add_model_options,
+    add_optional_positional,
     add_suppression_options,
     positive_int,
     suppression_of,
@@ -45,7 +46,9 @@ examples:
 def add_parser(commands: Any) -> None:
     """The command and its options, added to the subparsers of ``effdet``."""
     parser = add_command(commands, "export", "write a file to ship: weights, ONNX, .pt2", _TEXT)
-    parser.add_argument("weights", nargs="?", metavar="CHECKPOINT", help="the same as --checkpoint")
+    add_optional_positional(
+        parser, "weights", metavar="CHECKPOINT", help="the same as --checkpoint"
+    )
     parser.add_argument(
         "--out", required=True, metavar="FILE", help=" ".join((*_WEIGHTS, *_GRAPHS))
     )
@@ -71,7 +74,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--no-check", action="store_true", help="do not run the file")
     add_suppression_options(parser)
-    parser.set_defaults(run=run, defaults=vars(parser.parse_args(["--out", ""])))
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,6 +161,6 @@ def _pictures(arguments: list[str] | None) -> list[Path] | None:
 
 def _refuse_others(args: argparse.Namespace, kept: set[str], where: str) -> None:
     """Raises ValueError of an option that was given and is not among `kept`; it goes with `where`."""
-    for name, default in args.defaults.items():
-        if name not in kept and getattr(args, name) != default:
+    for name, value in vars(args).items():
+        if name not in {"command", "traceback", *kept} and value != args.default_of(name):
             raise ValueError(f"--{name.replace('_', '-')}: goes with {where}, not with this")

@@ -59,6 +59,25 @@ def add_command(commands: Any, name: str, summary: str, text: str) -> argparse.A
     )
 
 
+def add_optional_positional(
+    parser: argparse.ArgumentParser, name: str, **described: str
+) -> argparse.Action:
+    """A positional argument that may be missing, before or behind options.
+
+    Before Python 3.12.7 argparse takes none behind them for `nargs="?"`, and calls it unrecognized.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        known, rest = parse(*args, **kwargs)
+        if getattr(known, name) is None and len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(known, name, rest.pop())
+        return known, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+    return parser.add_argument(name, nargs="?", **described)  # type: ignore[arg-type]
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
     """--model, --checkpoint, --size and --device: see `effdet.engine.weights.load_model`."""
     group = parser.add_argument_group("model (default: the small one that comes with the package)")

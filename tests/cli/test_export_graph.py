@@ -33,10 +33,10 @@ def test_onnx_of_a_checkpoint(cli, scenes, weights, tmp_path, recwarn):
 
 
 def test_pt2_of_a_named_model(cli, weights, tmp_path):
-    """The model's name with a checkpoint of it, the size 64."""
+    """The model's name, and a checkpoint of it behind the options."""
     out = tmp_path / "d.pt2"
-    given = ["--model", "efficientdet_nano", "--checkpoint", weights, "--size", "64"]
-    result = cli("export", *given, "--out", out, "--outputs", "raw", "--no-check")
+    given = ["--model", "efficientdet_nano", "--size", "64", "--outputs", "raw", "--no-check"]
+    result = cli("export", "--out", out, *given, weights)
     assert result.code == 0, result.err
     assert out.exists() and "not checked" in result.out and result.err == ""
 
@@ -62,6 +62,12 @@ def test_options_that_do_not_go_together(cli, weights, tmp_path, monkeypatch, op
     result = cli("export", weights, *options)
     assert result.code == 1 and message in result.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [["one.pth", "two.pth"], ["--ou", "x"], ["--nothing"]])
+def test_wrong_usage(cli, more):
+    assert cli("export", "--out", "d.onnx", "--no-check", *more).code in (1, 2)
+    assert cli("export", "--out", "d.onnx", "--no-check", "--opset", 17, "--nothing").code == 2
 
 
 def test_weights_need_a_checkpoint(cli, tmp_path):
