@@ -70,6 +70,14 @@ def test_sizes_that_do_not_fit_are_refused(soft):
         program(torch.zeros(1, 3, 256, 320), torch.ones(1), torch.ones(1, 2))
 
 
+def test_nothing_is_cropped(soft):
+    """By which sizes that do not fit would pass unseen."""
+    graph = torch.export.load(soft[0]).graph
+    (images,) = [node for node in graph.nodes if node.name == "images"]
+    users = {str(user.target) for user in images.users}
+    assert users == {"aten.sym_size.int", "aten.sub.Tensor"}
+
+
 def test_a_wrong_file_is_caught(soft, tmp_path):
     path, bench, options, _ = soft
     bench.sigma = 0.1
