@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
-from filelock import FileLock
 
 _ATTEMPTS = 4
 _TIMEOUT_SECONDS = 30
@@ -38,6 +37,8 @@ def download(url: str) -> Path:
     Raises:
         DownloadError: names the file, the URL and the folder to put the file into by hand.
     """
+    from filelock import FileLock
+
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = unquote(Path(urlparse(url).path).name)
     if not name:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.cocoeval import COCOeval
 
 from .data.parsers.coco_json import make_coco
 from .distributed import all_gather, broadcast, is_main_process
@@ -171,6 +170,8 @@ class CocoEvaluator(Evaluator):
         return self.stats["AP"]
 
     def _measure(self, results: list[dict], image_ids: list) -> tuple[dict, dict, dict, str]:
+        from pycocotools.cocoeval import COCOeval
+
         truth = self._parser.coco
         # pycocotools' own loadRes fails on an empty list.
         found = make_coco(

@@ -13,7 +13,7 @@ from effdet_kernels import _triton
 
 # What takes long to import, and is imported where it is needed.
 LATE = {"cv2", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "supervision", "timm"}
-LATE |= {"torch._dynamo", "torch._inductor", "torchvision"}
+LATE |= {"filelock", "pycocotools", "torch._dynamo", "torch._inductor", "torchvision"}
 MOST = 1.3  # times `import torch`
 
 

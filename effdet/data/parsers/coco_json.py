@@ -10,10 +10,12 @@ import os
 import warnings
 from collections import Counter
 from numbers import Integral, Real
-
-from pycocotools.coco import COCO
+from typing import TYPE_CHECKING
 
 from .parser import AnnotationError, image_size
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 
 def load_coco_json(path: str | os.PathLike) -> COCO:
@@ -50,6 +52,8 @@ def load_coco_json(path: str | os.PathLike) -> COCO:
 
 def make_coco(data: dict) -> COCO:
     """Index a COCO dict without the messages that pycocotools prints."""
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):
