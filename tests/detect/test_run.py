@@ -23,14 +23,21 @@ _ROOT = Path(__file__).resolve().parents[2]
 _TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def start(out, inputs, *options, two=False) -> subprocess.Popen[str]:
+def start(out, inputs, *options, two=False, restarts=0) -> subprocess.Popen[str]:
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    command = [sys.executable, *(_TWO if two else []), "-m", "effdet", "detect", *inputs]
+    command = [
+        sys.executable,
+        *([*_TWO, f"--max-restarts={restarts}"] if two else []),
+        "-m",
+        "effdet",
+        "detect",
+        *inputs,
+    ]
     command += ["--device", "cpu", "--out", out, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
@@ -119,12 +126,7 @@ def test_torchrun_restarts_it(tmp_path, many):
     """With --max-restarts nobody has to do anything."""
     folder, whole = many
     out = tmp_path / "out"
-    at = _TWO.index("--standalone")
-    _TWO.insert(at, "--max-restarts=2")
-    try:
-        process = start(out, [folder], "--no-pictures", "--resume", two=True)
-    finally:
-        _TWO.pop(at)
+    process = start(out, [folder], "--no-pictures", "--resume", two=True, restarts=2)
     wait_for(lambda: lines(out) >= 20, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     code, _, err = finish(process)
