@@ -13,8 +13,8 @@ from torch import Tensor
 
 from effdet.bench import DetBenchPredict
 from effdet.data.image import load_image
-from effdet.data.input_config import resolve_input_config
-from effdet.data.transforms import ResizePad, resolve_fill_color
+from effdet.data.transforms import ResizePad
+from effdet.engine.data import input_geometry
 from effdet.padding import Size
 from effdet.scenes import draw_scene
 
@@ -77,9 +77,9 @@ def _parts(pictures: list[Image.Image], batch: int | None) -> list[list[Image.Im
 def _batch(
     bench: DetBenchPredict, options: ExportOptions, pictures: list[Image.Image], size: Size
 ) -> Batch:
-    inputs = resolve_input_config({}, bench.config)
-    mean, std = (torch.tensor(inputs[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
-    resize = ResizePad(size, fill_color=resolve_fill_color(inputs["fill_color"], inputs["mean"]))
+    _, *moments, fill = input_geometry(bench.config)
+    mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in moments)
+    resize = ResizePad(size, fill_color=fill)
     images, scales = [], []
     for picture in pictures:
         resized, target = resize(picture, {})
