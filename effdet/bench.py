@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effdet_kernels import decode_topk
+from effdet_kernels.ops.decode_topk.reference import rows as rows_of
 
 from .anchors import AnchorLabeler, Anchors, generate_detections
 from .distributed import all_reduce_sum, get_world_size
@@ -53,7 +54,7 @@ def _post_process(
         int64, classes ``[B, K]`` int64, 0-based. Of equal logits the lower anchor comes first,
         of one anchor's the lower class; NaN comes where infinity does.
     """
-    codes = _flat_levels(box_outputs[:num_levels], 4)
+    codes = rows_of(box_outputs[:num_levels], 4)
     # No anchors are at hand, and the boxes that they would give are not wanted.
     anchors = torch.zeros(1, 4, device=codes.device).expand(codes.shape[1], 4)
     _, logits, anchor, classes = decode_topk(
@@ -186,6 +187,17 @@ class _DetBench(nn.Module):
         }
         given = [*own.items(), *changed.items()]
         return Suppression(**{name: value for name, value in given if value is not None})
+
+    def set_suppression(self, *, max_det: int, **options: Any) -> None:
+        """Make these the bench's settings, by the names of ``effdet.postprocess.Suppression``.
+
+        Raises:
+            TypeError, ValueError: as ``Suppression``.
+        """
+        self.suppression(max_det=max_det, **options)
+        self.max_det_per_image = max_det
+        for name, value in options.items():
+            setattr(self, name, value)
 
     def anchors_for(self, image_size: Size) -> tuple[Tensor, Tensor | None]:
         """``anchors`` and ``strides`` of ``decode_topk`` for images of a size."""
@@ -430,12 +442,6 @@ def _global_factor(num_positives: Tensor) -> Tensor:
     """From losses divided by this process's positive anchors + 1 to those of all + 1, times the processes."""
     own = num_positives.sum().to(torch.float64)
     return (own + 1) * get_world_size() / (all_reduce_sum(own) + 1)
-
-
-def _flat_levels(levels: Sequence[Tensor], width: int) -> Tensor:
-    """``[B, A * width, H, W]`` per level as ``[B, N, width]``."""
-    batch = levels[0].shape[0]
-    return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, width) for m in levels], dim=1)
 
 
 def _head_key(config) -> tuple:

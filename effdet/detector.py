@@ -114,12 +114,14 @@ class Detector:
             (torch.tensor(value).view(1, 3, 1, 1) * 255).to(self.device) for value in (mean, std)
         )
         self.bench = DetBenchPredict(_placed(loaded.model, self.device, self.dtype)).eval()
-        self.bench.max_det_per_image = max_det
-        self.bench.soft_nms = soft_nms
-        self.bench.iou_threshold = iou_threshold
-        self.bench.sigma = sigma
-        self.bench.class_agnostic = class_agnostic
-        self.bench.max_per_class = max_per_class
+        self.bench.set_suppression(
+            max_det=max_det,
+            soft_nms=soft_nms,
+            iou_threshold=iou_threshold,
+            sigma=sigma,
+            class_agnostic=class_agnostic,
+            max_per_class=max_per_class,
+        )
         # What is found stays the same: picks come in the order of their scores, so those below
         # `score` suppress none that are kept. The bench's scores are above its threshold.
         below = float(np.nextafter(np.float32(score), np.float32(0)))

@@ -118,10 +118,7 @@ def _write_graph(args: argparse.Namespace, checkpoint: str, suffix: str) -> None
         raise ValueError("--check: got pictures with --no-check, takes one of the two")
     loaded = load_model(args.model, checkpoint, args.size)
     bench = DetBenchPredict(loaded.model)
-    how = suppression_of(args)
-    bench.max_det_per_image = how.pop("max_det")
-    for name, value in how.items():
-        setattr(bench, name, value)
+    bench.set_suppression(**suppression_of(args))
     common: dict[str, Any] = {
         "check": not args.no_check,
         "images": _pictures(args.check),
