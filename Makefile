@@ -63,7 +63,7 @@ verify: $(INSTALLED)  ## every op on every backend that is here, as a table
 check: test emulate triton-quick lint types parity wheel demo
 
 check-full: check triton  ## also the tests that take minutes
-	$(PYTEST) -m slow --oracle=$(ORACLE)/bin/python
+	$(PYTEST) -m slow -o faulthandler_timeout=7200 --oracle=$(ORACLE)/bin/python
 
 peers: $(PEERS)/.installed  ## an environment with what the benchmarks compare with
 

@@ -154,6 +154,7 @@ def work(rank: int, folder: str) -> None:
     norms = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     found["collectives"] = (collectives, norms, norms_of_heads(model))
     torch.save(found, f"{folder}/{rank}.pt")
+    del wrapped  # as the last owner of the group it could wait for ever for gloo's threads
     dist.destroy_process_group()
 
 
