@@ -206,9 +206,9 @@ class TfmEvaluator(Evaluator):
     """Mean average precision at IoU 0.5 by an evaluator of `effdet.evaluation`.
 
     The ground truth of the images that predictions were added for is what `dataset.parser` gives by
-    `get_ann_info`: "bbox" and "cls", and flags as "difficult" and "group_of" where it gives them (the
-    parsers of `effdet.data` do not: difficult objects of VOC count, unless it was told to leave them
-    out). Rows of classes beyond the categories are padding. After `evaluate()`:
+    `get_ground_truth`, or without it by `get_ann_info`: "bbox" and "cls", and the flags "difficult"
+    (VOC) or "group_of" (OpenImages) of objects that are neither right nor wrong to find. Rows of
+    classes beyond the categories are padding. After `evaluate()`:
 
     - `stats`: "AP50", the mean over categories; NaN without annotations.
     - `per_class`: category name to {"AP50"}; NaN for a category without annotations.
@@ -262,8 +262,9 @@ class TfmEvaluator(Evaluator):
 
     def _measure(self, rows: dict[int, np.ndarray]) -> dict[str, Any]:
         self._evaluator.clear()
+        ground_truth = getattr(self._parser, "get_ground_truth", self._parser.get_ann_info)
         for index, found in rows.items():
-            truth = self._parser.get_ann_info(index)
+            truth = ground_truth(index)
             if not getattr(self._parser, "yxyx", True):
                 truth = {**truth, "bbox": truth["bbox"][:, _SWAPPED]}
             self._evaluator.add_single_ground_truth_image_info(index, truth)

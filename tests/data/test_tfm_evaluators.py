@@ -46,7 +46,7 @@ def voc(tmp_path) -> SimpleNamespace:
 
 
 def _rows() -> torch.Tensor:
-    """Dogs: a hit, a miss, a hit of a difficult one, a hit, of three; the cat is found."""
+    """Dogs: a hit, a miss, a difficult one, which does not count, a hit, of two; the cat is found."""
     rows = torch.zeros(3, 4, 6)
     rows[0, 0] = torch.tensor([10, 10, 30, 30, 0.9, DOG])
     rows[0, 1] = torch.tensor([0, 0, 20, 10, 0.0005, CAT])
@@ -61,7 +61,7 @@ def _filled(evaluator, rows: torch.Tensor | None = None):
     return evaluator
 
 
-DOGS = (1 + 3 / 4 + 3 / 4) / 3
+DOGS = (1 + 2 / 3) / 2
 
 
 def test_pascal(voc):
@@ -105,20 +105,29 @@ def test_classes_beyond_the_categories_are_padding(voc, tmp_path):
     assert len(json.loads((tmp_path / "results.json").read_text())) == 5
 
 
-def test_flags_of_a_parser_count(voc):
-    """A parser that tells which objects are difficult, or groups, is believed."""
-    known = voc.parser.get_ann_info
+def test_difficult_objects_do_not_count_even_where_they_are_not_trained_on(tmp_path):
+    voc = _voc(tmp_path, keep_difficult=False)
+    assert [len(voc.parser.get_ann_info(n)["cls"]) for n in range(3)] == [2, 1, 0]
+    truth = voc.parser.get_ground_truth(1)
+    assert truth["cls"].tolist() == [DOG, DOG] and truth["difficult"].tolist() == [False, True]
+    evaluator = _filled(PascalEvaluator(voc))
+    assert evaluator.evaluate() == pytest.approx((DOGS + 1) / 2)
+
+
+def test_flags_of_another_parser_count(voc):
+    """One without `get_ground_truth`, whose annotations tell which objects are difficult, or groups."""
+    known = [voc.parser.get_ann_info(index) for index in range(3)]
 
     def told(**flags):
-        voc.parser.get_ann_info = lambda idx: {
-            **known(idx),
-            **{name: values[idx] for name, values in flags.items()},
-        }
-        return voc
+        told = [{**ann, **{k: v[n] for k, v in flags.items()}} for n, ann in enumerate(known)]
+        parser = SimpleNamespace(
+            cat_dicts=voc.parser.cat_dicts, max_label=20, get_ann_info=told.__getitem__
+        )
+        return SimpleNamespace(parser=parser)
 
-    evaluator = _filled(PascalEvaluator(told(difficult=[[0, 0], [0, 1], []])))
+    evaluator = _filled(PascalEvaluator(told(difficult=[[1, 0], [0, 0], []])))
     evaluator.evaluate()
-    assert evaluator.per_class["dog"]["AP50"] == pytest.approx((1 + 2 / 3) / 2)
+    assert evaluator.per_class["dog"]["AP50"] == pytest.approx(2 / 3)
     evaluator = _filled(OpenImagesEvaluator(told(group_of=[[1, 0], [0, 0], []])))
     evaluator.evaluate()
     assert evaluator.per_class["dog"]["AP50"] == pytest.approx(2 / 3)
@@ -156,7 +165,7 @@ def open_images(tmp_path):
     (folder / "validation-info.csv").write_text("id,width,height\n00a1,50,40\n0e10,100,40\n")
     (folder / "validation-annotations-bbox.csv").write_text(
         "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\n"
-        "00a1,/m/01,0.2,0.6,0.25,0.75,0\n0e10,/m/02,0,0.5,0,0.5,0\n0e10,/m/02,0,1,0,1,1\n"
+        "00a1,/m/01,0.2,0.6,0.25,0.75,0\n0e10,/m/02,0,0.5,0,0.5,0\n0e10,/m/02,0.6,1,0,1,1\n"
     )
     return create_dataset("openimages", tmp_path, "val")
 
@@ -164,16 +173,33 @@ def open_images(tmp_path):
 def test_open_images_with_ids_of_hexadecimal_digits(open_images, tmp_path):
     evaluator = create_evaluator("openimages", open_images)
     assert isinstance(evaluator, OpenImagesEvaluator)
-    rows = torch.tensor([[[10, 10, 30, 30, 0.9, 1]], [[50, 0, 100, 20, 0.8, 2.0]]])
+    rows = torch.tensor([[[10, 10, 30, 30, 0.9, 1]], [[0, 0, 20, 20, 0.8, 2.0]]])
     evaluator.add_predictions(rows, {"img_idx": torch.arange(2)})
     assert evaluator.evaluate(tmp_path / "results.json") == 0.5
     assert evaluator.per_class == {"Dog": {"AP50": 1.0}, "Cat": {"AP50": 0.0}}
     assert "OpenImagesV5_Precision/mAP@0.5IOU" in evaluator.metrics
+    assert len(open_images.parser.get_ann_info(1)["cls"]) == 1  # groups are not trained on
     found = [
         (row["image_id"], row["category_id"])
         for row in json.loads((tmp_path / "results.json").read_text())
     ]
     assert found == [("00a1", "/m/01"), ("0e10", "/m/02")]
+
+
+def test_detections_in_a_group_do_not_count(open_images):
+    evaluator = create_evaluator("openimages", open_images)
+    rows = torch.zeros(2, 3, 6)
+    rows[0, 0] = torch.tensor([10, 10, 30, 30, 0.9, 1])
+    rows[1, 0] = torch.tensor([60, 0, 80, 20, 0.8, 2])
+    rows[1, 1] = torch.tensor([80, 20, 100, 40, 0.7, 2])
+    rows[1, 2] = torch.tensor([0, 0, 50, 20, 0.6, 2])
+    evaluator.add_predictions(rows, {"img_idx": torch.arange(2)})
+    assert evaluator.evaluate() == 1.0
+    rows[1, 0, 5] = 1  # a dog among the cats is wrong, though not before the other dog
+    rows[0, 0, 4] = 0.5
+    evaluator.reset()
+    evaluator.add_predictions(rows, {"img_idx": torch.arange(2)})
+    assert evaluator.evaluate() == 0.75
 
 
 def _evaluate_share(rank: int, world_size: int, root: str) -> None:

@@ -39,6 +39,10 @@ def test_voc_boxes_count_from_zero(tmp_path):
         (SIZE + DOG.replace("dog", "unicorn"), "object 1 is of class 'unicorn'"),
         (SIZE + DOG.replace("20.5", "wide"), r"object 1 has the box \['1', '2', 'wide', '30'\]"),
         (SIZE + "<object><name>dog</name></object>", "object 1 has the box"),
+        (
+            SIZE + DOG.replace("<bnd", "<difficult>no</difficult><bnd", 1),
+            "object 1 .* 'no'; takes 0",
+        ),
         ("<size>", "not valid XML"),
     ],
 )
@@ -90,7 +94,7 @@ def test_open_images(tmp_path):
     with pytest.warns(UserWarning) as caught:
         dataset = create_dataset("openimages", tmp_path, "train")
     messages = " ".join(str(warning.message) for warning in caught)
-    assert "1 of 3 images left out" in messages and "of 3 boxes 1 left out" in messages
+    assert "1 of 3 images left out" in messages and "of 4 boxes 1 left out" in messages
     parser = dataset.parser
     assert parser.cat_names == ["Dog", "Cat", "Car, red"]
     assert parser.img_ids == ["ab1", "ab2"]
@@ -98,6 +102,9 @@ def test_open_images(tmp_path):
     assert image.size == target["img_size"] == (50, 40)
     assert target["bbox"].tolist() == [[10, 5, 20, 25]]  # without the group
     assert target["cls"].tolist() == [2]
+    truth = parser.get_ground_truth(0)
+    assert truth["bbox"].tolist() == [[10, 5, 20, 25], [0, 0, 40, 50]]
+    assert truth["cls"].tolist() == [2, 3] and truth["group_of"].tolist() == [False, True]
     assert dataset[1][1]["bbox"].tolist() == [[8, 0, 32, 50]]
 
 

@@ -83,6 +83,10 @@ class Parser:
         """Annotations of image number `idx`: `bbox` float32 [n, 4] in pixels, `cls` int64 [n]."""
         raise NotImplementedError
 
+    def get_ground_truth(self, idx: int) -> dict[str, np.ndarray]:
+        """What image number `idx` is evaluated against: `get_ann_info`, and flags of boxes where there are such."""
+        return self.get_ann_info(idx)
+
     def _number_categories(self) -> None:
         self.cat_id_to_label = {
             cat_id: index + self.label_offset for index, cat_id in enumerate(self.cat_ids)

@@ -54,6 +54,12 @@ class OpenImagesParser(Parser):
         start, stop = self._img_to_ann[idx]
         return self._parse_ann_info(idx, slice(start, stop), self._anns)
 
+    def get_ground_truth(self, idx: int) -> dict[str, np.ndarray]:
+        """`bbox` and `cls` of single objects and of groups, and `group_of` bool [n]."""
+        rows = {key: column[slice(*self._img_to_ann[idx])] for key, column in self._anns.items()}
+        target = self._as_target(rows["bbox"][rows["valid"]], rows["label"][rows["valid"]])
+        return {**target, "group_of": rows["group"][rows["valid"]]}
+
     def _load_annotations(
         self,
         categories_filename: str,
@@ -112,12 +118,12 @@ class OpenImagesParser(Parser):
         return columns, starts
 
     def _fit_boxes(self, boxes: dict, source: str) -> None:
-        """Relative to pixel coordinates; `valid` marks the boxes to train on."""
+        """Relative to pixel coordinates; `valid` marks the boxes that are usable."""
         audit = BoxAudit()
         valid = np.zeros(len(boxes["label"]), dtype=bool)
         for info, (start, stop) in zip(self.img_infos, self._img_to_ann, strict=True):
             width, height = info["width"], info["height"]
-            for row in np.flatnonzero(~boxes["group"][start:stop]) + start:
+            for row in range(start, stop):
                 corners = tuple((boxes["bbox"][row] * (width, height, width, height)).tolist())
                 box = audit.fit(corners, width, height)
                 if box is not None:
@@ -127,7 +133,8 @@ class OpenImagesParser(Parser):
 
     def _parse_ann_info(self, img_idx: int, ann_keys: slice, ann_values: dict) -> dict:
         rows = {key: column[ann_keys] for key, column in ann_values.items()}
-        return self._as_target(rows["bbox"][rows["valid"]], rows["label"][rows["valid"]])
+        trained = rows["valid"] & ~rows["group"]
+        return self._as_target(rows["bbox"][trained], rows["label"][trained])
 
 
 def _read(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:

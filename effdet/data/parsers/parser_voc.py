@@ -24,8 +24,8 @@ class VocParser(Parser):
     by `CocoParser`.
 
     Raises:
-        AnnotationError: broken XML, a class that is not in the list, or a box that is not four
-            numbers; the message names the file.
+        AnnotationError: broken XML, a class that is not in the list, a box that is not four numbers, or
+            a `difficult` that is not 0 or 1; the message names the file.
         OSError: the split file or an annotation file cannot be opened.
     """
 
@@ -57,6 +57,12 @@ class VocParser(Parser):
     def get_ann_info(self, idx: int) -> dict[str, np.ndarray]:
         """`bbox` float32 [n, 4], `cls` int64 [n] of image number `idx`."""
         return self._parse_ann_info(self.anns[idx])
+
+    def get_ground_truth(self, idx: int) -> dict[str, np.ndarray]:
+        """`bbox` and `cls` of all objects, whatever `keep_difficult` says, and `difficult` bool [n]."""
+        anns = self.anns[idx]
+        target = self._as_target([ann["bbox"] for ann in anns], [ann["label"] for ann in anns])
+        return {**target, "difficult": np.array([ann["difficult"] > 0 for ann in anns], dtype=bool)}
 
     def _load_annotations(
         self,
@@ -116,10 +122,14 @@ class VocParser(Parser):
                 raise AnnotationError(
                     f"{path}: object {number} has the box {sides}; takes four numbers in <bndbox>"
                 ) from None
+            flag = (entry.findtext("difficult") or "0").strip()
+            if flag not in ("0", "1"):
+                raise AnnotationError(
+                    f"{path}: object {number} has <difficult> {flag!r}; takes 0 or 1"
+                )
             box = audit.fit(corners, width, height)
             if box is not None:
-                label = self.cat_id_to_label[name]
-                difficult = int(entry.findtext("difficult") or 0)
+                label, difficult = self.cat_id_to_label[name], int(flag)
                 anns.append({"label": label, "bbox": box, "difficult": difficult})
         return width, height, anns
 
