@@ -31,7 +31,7 @@ _STATS = (
 
 
 class Evaluator:
-    """Collects detections; see `CocoEvaluator` and `TfmEvaluator`.
+    """Collects detections; see `CocoEvaluator` and `TfmEvaluator`, also for what `evaluate` sets.
 
     Args:
         distributed: gather the detections of all processes; each then has to call `evaluate`.
@@ -43,12 +43,16 @@ class Evaluator:
         self.pred_yxyx = pred_yxyx
         self.img_indices: list[int] = []
         self.predictions: list[np.ndarray] = []
+        self.stats: dict[str, float] = {}
+        self.per_class: dict[str, dict[str, float]] = {}
+        self.precision_recall: dict[str, Any] = {}
         self._parser: Any = None
 
     def reset(self) -> None:
-        """Forget all detections."""
+        """Forget all detections and metrics."""
         self.img_indices = []
         self.predictions = []
+        self.stats, self.per_class, self.precision_recall = {}, {}, {}
 
     def add_predictions(self, detections: torch.Tensor, target: dict[str, torch.Tensor]) -> None:
         """Add the detections of a batch.
@@ -146,15 +150,12 @@ class CocoEvaluator(Evaluator):
                 f"dataset: its parser is a {type(self._parser).__name__}; takes one with COCO "
                 "annotations"
             )
-        self.stats: dict[str, float] = {}
-        self.per_class: dict[str, dict[str, float]] = {}
-        self.precision_recall: dict[str, Any] = {}
         self.summary = ""
 
     def reset(self) -> None:
         """Forget all detections and metrics."""
         super().reset()
-        self.stats, self.per_class, self.precision_recall, self.summary = {}, {}, {}, ""
+        self.summary = ""
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """AP at IoU 0.50:0.95. The same on every process."""
@@ -231,14 +232,12 @@ class TfmEvaluator(Evaluator):
         super().__init__(distributed=distributed, pred_yxyx=pred_yxyx)
         self._parser = dataset.parser
         self._evaluator = evaluator_cls(categories=self._parser.cat_dicts)
-        self.stats: dict[str, float] = {}
-        self.per_class: dict[str, dict[str, float]] = {}
         self.metrics: dict[str, Any] = {}
 
     def reset(self) -> None:
         """Forget all detections and metrics."""
         super().reset()
-        self.stats, self.per_class, self.metrics = {}, {}, {}
+        self.metrics = {}
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """The mean average precision. The same on every process."""

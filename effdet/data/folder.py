@@ -48,11 +48,11 @@ def coco_folder(
         lacking = "images" if not parser.img_ids else "categories"
         raise AnnotationError(f"{ann_file}: lists no {lacking}")
     if num_classes is not None and num_classes != len(parser.cat_ids):
-        largest = max(int(cat_id) for cat_id in parser.cat_ids)
-        if num_classes < largest:
+        smallest, largest = int(parser.cat_ids[0]), int(parser.cat_ids[-1])
+        if smallest < 1 or num_classes < largest:
             raise AnnotationError(
                 f"num_classes: got {num_classes}; {ann_file} has {len(parser.cat_ids)} categories "
-                f"with ids up to {largest}"
+                f"with ids from {smallest} up to {largest}"
             )
         cfg.cat_ids_as_labels = True
         parser = CocoParser(cfg)

@@ -1,4 +1,4 @@
-"""COCO evaluation of a model on a data set."""
+"""Evaluation of a model on a data set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 from effdet.bench import DetBenchPredict
-from effdet.evaluator import CocoEvaluator
+from effdet.evaluator import CocoEvaluator, Evaluator
 from effdet.files import replacing
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `effdet.CocoEvaluator` found.
+    """What an evaluator of `effdet.evaluator` found.
 
     Attributes:
-        stats: "AP", "AP50", "AP75", "APsmall", … in [0, 1]; -1 where there is no such object.
+        stats: "AP", "AP50", "AP75", "APsmall", … in [0, 1]; -1 where there is no such object. Of other evaluators
+            than COCO's "AP50" alone, and NaN.
         per_class: class name to {"AP", "AP50"}; None for a class without objects.
-        precision_recall: as of `effdet.CocoEvaluator`.
+        precision_recall: as of `effdet.CocoEvaluator`; empty of others.
     """
 
     stats: dict[str, float]
@@ -45,6 +46,7 @@ def evaluate(
     max_det: int = 100,
     distributed: bool = False,
     result_file: str = "",
+    evaluator: Evaluator | None = None,
     **suppression: Any,
 ) -> Evaluation | None:
     """Run ``model`` over ``loader`` and compare with the annotations of ``dataset``.
@@ -60,12 +62,13 @@ def evaluate(
         max_det: of the post-processing: detections per image.
         distributed: this process has a share of the images; all call this, all get the whole result.
         result_file: also write the detections there, in COCO's result format.
+        evaluator: an empty one of the same data set and ``distributed``; None: COCO's.
         suppression: what else a call of ``DetBenchPredict`` takes.
     """
     model.eval()
     bench = DetBenchPredict(model)
     options = {"soft_nms": soft_nms, "max_det": max_det, **suppression}
-    evaluator = CocoEvaluator(dataset, distributed=distributed)
+    evaluator = evaluator or CocoEvaluator(dataset, distributed=distributed)
     for images, target in loader:
         if autocast is None:
             detections = bench(images, img_info=target, **options)

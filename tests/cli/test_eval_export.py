@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -72,6 +73,63 @@ def test_eval_of_broken_annotations_names_the_file(cli, weights, tmp_path, conte
     result = cli("eval", tmp_path, "--checkpoint", weights)
     assert result.code == 1
     assert "instances_val.json" in result.err
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """VOC 2007 in its layout: two pictures, and a model of 20 classes that finds nothing by name."""
+    root = tmp_path / "devkit" / "VOC2007"
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets/Main/val.txt").write_text("000001\n000002\n")
+    for name in ("000001", "000002"):
+        Image.new("RGB", (60, 50)).save(root / f"JPEGImages/{name}.jpg")
+        box = "<xmin>1</xmin><ymin>1</ymin><xmax>41</xmax><ymax>41</ymax>"
+        objects = f"<object><name>dog</name><bndbox>{box}</bndbox></object>"
+        size = "<size><width>60</width><height>50</height></size>"
+        xml = f"<annotation>{size}{objects}</annotation>"
+        (root / f"Annotations/{name}.xml").write_text(xml)
+    torch.manual_seed(0)
+    model = create_model("efficientdet_nano", num_classes=20, pretrained_backbone=False)
+    content = {"model": "efficientdet_nano", "image_size": [64, 64]}
+    torch.save({**content, "state_dict": model.state_dict()}, tmp_path / "voc.pth")
+    return root.parent, "--dataset", "voc2007", "--checkpoint", tmp_path / "voc.pth", "--workers", 0
+
+
+def test_eval_of_voc_prints_its_metric(cli, voc, tmp_path):
+    result = cli("eval", *voc, "--results", tmp_path / "results.json")
+    assert result.code == 0, result.err
+    assert "AP50  @ IoU 0.50  " in result.out and "0.50:0.95" not in result.out
+    assert "2 images of" in result.out and "20 classes have other names" in result.out
+    assert re.search(r"class +AP50\n", result.out)
+    assert re.search(r"dog +0\.\d{4}\n", result.out) and re.search(r"cat +no obj", result.out)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["image_id"] for row in rows} == {"000001", "000002"}
+
+
+def test_eval_of_voc_names_what_does_not_fit(cli, voc, weights, tmp_path):
+    given = ("eval", *voc)
+    assert "--plots: got --dataset voc2007; takes coco" in cli(*given, "--plots", "x").err
+    assert "splits: got 'test'; takes train, val" in cli(*given, "--split", "test").err
+    assert "has 20 classes; the model has 5" in cli(*given, "--checkpoint", weights).err
+    (voc[0] / "VOC2007/JPEGImages/000002.jpg").unlink()
+    result = cli(*given)
+    assert result.code == 1 and "1 of 2 pictures are missing" in result.err
+    (voc[0] / "VOC2007/ImageSets/Main/val.txt").write_text("")
+    assert "split val: has no annotated images" in cli(*given).err
+    assert cli("eval", tmp_path, "--dataset", "yolo").code == 2
+
+
+def test_eval_says_which_classes_have_other_names(cli, scenes, weights, tmp_path):
+    """Also where the names are the same in another order, which no figure tells from a bad model."""
+    assert "note" not in cli("eval", scenes, "--checkpoint", weights, "--workers", 0).out
+    document = json.loads((scenes / "instances_val.json").read_text())
+    first, second = document["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+    (tmp_path / "images").symlink_to(scenes / "images")
+    (tmp_path / "instances_val.json").write_text(json.dumps(document))
+    result = cli("eval", tmp_path, "--checkpoint", weights, "--workers", 0)
+    assert "note: 2 classes have other names than the model's: square (circle of" in result.out
 
 
 def test_exported_weights_detect_like_the_checkpoint(cli, scenes, weights, tmp_path):

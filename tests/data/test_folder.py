@@ -61,6 +61,13 @@ def test_model_that_does_not_fit(make_coco, num_classes):
         coco_folder(make_coco(), "train", num_classes)
 
 
+def test_id_zero_is_no_label_of_a_larger_model(make_coco):
+    root = make_coco(2, [], categories=[{"id": 0, "name": "jar"}, {"id": 1, "name": "cup"}])
+    with pytest.raises(AnnotationError, match=r"num_classes: got 90; .* ids from 0 up to 1"):
+        coco_folder(root, "train", 90)
+    assert coco_folder(root, "train", 2).parser.max_label == 2
+
+
 def test_no_size_is_left_out(make_coco):
     images = [{"id": "thin", "file_name": "t.png", "width": 900, "height": 3}]
     dataset = coco_folder(make_coco(images, []), "train")
