@@ -23,7 +23,7 @@ _again: ContextVar[bool] = ContextVar("computing_again", default=False)
 def computing_again() -> bool:
     """Whether this forward only makes activations again: running statistics have seen its batch.
 
-    Never in code that is compiled: torch.compile makes them again by what it recorded.
+    Never in code that is compiled: what it does in place happens once, behind the graph.
     """
     return not torch.compiler.is_compiling() and _again.get()
 
@@ -31,10 +31,13 @@ def computing_again() -> bool:
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)``, of which only the arguments and results are kept for the backward.
 
-    Random numbers are drawn again as they were. Without gradients it is the call itself.
+    Random numbers are drawn again as they were. Without gradients it is the call itself. While it is compiled the
+    compiler has to put the copies into the backward (AOTAutograd does): there is no context for it to trace.
     """
     if not torch.is_grad_enabled():
         return function(*args)
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, use_reentrant=False)
     if _native.recording():
         raise NotPlannableError("activations are computed again")
     return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import effdet
+from effdet.backbone.blocks import DropPath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, HEIGHT, WIDTH = 2, 96, 128
@@ -48,22 +49,42 @@ def test_same_numbers(subject, call, gradients):
 def training_bench():
     torch.manual_seed(0)
     options = {"num_classes": 3, "pretrained_backbone": False, "bench_labeler": True}
-    return effdet.create_model("efficientdet_nano", "train", **options).train()
+    bench = effdet.create_model("efficientdet_nano", "train", **options).train()
+    for block in bench.model.backbone.modules():
+        if getattr(block, "has_skip", False):
+            block.drop_path = DropPath(0.5)
+    return bench
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_training_step(backend):
+def step(call, *arguments):
+    """Losses of a step with its backward, and the bytes that were kept for that."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = call(*arguments)
+    losses["loss"].backward()
+    return losses, sum(kept.values())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "made_again"])
+def test_training_step(again):
     """Losses, gradients and running statistics of a step in training mode, as one graph."""
     bench, other = training_bench(), training_bench()
+    other.model.set_grad_checkpointing(again)
     corner = torch.rand(BATCH, 5, 2) * 60
     truth = {"bbox": torch.cat([corner, corner + 30], -1), "cls": torch.ones(BATCH, 5)}
     x = torch.randn(BATCH, 3, HEIGHT, WIDTH)
     torch._dynamo.reset()
-    got = torch.compile(other, backend=backend, fullgraph=True)(x, truth)
-    want = bench(x, truth)
+    fast = torch.compile(other, backend="aot_eager", fullgraph=True)
+    got, kept = step(fast, x, truth)
+    want, of_all = step(bench, x, truth)
     torch.testing.assert_close(got, want)
-    for losses in (got, want):
-        losses["loss"].backward()
+    assert (kept < of_all / 2) == again
     for a, b in zip(other.parameters(), bench.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     untrained = dict(training_bench().named_buffers())
