@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
+from . import hub
 from .bench import DetBenchPredict, DetBenchTrain
 from .config import get_efficientdet_config
 from .config.config_utils import copy_config
@@ -37,6 +40,7 @@ _CONFIG_OVERRIDES = (
     "image_size",
 )
 _BENCHES = ("", "train", "predict")
+_WEIGHT_FILES = (".pth", ".pt", ".tar", ".safetensors")
 
 
 def create_model(
@@ -53,6 +57,11 @@ def create_model(
     Raises:
         KeyError: no such model; the message names the closest ones.
     """
+    if hub.is_reference(model_name):
+        raise KeyError(
+            f"model_name: got {model_name!r}, takes the name of a configuration; weights on the Hub are"
+            f" checkpoint_path={model_name!r} (effdet.Detector reads from them which model they are for)"
+        )
     return create_model_from_config(
         get_efficientdet_config(model_name),
         bench_task=bench_task,
@@ -80,7 +89,7 @@ def create_model_from_config(
         bench_task: "train" wraps in `DetBenchTrain`, "predict" in `DetBenchPredict`, "" not.
         num_classes: classes of the result; pretrained weights are loaded before the class head is
             replaced, a checkpoint after.
-        pretrained: load the detector weights of `config.url`.
+        pretrained: load the detector weights of `config.url`. A file is no value of it, see `checkpoint_path`.
         checkpoint_path: a file to load, on this machine or the Hub (`hf://owner/name`).
         checkpoint_ema: load its averaged weights, where it has them.
         **kwargs: the config entries redundant_bias, label_smoothing, legacy_focal, jit_loss,
@@ -94,6 +103,11 @@ def create_model_from_config(
     """
     if bench_task not in _BENCHES:
         raise ValueError(f"bench_task: got {bench_task!r}, expected '', 'train' or 'predict'")
+    if _is_file(pretrained):
+        raise ValueError(
+            f"pretrained: got {str(pretrained)!r}, takes True (published weights) or False; a file, also on"
+            f" the Hub, is checkpoint_path={str(pretrained)!r}, with num_classes as many as it has"
+        )
     config = copy_config(config)
     pretrained_backbone = kwargs.pop("pretrained_backbone", True)
     if pretrained or checkpoint_path:
@@ -126,3 +140,10 @@ def create_model_from_config(
     if bench_task == "predict":
         return DetBenchPredict(model)
     return model
+
+
+def _is_file(value: object) -> bool:
+    """Whether weights in a file are meant, or on the Hub or the web; "True", "coco" and the like are not."""
+    if isinstance(value, str):
+        return "/" in value or Path(value).suffix in _WEIGHT_FILES
+    return isinstance(value, os.PathLike)

@@ -105,6 +105,9 @@ def test_eval_of_voc_prints_its_metric(cli, voc, tmp_path):
     assert re.search(r"dog +0\.\d{4}\n", result.out) and re.search(r"cat +no obj", result.out)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {row["image_id"] for row in rows} == {"000001", "000002"}
+    for path in voc[0].glob("VOC2007/Annotations/*.xml"):
+        path.write_text(path.read_text().replace("object>", "part>"))
+    assert re.search(r"IoU 0\.50 +no objects", cli("eval", *voc).out)
 
 
 def test_eval_of_voc_names_what_does_not_fit(cli, voc, weights, tmp_path):

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from effdet import create_model, hub, load_checkpoint, load_pretrained
+from effdet import Detector, create_model, hub, load_checkpoint, load_pretrained
 from effdet.download import DownloadError
 from effdet.engine import checkpoint as checkpoints
 from effdet.engine.weights import load_model
@@ -131,6 +131,34 @@ def test_all_that_load_weights_take_it(server, state_dict, tmp_path):
     for model in (other, third, made):
         weight = model.state_dict()["class_net.predict.conv_pw.weight"]
         assert torch.equal(weight, state_dict["class_net.predict.conv_pw.weight"].half().float())
+
+
+@pytest.mark.parametrize(
+    "value", ["hf://someone/nano", "hf-hub:someone/nano", "w.pth", Path("w"), "https://x.org/w"]
+)
+def test_a_file_is_no_value_of_pretrained(server, value):
+    """PyPI's effdet takes any text as True, and loads other weights than those that are named."""
+    with pytest.raises(ValueError, match=rf"pretrained: got '{value}'.* checkpoint_path='{value}'"):
+        create_model("efficientdet_nano", pretrained=value)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("text", ["True", "coco"])
+def test_other_text_is_true_as_in_pypis_effdet(text, caplog):
+    create_model("efficientdet_nano", pretrained=text)
+    assert "No pretrained weights exist" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://someone/nano", "hf-hub:someone/nano", "hf_hub:someone/nano"]
+)
+def test_a_repository_is_no_name_of_a_model(server, state_dict, tmp_path, name):
+    """timm's way to write it; the message's own way works."""
+    with pytest.raises(KeyError, match=f"model_name: got '{name}'.* checkpoint_path='{name}'"):
+        create_model(name, pretrained=True)
+    server.files["main", "model.safetensors"] = exported(tmp_path, state_dict).read_bytes()
+    create_model("efficientdet_nano", num_classes=3, checkpoint_path=name)
+    assert Detector(checkpoint=name, device="cpu").class_names == ["a", "b", "c"]
 
 
 def test_a_file_without_description_has_a_config_beside_it(server, state_dict, tmp_path):
