@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import warnings
 from typing import Any
@@ -64,8 +65,15 @@ class Evaluator:
         """
         if "img_idx" not in target:
             raise KeyError(f"target: lacks 'img_idx'; it has {', '.join(target)}")
-        rows = torch.as_tensor(detections).detach().float().cpu().numpy()
+        try:
+            rows = torch.as_tensor(detections).detach().float().cpu().numpy()
+        except (TypeError, ValueError) as error:  # a list of unequal parts, for one
+            raise ValueError(
+                f"detections: got a {type(detections).__name__} ({error}); takes [B, n, 6], where rows of"
+                " score 0 fill up"
+            ) from error
         indices = torch.as_tensor(target["img_idx"]).reshape(-1).tolist()
+        self._check_indices(indices)
         if rows.ndim != 3 or rows.shape[2] != 6 or len(rows) != len(indices):
             raise ValueError(
                 f"detections: got shape {list(rows.shape)}; takes [{len(indices)}, n, 6]"
@@ -73,6 +81,15 @@ class Evaluator:
         for index, image_rows in zip(indices, rows, strict=True):
             self.img_indices.append(index)
             self.predictions.append(_finite(image_rows[~self._is_padding(image_rows)]))
+
+    def _check_indices(self, indices: list) -> None:
+        """Numbers of images of the data set; of a parser that has no list of them any from 0."""
+        count = len(getattr(self._parser, "img_ids", ())) or math.inf
+        wrong = [n for n in indices if not isinstance(n, int) or not 0 <= n < count]
+        if wrong:
+            raise ValueError(
+                f"target['img_idx']: got {wrong[0]}; takes whole numbers from 0, less than {count}"
+            )
 
     def evaluate(self, output_result_file: str | os.PathLike = "") -> float:
         """The metric; optionally writes the detections as `save` does."""
@@ -291,6 +308,7 @@ def create_evaluator(
     name: str, dataset, distributed: bool = False, pred_yxyx: bool = False
 ) -> Evaluator:
     """Evaluator for a data set name: COCO, OpenImages, or else Pascal VOC."""
+    name = name.lower()
     if "coco" in name:
         return CocoEvaluator(dataset, distributed=distributed, pred_yxyx=pred_yxyx)
     if "openimages" in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -87,7 +88,8 @@ def listed_pictures(ann_file: str | Path) -> dict[Path, int | str]:
 
 def _find_annotations(root: Path, split: str) -> Path:
     folders = [root / "annotations", root]
-    patterns = [f"instances_{split}.json", f"instances_{split}*.json", f"{split}.json"]
+    name = glob.escape(split)
+    patterns = [f"instances_{name}.json", f"instances_{name}*.json", f"{name}.json"]
     candidates = [(folder, pattern) for pattern in patterns for folder in folders]
     candidates.append((root / split, "_annotations.coco.json"))
     candidates += [(folder, "instances.json") for folder in folders]
@@ -110,7 +112,12 @@ def _find_images(root: Path, split: str, ann_file: Path, file_names: list[str]) 
     """The folder that holds every picture; else say what the best one lacks."""
     stem = ann_file.stem.removeprefix("instances_")
     folders = [base / name for base in (root, root / "images") for name in (stem, split)]
-    folders += [*sorted(root.glob(f"{split}*")), root / "images", root, ann_file.parent]
+    folders += [
+        *sorted(root.glob(f"{glob.escape(split)}*")),
+        root / "images",
+        root,
+        ann_file.parent,
+    ]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     fewest, best = file_names, root
     for folder in folders:

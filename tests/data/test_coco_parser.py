@@ -117,6 +117,10 @@ GOOD = annotation(1, [1, 2, 3, 4], 4, id=77)
         ([{**GOOD, "bbox": [1, 2, 3]}], r"annotation 77: bbox is \[1, 2, 3\]; takes four numbers"),
         ([{**GOOD, "bbox": [1, 2, float("nan"), 4]}], "annotation 77: bbox"),
         ([{**GOOD, "bbox": "1 2 3 4"}], "annotation 77: bbox"),
+        ([{**GOOD, "bbox": [1, 2, 10**400, 4]}], "annotation 77: bbox"),
+        ([{**GOOD, "iscrowd": "0"}], "annotation 77: iscrowd is '0'; takes 0 or 1"),
+        ([{**GOOD, "ignore": "no"}], "annotation 77: ignore is 'no'; takes 0 or 1"),
+        ([{**GOOD, "id": [3]}], r"annotation \[3\]: id is \[3\]; takes an id"),
         ([{"image_id": 1, "category_id": 4}], "annotation .* lacks bbox"),
         (["box"], "annotation box lacks image_id"),
         ([{**GOOD, "category_id": [4]}], r"annotation 77: category_id is \[4\]; takes an id"),
@@ -148,6 +152,7 @@ def test_unusable_image_is_named(tmp_path, images, message):
     [
         ([{"id": "4", "name": "cup"}], "category 'cup' has id '4'"),
         ([{"id": 4}], "category .* lacks name"),
+        ([{"id": 4, "name": None}], "category 4 has name None; takes text"),
         ([{"id": 4, "name": "cup"}, {"id": 4, "name": "jar"}], "two categories share an id"),
     ],
 )
@@ -161,7 +166,37 @@ def test_repeated_file_name_warns(tmp_path):
         _parser(tmp_path, [], [IMAGES[0], {**IMAGES[0], "id": 2}])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"images": 3}', "\x00\x01"])
+def test_names_of_categories_may_be_numbers_and_repeated_ones_warn(tmp_path):
+    categories = [{"id": 1, "name": 7}, {"id": 2, "name": "7"}]
+    with pytest.warns(
+        UserWarning, match=r"1 category names are listed under several ids, e\.g\. 7"
+    ):
+        parser = _parser(tmp_path, [], categories=categories)
+    assert parser.cat_names == ["7", "7"] and len(parser.cat_dicts) == 2
+
+
+def test_category_zero_as_a_label_warns(tmp_path):
+    categories = [{"id": 0, "name": "jar"}, {"id": 4, "name": "cup"}]
+    with pytest.warns(
+        UserWarning, match=r"category ids \[0\] are no labels.*cat_ids_as_labels=False"
+    ):
+        _parser(tmp_path, [], categories=categories)
+    assert _parser(tmp_path, [], categories=categories, cat_ids_as_labels=False).max_label == 2
+
+
+def test_an_area_that_is_not_finite_is_that_of_the_box(tmp_path):
+    parser = _parser(tmp_path, [annotation(1, [1, 2, 3, 4], 4, area=float("nan"))])
+    assert parser.coco.loadAnns(parser.coco.getAnnIds())[0]["area"] == 12
+
+
+def test_byte_order_mark(tmp_path):
+    """As programs on Windows write it."""
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"images": IMAGES}), encoding="utf-8-sig")
+    assert len(load_coco_json(path).imgs) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 10**5, "[1, 2]", '{"images": 3}', "\x00\x01"])
 def test_not_a_coco_file(tmp_path, content):
     path = tmp_path / "labels.json"
     path.write_text(content)

@@ -242,7 +242,23 @@ def test_bad_arguments(dataset):
             evaluator.add_predictions(torch.zeros(shape), {"img_idx": torch.tensor([0])})
 
 
+@pytest.mark.parametrize("index", [6, -1, 0.5])
+def test_a_number_that_is_no_image(dataset, index):
+    evaluator = CocoEvaluator(dataset)
+    with pytest.raises(ValueError, match=rf"img_idx'\]: got {index}; takes .* less than 6"):
+        evaluator.add_predictions(torch.zeros(1, 3, 6), {"img_idx": torch.tensor([index])})
+    assert evaluator.img_indices == []
+
+
+def test_parts_of_unequal_length(dataset):
+    with pytest.raises(ValueError, match=r"detections: got a list .*takes \[B, n, 6\]"):
+        CocoEvaluator(dataset).add_predictions(
+            [torch.zeros(2, 6), torch.zeros(1, 6)], {"img_idx": [0, 1]}
+        )
+
+
 def test_evaluators_by_name(dataset):
+    assert isinstance(create_evaluator("COCO2017", dataset), CocoEvaluator)  # as create_dataset
     assert isinstance(create_evaluator("coco2017", dataset), CocoEvaluator)
     assert isinstance(create_evaluator("openimages", dataset), OpenImagesEvaluator)
     assert isinstance(create_evaluator("voc2007", dataset), PascalEvaluator)

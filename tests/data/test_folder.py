@@ -74,6 +74,12 @@ def test_no_size_is_left_out(make_coco):
     assert dataset[0][0].size == (900, 3)
 
 
+def test_a_split_is_no_pattern(make_coco):
+    with pytest.raises(FileNotFoundError, match=r"no annotations of the split 'tr\*'"):
+        coco_folder(make_coco(), "tr*")
+    assert len(coco_folder(make_coco(split="fold[1]"), "fold[1]")) == 3
+
+
 def test_ambiguous_split(make_coco):
     root = make_coco(split="train2014")
     make_coco(split="train2017")

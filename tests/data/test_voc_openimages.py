@@ -51,6 +51,20 @@ def test_unusable_voc_file_is_named(tmp_path, xml, message):
         _voc(tmp_path, xml)
 
 
+def test_byte_order_marks(tmp_path):
+    """As programs on Windows write them."""
+    _voc(tmp_path, SIZE + DOG)
+    (tmp_path / "split.txt").write_text("a1\n", encoding="utf-8-sig")
+    cfg = VocParserCfg(str(tmp_path / "split.txt"), str(tmp_path / "%s.xml"))
+    assert create_parser("voc", cfg=cfg).img_ids == ["a1"]
+    _open_images(tmp_path, rows=BBOX_ROWS[1:2])
+    for path in tmp_path.glob("annotations/*.csv"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    with pytest.warns(UserWarning, match="1 of 2 images left out"):
+        dataset = create_dataset("openimages", tmp_path, "train")
+    assert dataset.parser.cat_ids[0] == "/m/01" and dataset.parser.img_ids == ["ab1"]
+
+
 def test_missing_voc_annotation_is_named(tmp_path):
     (tmp_path / "split.txt").write_text("a1\n")
     with pytest.raises(FileNotFoundError, match=r"a1\.xml"):
@@ -117,6 +131,7 @@ def test_open_images(tmp_path):
         (BBOX_HEADER, ("ab1,x,/m/99,1,0,1,0,1,0,0,0,0,0",), "line 2: class '/m/99' is not in"),
         (BBOX_HEADER, ("ab1,x,/m/01,1,0,wide,0,1,0,0,0,0,0",), "line 2: XMax is 'wide'"),
         (BBOX_HEADER, ("ab1,x,/m/01,1,0",), "line 2: IsGroupOf is None"),
+        (BBOX_HEADER, ("ab1,x,/m/01,1,0,nan,0,1,0,0,0,0,0",), "line 2: XMax is 'nan'"),
     ],
 )
 def test_unusable_open_images_row_is_named(tmp_path, header, rows, message):

@@ -22,7 +22,8 @@ def load_coco_json(path: str | os.PathLike) -> COCO:
     """Read a COCO file into an index of pycocotools, with its references and numbers checked.
 
     Absent `iscrowd` and `area` are filled in, and annotation ids that are absent, repeated or 0 are
-    renumbered from 1, because COCO evaluation does not work without them.
+    renumbered from 1, because COCO evaluation does not work without them. Names of categories that are
+    numbers become text.
 
     Raises:
         AnnotationError: not JSON, not of the COCO form, or an entry that cannot be used; the
@@ -30,10 +31,10 @@ def load_coco_json(path: str | os.PathLike) -> COCO:
         OSError: the file cannot be opened.
     """
     name = os.fspath(path)
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             data = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotationError(f"{name}: not valid JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
         raise AnnotationError(
@@ -72,15 +73,18 @@ def _check_images(images: list, name: str) -> set:
     repeated = [image_id for image_id, count in ids.items() if count > 1]
     if repeated:
         raise AnnotationError(f"{name}: image id {repeated[0]!r} occurs twice")
-    file_names = Counter(image["file_name"] for image in images)
-    repeated = [file_name for file_name, count in file_names.items() if count > 1]
+    _warn_repeated([image["file_name"] for image in images], name, "file names")
+    return set(ids)
+
+
+def _warn_repeated(texts: list[str], name: str, what: str) -> None:
+    repeated = [text for text, count in Counter(texts).items() if count > 1]
     if repeated:
         warnings.warn(
-            f"{name}: {len(repeated)} file names are listed under several image ids, e.g. "
-            f"{repeated[0]}; each entry counts as an image of its own",
-            stacklevel=4,
+            f"{name}: {len(repeated)} {what} are listed under several ids, e.g. {repeated[0]}; each entry "
+            "counts on its own, and what is kept by name is that of the last",
+            stacklevel=5,
         )
-    return set(ids)
 
 
 def _check_categories(categories: list, name: str) -> set:
@@ -90,6 +94,12 @@ def _check_categories(categories: list, name: str) -> set:
             raise AnnotationError(
                 f"{name}: category {category['name']!r} has id {category['id']!r}; takes a number"
             )
+        if not isinstance(category["name"], (str, int)):
+            raise AnnotationError(
+                f"{name}: category {category['id']} has name {category['name']!r}; takes text"
+            )
+        category["name"] = str(category["name"])
+    _warn_repeated([category["name"] for category in categories], name, "category names")
     ids = {category["id"] for category in categories}
     if len(ids) < len(categories):
         raise AnnotationError(f"{name}: two categories share an id")
@@ -99,8 +109,8 @@ def _check_categories(categories: list, name: str) -> set:
 def _check_annotation(annotation: dict, images: set, categories: set, name: str) -> None:
     _require(annotation, ("image_id", "category_id", "bbox"), f"{name}: annotation")
     where = f"{name}: annotation {annotation.get('id')!r}"
-    for key in ("image_id", "category_id"):
-        if not isinstance(annotation[key], (int, str)):
+    for key in ("image_id", "category_id", "id"):
+        if not isinstance(annotation.get(key, 0), (int, str, type(None))):
             raise AnnotationError(f"{where}: {key} is {annotation[key]!r}; takes an id")
     if annotation["image_id"] not in images:
         raise AnnotationError(f"{where}: image_id {annotation['image_id']!r} is not in the images")
@@ -110,12 +120,22 @@ def _check_annotation(annotation: dict, images: set, categories: set, name: str)
             f"{sorted(categories)}"
         )
     box = annotation["bbox"]
-    numbers = isinstance(box, list) and all(isinstance(v, Real) and math.isfinite(v) for v in box)
-    if not numbers or len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
         raise AnnotationError(f"{where}: bbox is {box!r}; takes four numbers [x, y, width, height]")
+    for key in ("iscrowd", "ignore"):
+        if annotation.get(key, 0) not in (0, 1, None):
+            raise AnnotationError(f"{where}: {key} is {annotation[key]!r}; takes 0 or 1")
     annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
-    if not isinstance(annotation.get("area"), Real):
+    if not _is_finite(annotation.get("area")):
         annotation["area"] = box[2] * box[3]
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float holds."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _require(entry: dict, keys: tuple[str, ...], what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from .coco_json import load_coco_json
@@ -48,6 +50,13 @@ class CocoParser(Parser):
         self.cat_ids = [category["id"] for category in categories]
         if not self.cat_ids_as_labels:
             self._number_categories()
+        no_labels = [category["id"] for category in categories if category["id"] < 1]
+        if no_labels and self.cat_ids_as_labels:
+            warnings.warn(
+                f"{ann_file}: the category ids {no_labels} are no labels, which "
+                "count from 1: such objects are background; cat_ids_as_labels=False numbers categories",
+                stacklevel=4,
+            )
 
         annotated = {annotation["image_id"] for annotation in self.coco.anns.values()}
         for image in sorted(self.coco.imgs.values(), key=lambda image: _order(image["id"])):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 from array import array
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -68,7 +70,7 @@ class OpenImagesParser(Parser):
         masks_filename: str,
         bbox_filename: str,
     ) -> None:
-        with open(categories_filename, newline="", encoding="utf-8") as file:
+        with open(categories_filename, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
         self.cat_ids = [row[0] for row in rows]
         self.cat_names = [row[-1] for row in rows]
@@ -139,7 +141,7 @@ class OpenImagesParser(Parser):
 
 def _read(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """("file, line n", row) of a CSV file with a header."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
@@ -151,7 +153,8 @@ def _read(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
 
 
 def _number(row: dict, column: str, where: str) -> float:
-    try:
-        return float(row[column])
-    except (TypeError, ValueError):
-        raise AnnotationError(f"{where}: {column} is {row[column]!r}; takes a number") from None
+    with contextlib.suppress(TypeError, ValueError):
+        value = float(row[column])
+        if math.isfinite(value):
+            return value
+    raise AnnotationError(f"{where}: {column} is {row[column]!r}; takes a number")

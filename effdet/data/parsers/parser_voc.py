@@ -75,7 +75,7 @@ class VocParser(Parser):
         self.cat_ids = list(self.cat_names)
         self._number_categories()
 
-        with open(split_filename, encoding="utf-8") as file:
+        with open(split_filename, encoding="utf-8-sig") as file:
             img_ids = [line.split()[0] for line in file if line.strip()]
         audit = BoxAudit()
         for img_id in img_ids:
