@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.image import load_image
 from .draw import draw_detections
+from .pictures import read_picture
 
 
 class Detection(NamedTuple):
@@ -65,26 +67,33 @@ class Detections:
             yield Detection(tuple(box), score, label, name)
 
     def __getitem__(self, which: slice | Tensor | Sequence[int]) -> Detections:
-        """Those of a slice, a mask [n] or positions, e.g. ``found[found.scores > 0.5]``."""
-        if isinstance(which, int):
-            raise TypeError(f"index: got {which}, takes a slice, a mask or a list of positions")
-        picked = {name: getattr(self, name)[which] for name in ("boxes", "scores", "labels")}
-        return replace(self, **picked)
+        """Those of a slice, a mask [n] or positions, e.g. ``found[found.scores > 0.5]``.
 
-    def draw(self, image: Image.Image | None = None) -> Image.Image:
+        Raises:
+            TypeError: `which` is none of these. IndexError: it does not fit.
+        """
+        positions = np.arange(len(self))[which]
+        if positions.ndim != 1:
+            raise TypeError(f"index: got {which!r}, takes a slice, a mask or a list of positions")
+        at = torch.from_numpy(positions.copy())
+        return replace(self, boxes=self.boxes[at], scores=self.scores[at], labels=self.labels[at])
+
+    def draw(self, image: Any = None) -> Image.Image:
         """A copy of the picture, or of another one of its size, with a labelled box around each object.
 
         Args:
-            image: what to draw on; None: the picture as it was given, read again where it was a path.
+            image: what to draw on, in any form that a detector takes; None: the picture as it was given, read again
+                where it was a path.
 
         Raises:
-            ValueError: the picture was not kept and none is given, or it has another size.
+            TypeError, ValueError: this is no picture or has another size, or none was kept and none is given.
             OSError: the file is gone.
         """
         if image is None:
             if self.source is None:
                 raise ValueError("image: got None, takes a picture: this result came without one")
-            image = load_image(self.source) if isinstance(self.source, Path) else self.source
+            image = self.source
+        image = read_picture(image)
         if image.size != self.size:
             raise ValueError(f"image: got {image.size} pixels, takes {self.size} (width, height)")
         columns = self.boxes.tolist(), self.labels.tolist(), self.scores.tolist()
@@ -114,8 +123,6 @@ class Detections:
             raise ImportError(
                 "to_supervision takes the supervision package: pip install supervision"
             ) from error
-        import numpy as np
-
         return supervision.Detections(
             xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 
 from .bench import DetBenchPredict, unwrap_bench
 from .data import transforms as T
-from .data.image import load_image
 from .detections import Detections
 from .engine.data import input_geometry
 from .engine.devices import resolve_device
 from .engine.weights import LoadedModel, default_class_names, load_model
 from .padding import Size
-from .pictures import find_pictures, to_picture
+from .pictures import find_pictures, read_picture
 
 _BATCH_ON_GPU = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,14 +43,15 @@ class Detector:
 
     Args:
         model: a configuration's name (see ``effdet models``), with its published COCO weights unless `checkpoint` is
-            given; or an `EfficientDet` or a bench of one, used as it is on its device, or copied to another device or
-            dtype. Empty, without a checkpoint: the small model that comes with the package.
+            given; or an `EfficientDet` or a bench of one, used as it is on its device, in eval mode (each use puts
+            it there), or copied to another device or dtype. Empty, without a checkpoint: the small model that comes
+            with the package.
         checkpoint: a weights file, or hf://owner/name; a file of ``effdet train`` says which model it is for.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
         dtype: "auto" (bfloat16 on a GPU of compute capability 8.0 or later, else float32), "float32", "bfloat16",
             "float16", or a torch dtype.
         size: (height, width) that pictures are letterboxed to; None: the model's own.
-        score: lowest score to keep, in [0, 1].
+        score: lowest score to keep, in [0, 1]; as an attribute it may be changed.
         max_det: most objects per picture.
         soft_nms: suppress overlaps with gaussian soft-NMS instead of hard NMS.
         iou_threshold, sigma, class_agnostic, max_per_class: see `effdet.postprocess.Suppression`.
@@ -84,11 +85,12 @@ class Detector:
         batch_size: int | None = None,
         workers: int = 2,
     ) -> None:
-        if not 0.0 <= score <= 1.0:
-            raise ValueError(f"score: got {score}, takes a number in [0, 1]")
-        for name, value in (("max_det", max_det), ("batch_size", batch_size), ("workers", workers)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, takes an integer >= 1")
+        _check_score(score)
+        _check_whole("max_det", max_det)
+        _check_whole("workers", workers)
+        if batch_size is not None:
+            _check_whole("batch_size", batch_size)
+        size = None if size is None else _checked_size(size)
         # A model that is given stays where it is, if nothing is said.
         if isinstance(model, nn.Module) and device == "auto":
             self.device = next(model.parameters()).device
@@ -97,13 +99,8 @@ class Detector:
         self.dtype = _resolve_dtype(dtype, self.device)
         loaded = _loaded(model, checkpoint, size)
         self.name, self.source = loaded.name, loaded.source
-        self.class_names = list(class_names or loaded.class_names)
+        self.class_names = _checked_names(class_names, loaded.class_names)
         self.category_ids = list(loaded.category_ids)
-        if len(self.class_names) != len(loaded.class_names):
-            raise ValueError(
-                f"class_names: got {len(self.class_names)} names,"
-                f" takes {len(loaded.class_names)}, one for each class of the model"
-            )
         self.score = score
         self.batch_size = batch_size or (_BATCH_ON_GPU if self.device.type == "cuda" else 1)
         self.workers = workers
@@ -122,10 +119,6 @@ class Detector:
             class_agnostic=class_agnostic,
             max_per_class=max_per_class,
         )
-        # What is found stays the same: picks come in the order of their scores, so those below
-        # `score` suppress none that are kept. The bench's scores are above its threshold.
-        below = float(np.nextafter(np.float32(score), np.float32(0)))
-        self.bench.score_threshold = max(below, self.bench.suppression().least_score)
 
     def __call__(self, images: Any) -> Detections | list[Detections]:
         """Detect on a picture, or on several.
@@ -133,6 +126,7 @@ class Detector:
         Args:
             images: a path, PIL image, uint8 array [H, W, 3] or [H, W] (RGB, not OpenCV's BGR), or tensor [3, H, W]
                 (uint8, or floating in [0, 1]); or several: a list of these, a folder's path or a tensor [B, 3, H, W].
+                A file is turned upright as its EXIF tag says; what is no file is taken as it is.
 
         Returns:
             `Detections` of one picture, or a list with one for each, in order; of a folder in the order of its names.
@@ -141,9 +135,9 @@ class Detector:
             ImageError: a file holds no picture. TypeError, ValueError: this is no picture.
             OSError: a file cannot be opened.
         """
-        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-            return list(self.stream(find_pictures(images)))
-        if isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4):
+        folder = isinstance(images, (str, os.PathLike)) and os.path.isdir(images)
+        batch = isinstance(images, Tensor) and images.ndim == 4
+        if folder or batch or isinstance(images, (list, tuple)):
             return list(self.stream(images))
         return self._detect([self._prepare(images)])[0]
 
@@ -155,12 +149,15 @@ class Detector:
         """Detect on many pictures; reading goes ahead of the network, and few are in memory at a time.
 
         Args:
-            images: any number of single pictures as a call takes them.
-            on_error: called with a picture that cannot be read and its ImageError, OSError, TypeError or ValueError,
-                and the others go on; None: the error is raised.
+            images: any number of single pictures as a call takes them; or a folder's path.
+            on_error: called with a picture that cannot be read and its error (ImageError, OSError, TypeError,
+                ValueError, or what else a reader of files raises), and the others go on; None: it is raised.
+
+        Raises:
+            TypeError: `images` is one picture.
         """
         batch: list[_Prepared] = []
-        for prepared in self._ahead(images, on_error):
+        for prepared in self._ahead(_several(images), on_error):
             batch.append(prepared)
             if len(batch) == self.batch_size:
                 yield from self._detect(batch)
@@ -170,6 +167,7 @@ class Detector:
 
     def warmup(self, batch: int = 1) -> None:
         """Do now what the first call of `batch` pictures would do once: compile, pack weights, record, capture."""
+        _check_whole("batch", batch)
         height, width = self.size
         self._detect([self._prepare(Image.new("RGB", (width, height)))] * batch)
 
@@ -189,12 +187,22 @@ class Detector:
 
     def _prepare(self, image: Any) -> _Prepared:
         path = Path(image) if isinstance(image, (str, os.PathLike)) else None
-        picture = load_image(path) if path else to_picture(image)
+        picture = read_picture(image)
         resized, target = self._letterbox(picture, {"img_size": picture.size})
         return _Prepared(path or picture, picture.size, target["img_scale"], np.asarray(resized))
 
-    @torch.inference_mode()
     def _detect(self, batch: list[_Prepared]) -> list[Detections]:
+        # A copy made here may be written to and takes part in autograd; the network's own may not.
+        rows = self._rows(batch).clone()
+        return [
+            self._result(of_one, prepared) for of_one, prepared in zip(rows, batch, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _rows(self, batch: list[_Prepared]) -> Tensor:
+        """Rows [B, max_det, 6] of the bench, on the CPU."""
+        if self.bench.model.training:  # a training loop may have gone on with it
+            self.bench.eval()
         pixels = torch.from_numpy(np.stack([p.pixels for p in batch])).permute(0, 3, 1, 2)
         x = (pixels.to(self.device) - self._mean) / self._std
         info = {
@@ -202,10 +210,12 @@ class Detector:
             "img_size": torch.tensor([p.size for p in batch], device=self.device),
         }
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return [
-            self._result(rows, prepared)
-            for rows, prepared in zip(self.bench(x, info).cpu(), batch, strict=True)
-        ]
+        # What is found stays the same: picks come in the order of their scores, so those below
+        # `score` suppress none that are kept. The bench's scores are above its threshold.
+        _check_score(self.score)
+        below = float(np.nextafter(np.float32(self.score), np.float32(0)))
+        least = max(below, self.bench.suppression().least_score)
+        return self.bench(x, info, score_threshold=least).cpu()
 
     def _result(self, rows: Tensor, prepared: _Prepared) -> Detections:
         rows = rows[(rows[:, 5] > 0) & (rows[:, 4] >= self.score)]
@@ -226,12 +236,65 @@ def _finished(
     """What becomes of `image`, or nothing where it cannot be read."""
     try:
         prepared = future.result()
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
         if on_error is None:
             raise
         on_error(image, error)
     else:
         yield prepared
+
+
+def _several(images: Any) -> Iterable[Any]:
+    """`images` if they are several; those in a folder.
+
+    Raises:
+        TypeError: they are one.
+    """
+    path = isinstance(images, (str, os.PathLike))
+    if path and os.path.isdir(images):
+        return find_pictures(images)
+    array = isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
+    if path or array or isinstance(images, (bytes, Image.Image)):
+        raise TypeError(
+            f"images: got one {type(images).__name__}, takes several pictures, e.g. a list"
+        )
+    return images
+
+
+def _check_score(score: float) -> None:
+    if isinstance(score, bool) or not isinstance(score, numbers.Real):
+        raise TypeError(f"score: got {score!r}, takes a number in [0, 1]")
+    if not 0.0 <= score <= 1.0:
+        raise ValueError(f"score: got {score}, takes a number in [0, 1]")
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {value!r}, takes an integer >= 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, takes an integer >= 1")
+
+
+def _checked_size(size: Sequence[int]) -> Size:
+    takes = "takes (height, width), two integers >= 1"
+    if isinstance(size, str) or not isinstance(size, Sequence):
+        raise TypeError(f"size: got {size!r}, {takes}")
+    if len(size) != 2 or not all(isinstance(n, numbers.Integral) and n >= 1 for n in size):
+        raise ValueError(f"size: got {size!r}, {takes}")
+    return int(size[0]), int(size[1])
+
+
+def _checked_names(names: Sequence[str] | None, own: Sequence[str]) -> list[str]:
+    """The names to use in place of the model's own."""
+    if names is None:
+        return list(own)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names: got {names!r}, takes a list of strings")
+    if len(names) != len(own):
+        raise ValueError(
+            f"class_names: got {len(names)} names, takes {len(own)}, one for each class of the model"
+        )
+    return list(names)
 
 
 def _loaded(

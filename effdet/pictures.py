@@ -10,21 +10,34 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data.image import to_rgb
+from .data.image import load_image, to_rgb
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures in a folder, not in those below it, in the order of their names.
+    """The pictures in a folder, not hidden ones nor those in folders below it, in the order of their names.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+    found = sorted(
+        p
+        for p in Path(folder).iterdir()
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.is_dir()
+    )
     if not found:
         raise FileNotFoundError(f"{folder}: the folder holds no pictures ({' '.join(SUFFIXES)})")
     return found
+
+
+def read_picture(image: Any) -> Image.Image:
+    """An 8-bit RGB picture from a path (turned upright, as its EXIF tag says), or from what `to_picture` takes.
+
+    Raises:
+        ImageError, TypeError, ValueError: this is no picture. OSError: a file cannot be opened.
+    """
+    return load_image(image) if isinstance(image, (str, os.PathLike)) else to_picture(image)
 
 
 def to_picture(image: Any) -> Image.Image:
@@ -37,7 +50,10 @@ def to_picture(image: Any) -> Image.Image:
         TypeError: it is none of these. ValueError: its shape or its values are others.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        try:
+            return to_rgb(image)
+        except (SyntaxError, ValueError) as error:  # the first is Pillow's, of a file read late
+            raise ValueError(f"image: got one of mode {image.mode}: {error}") from error
     if isinstance(image, torch.Tensor):
         image = _channels_last(image)
     if not isinstance(image, np.ndarray):
@@ -63,7 +79,7 @@ def _channels_last(image: torch.Tensor) -> np.ndarray:
         low, high = (float(image.min()), float(image.max())) if image.numel() else (0.0, 0.0)
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"image: got a {image.dtype} tensor with values from {low:g} to {high:g},"
+                f"image: got a {image.dtype} tensor with values from {low:.8g} to {high:.8g},"
                 " takes [0, 1], or uint8"
             )
         image = (image.float() * 255).round().to(torch.uint8)

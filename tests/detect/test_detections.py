@@ -34,8 +34,14 @@ def test_selection():
     assert found[found.scores > 0.6].names == ["dog", "cat"]
     assert found[1:].names == ["cat", "dog"]
     assert found[[2, 0]].scores.tolist() == pytest.approx([0.5, 0.9])
-    with pytest.raises(TypeError, match="index: got 1"):
-        found[1]
+    assert found[::-1].names == ["dog", "cat", "dog"] and len(found[[]]) == 0
+    assert found[np.array([True, False, True])].scores.tolist() == pytest.approx([0.9, 0.5])
+    for one in (1, np.int64(1), torch.tensor(1)):
+        with pytest.raises(TypeError, match="index: got"):
+            found[one]
+    for wrong in ([3], [0.5], [True, False], torch.tensor([0.0])):
+        with pytest.raises(IndexError):
+            found[wrong]
 
 
 def test_coco():
@@ -80,7 +86,8 @@ def test_drawn_on_the_picture_or_its_file(tmp_path):
     image = Image.new("RGB", (100, 80))
     path = tmp_path / "a.png"
     image.save(path)
-    for drawn in (some(image).draw(), some(path).draw(), some().draw(image)):
+    forms = [image, path, str(path), np.asarray(image)]
+    for drawn in (some(image).draw(), some(path).draw(), *map(some().draw, forms)):
         assert drawn.getpixel((20, 60)) == class_colour(2)
     assert not np.asarray(image).any()
 
@@ -90,5 +97,7 @@ def test_no_picture_or_another_one_is_named(tmp_path):
         some().draw()
     with pytest.raises(ValueError, match=r"image: got \(10, 10\) pixels"):
         some().draw(Image.new("RGB", (10, 10)))
+    with pytest.raises(TypeError, match="image: got int"):
+        some().draw(3)
     with pytest.raises(FileNotFoundError):
         some(tmp_path / "gone.png").draw()

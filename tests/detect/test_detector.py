@@ -98,6 +98,60 @@ def test_stream_reads_on_past_what_is_no_picture(detector, pictures, tmp_path):
         list(detector.stream(inputs))
 
 
+def test_stream_goes_on_past_whatever_a_reader_raises(detector, pictures, monkeypatch, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(pictures[0].read_bytes()[:-2000] + b"?" * 2000)
+
+    def read(path):
+        raise RuntimeError("a decoder's own")
+
+    monkeypatch.setattr("effdet.pictures.load_image", read)
+    failures = []
+    inputs = [tmp_path / "a.avif", Image.open(cut), Image.open(pictures[1])]
+    assert len(list(detector.stream(inputs, lambda image, error: failures.append(error)))) == 1
+    assert len(failures) == 2 and "a decoder's own" in str(failures[0])
+
+
+def test_stream_takes_a_folder_and_no_single_picture(detector, pictures):
+    assert [f.source for f in detector.stream(pictures[0].parent)] == pictures
+    image = Image.open(pictures[0]).convert("RGB")
+    tensor = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for one in (str(pictures[0]), pictures[0], image, np.asarray(image), tensor):
+        with pytest.raises(TypeError, match=r"images: got one .*, takes several"):
+            next(detector.stream(one))
+
+
+def test_results_may_be_written_to_and_take_part_in_autograd(detector, pictures):
+    found = detector(pictures[0])
+    scores = found.scores.clone()
+    found.boxes.add_(5)
+    assert torch.equal(found.scores, scores)
+    weight = torch.ones(1, requires_grad=True)
+    (found.boxes * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_the_score_may_be_changed(pictures):
+    detector = Detector(device="cpu", score=0.9)
+    few = len(detector(pictures[0]))
+    detector.score = 0.01
+    same(detector(pictures[0]), Detector(device="cpu", score=0.01)(pictures[0]))
+    assert len(detector(pictures[0])) > few
+    detector.score = float("nan")
+    with pytest.raises(ValueError, match="score: got nan"):
+        detector(pictures[0])
+
+
+def test_a_model_that_goes_on_training_is_not_changed_by_detection(pictures):
+    model = effdet.create_model("efficientdet_nano", num_classes=5, pretrained_backbone=False)
+    own = Detector(model, size=(64, 64), score=0.0)
+    want = own(pictures[0])
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    same(own(pictures[0]), want, atol=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_stream_does_not_read_far_ahead(detector, pictures):
     taken = []
 
@@ -148,6 +202,17 @@ def test_warmup_changes_nothing(pictures):
         ({"model": 3}, TypeError, "model: got int"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: got Linear"),
         ({"class_names": ["one"]}, ValueError, "class_names: got 1 names, takes 5"),
+        ({"class_names": []}, ValueError, "class_names: got 0 names, takes 5"),
+        ({"class_names": "abcde"}, TypeError, "class_names: got 'abcde', takes a list"),
+        ({"class_names": dict(enumerate("abcde"))}, TypeError, "class_names: got {0"),
+        ({"score": "0.5"}, TypeError, "score: got '0.5'"),
+        ({"score": float("nan")}, ValueError, "score: got nan"),
+        ({"max_det": None}, TypeError, "max_det: got None"),
+        ({"batch_size": 2.5}, TypeError, "batch_size: got 2.5"),
+        ({"workers": True}, TypeError, "workers: got True"),
+        ({"size": 256}, TypeError, r"size: got 256, takes \(height, width\)"),
+        ({"size": (256.0, 256.0)}, ValueError, r"size: got \(256.0, 256.0\)"),
+        ({"size": ()}, ValueError, r"size: got \(\)"),
         ({"checkpoint": "none.pth"}, OSError, r"none\.pth"),
     ],
 )
@@ -167,11 +232,31 @@ def test_bad_arguments_are_named(options, error, says):
         (torch.full((3, 8, 8), 200.0), ValueError, "values from 200 to 200"),
         (torch.full((3, 8, 8), torch.nan), ValueError, "values from nan to nan"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), ValueError, "int32"),
+        (torch.full((3, 8, 8), 1 + 1e-6), ValueError, "values from 1.000001"),
+        (Image.new("F", (8, 8)), ValueError, "image: got one of mode F"),
     ],
 )
 def test_what_is_no_picture_is_named(detector, image, error, says):
     with pytest.raises(error, match=says):
         detector(image)
+
+
+def test_of_a_folder_only_pictures_are_taken(detector, pictures, tmp_path):
+    (tmp_path / "below.png").mkdir()
+    (tmp_path / "._a.png").write_text("what macOS leaves")
+    (tmp_path / "a.png").write_bytes(pictures[0].read_bytes())
+    assert [found.source.name for found in detector(tmp_path)] == ["a.png"]
+
+
+def test_an_empty_path_is_no_folder(detector, pictures, monkeypatch):
+    monkeypatch.chdir(pictures[0].parent)
+    with pytest.raises(OSError):
+        detector("")
+
+
+def test_warming_up_for_nothing_is_named(detector):
+    with pytest.raises(ValueError, match="batch: got 0"):
+        detector.warmup(0)
 
 
 def test_an_empty_folder_is_named(detector, tmp_path):
