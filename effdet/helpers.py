@@ -28,6 +28,7 @@ __all__ = [
 StateDict = dict[str, Tensor]
 _logger = logging.getLogger(__name__)
 _KEYS_SHOWN = 3
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
 def load_pretrained(
@@ -59,8 +60,9 @@ def load_checkpoint(
 
     The file may be on the Hub: `hf://owner/name[@revision][/file]`. It is a state dict, or a
     training checkpoint that has one as `state_dict_ema` (averaged; taken first if `use_ema`),
-    `state_dict` or `model`; saved by torch, or as `.safetensors`. A `module.` in front of every key
-    is dropped. Nothing in the file is executed.
+    `state_dict` or `model`; saved by torch, or as `.safetensors`. What wrappers put in front of every
+    key (`module.`, `_orig_mod.`) is dropped, and of a bench the model is taken. Nothing in the file is
+    executed.
 
     Raises:
         FileNotFoundError: no such file.
@@ -98,22 +100,33 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _read_state_dict(path: Path, use_ema: bool) -> StateDict:
-    content = read_checkpoint(path)
+    return state_dict_of(read_checkpoint(path), path, use_ema)
+
+
+def state_dict_of(content: Any, path: str | os.PathLike[str], use_ema: bool = True) -> StateDict:
+    """The weights in what `read_checkpoint` gave for `path`, without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: there are none, or some are not finite.
+    """
     names = ("state_dict_ema", "state_dict", "model")[0 if use_ema else 1 :]
     if isinstance(content, Mapping):
         content = next((content[name] for name in names if content.get(name)), content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds no state dict, but a {type(content).__name__}")
     for key, value in content.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: holds no state dict: its key {key!r} is no text")
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path}: holds no state dict: {key!r} is a {type(value).__name__}, not a tensor"
             )
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError(f"{path}: the weights hold NaN or infinity, first in {key!r}")
-    if all(key.startswith("module.") for key in content):
-        return {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
+    result = dict(content)
+    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in result)), ""):
+        result = {key.removeprefix(prefix): value for key, value in result.items()}
+    return result
 
 
 def _read_torch(path: Path) -> Any:
@@ -134,6 +147,7 @@ def _read_torch(path: Path) -> Any:
 
 def _load(model: nn.Module, state_dict: StateDict, path: Path, strict: bool) -> None:
     own = model.state_dict()
+    state_dict = _without_bench(state_dict, own)
     problems = []
     if strict:
         problems.append(("missing from the file", [k for k in own if k not in state_dict]))
@@ -153,6 +167,15 @@ def _load(model: nn.Module, state_dict: StateDict, path: Path, strict: bool) -> 
             f" {len(state_dict)}): {'; '.join(found)}"
         )
     model.load_state_dict(state_dict, strict=strict)
+
+
+def _without_bench(state_dict: StateDict, own: Mapping[str, Tensor]) -> StateDict:
+    """Of the state dict of a bench that of its model, unless the keys in `own` are a bench's too."""
+    inner = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+    rest = [k for k in state_dict if not k.startswith("model.")]
+    if not inner or any(k.startswith("model.") for k in own):
+        return state_dict
+    return inner if all(k.endswith("anchors.boxes") for k in rest) else state_dict
 
 
 def _first(keys: list[str]) -> str:

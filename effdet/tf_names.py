@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -214,9 +216,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file.items())
-        except (ValueError, OSError, EOFError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError, EOFError, TypeError, BadZipFile, zlib.error) as error:
             raise CheckpointError(f"{path}: cannot be read as .npz ({error})") from error
     try:
         from tensorflow import train

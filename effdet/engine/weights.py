@@ -12,7 +12,7 @@ from torch import nn
 
 from effdet.config import get_efficientdet_config
 from effdet.factory import create_model
-from effdet.helpers import CheckpointError, load_checkpoint, local_path
+from effdet.helpers import CheckpointError, load_checkpoint, local_path, state_dict_of
 
 from . import checkpoint as checkpoints
 from .coco_names import COCO_NAMES
@@ -85,7 +85,7 @@ def load_model(
             f"{checkpoint}: does not say which model it is for; give the model's name"
         )
     config = get_efficientdet_config(name)
-    weights = content.get("state_dict_ema") or content.get("state_dict") or content
+    weights = state_dict_of(content, checkpoint)
     num_classes = _class_count(weights, config, checkpoint)
     names = content.get("class_names") or default_class_names(num_classes)
     ids = content.get("category_ids") or list(range(1, num_classes + 1))
@@ -135,7 +135,7 @@ def _class_count(weights: dict[str, Any], config: Any, checkpoint: object) -> in
     """Read the number of classes off the last bias of the class head."""
     anchors = config.num_scales * len(config.aspect_ratios)
     for key, value in weights.items():
-        key = key.removeprefix("module.").removeprefix("model.")
+        key = key.removeprefix("model.")  # of a bench
         is_last_bias = key.startswith(_HEAD_PREFIX) and key.endswith(".bias")
         if is_last_bias and value.ndim == 1 and value.numel() % anchors == 0:
             return value.numel() // anchors

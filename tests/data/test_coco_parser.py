@@ -181,7 +181,10 @@ def test_category_zero_as_a_label_warns(tmp_path):
         UserWarning, match=r"category ids \[0\] are no labels.*cat_ids_as_labels=False"
     ):
         _parser(tmp_path, [], categories=categories)
-    assert _parser(tmp_path, [], categories=categories, cat_ids_as_labels=False).max_label == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parser = _parser(tmp_path, [], categories=categories, cat_ids_as_labels=False)
+    assert parser.max_label == 2
 
 
 def test_an_area_that_is_not_finite_is_that_of_the_box(tmp_path):

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from effdet.bench import DetBenchPredict, DetBenchTrain
 from effdet.engine.weights import bundled_checkpoint, default_class_names, load_model
 from effdet.factory import create_model
-from effdet.helpers import CheckpointError
+from effdet.helpers import CheckpointError, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,50 @@ def test_a_plain_state_dict_needs_a_name_and_gets_numbered_classes(tmp_path, sta
     assert all(torch.equal(own[key], value) for key, value in state_dict.items())
     with pytest.raises(CheckpointError, match=r"plain\.pth.*give the model's name"):
         load_model("", path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("wrap", [DetBenchPredict, lambda model: DetBenchTrain(model, True)])
+def test_weights_of_a_bench_are_those_of_its_model(tmp_path, state_dict, wrap, prefix):
+    model = create_model("efficientdet_nano", num_classes=3, pretrained_backbone=False)
+    model.load_state_dict(state_dict)
+    path = tmp_path / "bench.pth"
+    torch.save({prefix + key: value for key, value in wrap(model).state_dict().items()}, path)
+    loaded = load_model("efficientdet_nano", path)
+    own = loaded.model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state_dict.items())
+    bench = wrap(create_model("efficientdet_nano", num_classes=3, pretrained_backbone=False))
+    load_checkpoint(bench, path)
+    own = bench.model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state_dict.items())
+
+
+def test_a_model_with_a_bench_in_front_and_other_weights_is_refused(tmp_path, state_dict):
+    path = tmp_path / "more.pth"
+    torch.save(
+        {**{f"model.{k}": v for k, v in state_dict.items()}, "optimizer": torch.ones(1)}, path
+    )
+    with pytest.raises(CheckpointError, match=r"519 not in the model \(model\.backbone"):
+        load_model("efficientdet_nano", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": "efficientdet_nano", "state_dict": [1]}, "holds no state dict, but a list"),
+        ({1: torch.zeros(1)}, "holds no state dict: its key 1 is no text"),
+        ({"model": "efficientdet_nano", "lr": 0.1}, "holds no state dict, but a str"),
+    ],
+)
+def test_what_is_no_state_dict_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=rf"odd\.pth: {message}"):
+        load_model("efficientdet_nano", tmp_path / "odd.pth")
+
+
+def test_a_state_dict_under_model_is_found(tmp_path, state_dict):
+    torch.save({"model": state_dict, "epoch": 3}, tmp_path / "run.pth")
+    assert len(load_model("efficientdet_nano", tmp_path / "run.pth").class_names) == 3
 
 
 def test_averaged_weights_are_taken_first_and_the_file_says_what_they_are(tmp_path, state_dict):

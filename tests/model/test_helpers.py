@@ -46,6 +46,8 @@ def assert_holds(model: nn.Module, value: float) -> None:
         ({"state_dict": filled(2.0), "state_dict_ema": None}, True, 2.0),
         ({"model": filled(5.0), "optimizer": {"lr": 0.1}}, True, 5.0),
         ({f"module.{k}": v for k, v in filled(6.0).items()}, True, 6.0),
+        ({f"_orig_mod.module.{k}": v for k, v in filled(7.0).items()}, True, 7.0),
+        ({f"module._orig_mod.{k}": v for k, v in filled(7.0).items()}, True, 7.0),
     ],
 )
 def test_layouts_of_checkpoints(tmp_path: Path, content: Any, use_ema: bool, expected: float):

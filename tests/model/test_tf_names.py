@@ -225,9 +225,12 @@ def test_reading(arrays, tmp_path, monkeypatch):
     found = read(tmp_path / "tf.npz")
     assert found.keys() == arrays.keys()
     assert all(np.array_equal(found[name], array) for name, array in arrays.items())
-    (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match=r"broken\.npz"):
-        read(tmp_path / "broken.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    content = (tmp_path / "tf.npz").read_bytes()
+    for broken in (b"PK", b"", content[:500], (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "broken.npz").write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"broken\.npz"):
+            read(tmp_path / "broken.npz")
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.npz")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
