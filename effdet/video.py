@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".
 _STREAMS = ("rtsp://", "rtmp://", "http://", "https://")
 _CAMERA = "camera"
 _USUAL_RATE = 25.0  # of a source that does not say
+_LARGEST_RATE = 1000.0  # what is above is a header's mistake
 
 
 class VideoError(ValueError):
@@ -38,7 +40,8 @@ class VideoReader:
         source: a path, "camera" or "camera:1" for the first or second one, or the address of a stream.
 
     Attributes:
-        rate: frames per second; 25 where the source does not say.
+        rate: frames per second, on average; 25 where the source does not say, or nothing usable.
+        seconds: when the last frame that was read is to be seen: of a file as it says, else since the first.
         count: frames in all as the file's header says, 0 where that is not known.
 
     Raises:
@@ -56,16 +59,25 @@ class VideoReader:
         self._capture = cv2.VideoCapture(name if camera is None else camera)
         if not self._capture.isOpened():
             raise VideoError(f"{name}: OpenCV cannot open it; takes a video file, camera or stream")
-        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or _USUAL_RATE
-        self.count = (
-            0 if is_live(name) else max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        )
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate <= _LARGEST_RATE else _USUAL_RATE
+        self.seconds = 0.0
+        self._live, self._position = is_live(name), cv2.CAP_PROP_POS_MSEC
+        self.count = 0 if self._live else max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        started, number = time.monotonic(), 0
         while True:
             there, frame = self._capture.read()
             if not there:
                 return
+            if self._live:
+                started = started if number else time.monotonic()
+                self.seconds = time.monotonic() - started
+            else:
+                position = self._capture.get(self._position) / 1000
+                self.seconds = position if position > 0 else number / self.rate
+            number += 1
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
     def __enter__(self) -> VideoReader:
@@ -91,22 +103,26 @@ class VideoWriter:
         self.path, self.rate = Path(path), rate
         self._partial = self.path.with_name(f"{self.path.stem}.part{self.path.suffix}")
         self._writer: Any = None
+        self._size: tuple[int, int] | None = None  # (width, height)
 
     def write(self, frame: np.ndarray) -> None:
-        """Append a frame [H, W, 3] uint8, RGB, of the size of the first.
+        """Append a frame [H, W, 3] uint8, RGB; one of another size, as streams have, is brought to the first's.
 
         Raises:
             VideoError: the file cannot be written.
         """
+        self._size = self._size or (frame.shape[1], frame.shape[0])
         if self._writer is None:
             codec = "mp4v" if self.path.suffix.lower() == ".mp4" else "MJPG"
-            height, width = frame.shape[:2]
+            width, height = self._size
             code = self._cv2.VideoWriter_fourcc(*codec)
             self._writer = self._cv2.VideoWriter(
                 str(self._partial), code, self.rate, (width, height)
             )
             if not self._writer.isOpened():
                 raise VideoError(f"{self.path}: OpenCV cannot write it ({codec}, {width}x{height})")
+        if frame.shape[1::-1] != self._size:
+            frame = self._cv2.resize(frame, self._size)
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 
     def __enter__(self) -> VideoWriter:
@@ -121,11 +137,20 @@ class VideoWriter:
         if self._writer is None:
             return
         self._writer.release()
-        # What was written until Ctrl-C is what a camera is recorded for.
-        if error is None or isinstance(error, KeyboardInterrupt):
-            os.replace(self._partial, self.path)
-        else:
+        try:
+            if error is None:
+                self._complete()
+        finally:
             self._partial.unlink(missing_ok=True)
+
+    def _complete(self) -> None:
+        # OpenCV does not say when the disk is full: the end, where the index is, is then missing.
+        written = self._cv2.VideoCapture(os.fspath(self._partial))
+        whole = written.isOpened()
+        written.release()
+        if not whole:
+            raise VideoError(f"{self.path}: OpenCV could not write all of it; is the disk full?")
+        os.replace(self._partial, self.path)
 
 
 class Window:

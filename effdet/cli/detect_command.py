@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
+import io
 import sys
 import time
 from pathlib import Path
@@ -89,13 +91,24 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Detect on all inputs; the exit status."""
+    from effdet.engine.detect_run import of_all, patient_group
+    from effdet.engine.detect_video import output_names
     from effdet.engine.processes import joined
     from effdet.video import is_video
 
-    videos = [text for text in args.inputs if is_video(text)]
-    pictures, failures = find_images([text for text in args.inputs if text not in videos])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names that the terminal has no letters for
+    videos = list(dict.fromkeys(text for text in args.inputs if is_video(text)))
+    pictures, failures = find_images(
+        [text for text in args.inputs if text not in videos], not args.no_pictures
+    )
+    video_names = output_names(videos)
+    _refuse_overwriting(args, pictures, list(video_names.values()))
     with joined(args.device) as processes:
         first = processes.rank == 0
+        group = patient_group(processes)
         if first:
             for failure in failures:
                 _report(failure)
@@ -106,10 +119,12 @@ def run(args: argparse.Namespace) -> int:
         if first:
             size = f"{detector.size[0]}x{detector.size[1]}"
             print(f"{detector.name} at {size}, weights {detector.source}")
+        own: list[str] = []
         if pictures:
-            failures += _detect_pictures(args, detector, pictures, processes)
+            own += _detect_pictures(args, detector, pictures, processes)
         for video in videos[processes.rank :: processes.count]:
-            failures += _detect_video(args, detector, video)
+            own += _detect_video(args, detector, video, video_names[video])
+        failures += of_all(own, group)
         if failures and first:
             _report(f"{len(failures)} of the inputs failed")
     return 1 if failures else 0
@@ -135,6 +150,16 @@ def _detect_pictures(
     args: argparse.Namespace, detector: Detector, pictures: list[Picture], processes: Any
 ) -> list[str]:
     """Detect on pictures, this process's share of them; what failed."""
+    from effdet.engine.detect_run import only_run
+
+    alone = only_run(Path(args.out)) if processes.rank == 0 else contextlib.nullcontext()
+    with alone:
+        return _run_pictures(args, detector, pictures, processes)
+
+
+def _run_pictures(
+    args: argparse.Namespace, detector: Detector, pictures: list[Picture], processes: Any
+) -> list[str]:
     from effdet.engine.detect_run import RESULT_FILE, DetectionRun
 
     out = Path(args.out)
@@ -161,7 +186,7 @@ def _detect_pictures(
         failures.append(message)
         _report(message)
 
-    work.run(not args.no_pictures, progress, failed)
+    work.run(progress, failed)
     document = work.merge()
     if document is not None:
         objects, images = len(document["annotations"]), len(document["images"])
@@ -169,7 +194,9 @@ def _detect_pictures(
     return failures
 
 
-def _detect_video(args: argparse.Namespace, detector: Detector, source: str) -> list[str]:
+def _detect_video(
+    args: argparse.Namespace, detector: Detector, source: str, name: str
+) -> list[str]:
     """Detect on one video or camera; what failed."""
     from effdet.engine.detect_video import detect_video
     from effdet.video import VideoError
@@ -179,6 +206,7 @@ def _detect_video(args: argparse.Namespace, detector: Detector, source: str) -> 
             detector,
             source,
             Path(args.out),
+            name=name,
             draw=not args.no_pictures,
             show=args.show,
             most=args.frames,
@@ -186,6 +214,8 @@ def _detect_video(args: argparse.Namespace, detector: Detector, source: str) -> 
     except (VideoError, OSError) as error:
         _report(str(error))
         return [str(error)]
+    if done.note:
+        _report(f"{source}: {done.note}")
     print(
         f"{source}: {done.objects} objects on {done.frames} frames,"
         f" {done.rate:.1f} frames/s: {done.file}"
@@ -193,8 +223,12 @@ def _detect_video(args: argparse.Namespace, detector: Detector, source: str) -> 
     return []
 
 
-def find_images(arguments: list[str]) -> tuple[list[Picture], list[str]]:
+def find_images(arguments: list[str], draw: bool = True) -> tuple[list[Picture], list[str]]:
     """Expand files, folders (their pictures, not recursive), patterns and COCO annotation files; without duplicates.
+
+    Args:
+        arguments: of the command.
+        draw: whether pictures get a name for an annotated copy.
 
     Returns:
         The pictures in the order given, sorted within a folder or pattern, and one message for each
@@ -221,11 +255,49 @@ def find_images(arguments: list[str]) -> tuple[list[Picture], list[str]]:
                 ids = dict.fromkeys(p for p in found if p.is_file())
                 if not ids:
                     raise FileNotFoundError(f"{argument}: no such file, folder or pattern")
+            _add(files, ids, argument)
         except (OSError, ValueError) as error:
             failures.append(str(error))
-        files.update({file: files.get(file, ids[file]) for file in ids})
-    names = _output_names(list(files))
-    return [Picture(file, names[file], image_id) for file, image_id in files.items()], failures
+    names = _output_names(list(files)) if draw else {}
+    pictures = [Picture(file, names.get(file), image_id) for file, image_id in files.items()]
+    return pictures, failures
+
+
+def _add(files: dict[Path, Any], more: dict[Path, Any], argument: str) -> None:
+    """Add pictures with their ids, or None, to `files`.
+
+    Raises:
+        ValueError: another picture has the id.
+    """
+    owner = {image_id: file for file, image_id in files.items() if image_id is not None}
+    for file, image_id in more.items():
+        if image_id is not None and owner.setdefault(image_id, file) != file:
+            raise ValueError(
+                f"{argument}: the id {image_id} of {file} is that of {owner[image_id]}, too;"
+                " takes data sets with different ids, or a run for each"
+            )
+    for file, image_id in more.items():
+        if files.get(file) is None:
+            files[file] = image_id
+
+
+def _refuse_overwriting(
+    args: argparse.Namespace, pictures: list[Picture], videos: list[str]
+) -> None:
+    """Raises ValueError where a file that would be written is one of the inputs."""
+    from effdet.engine.detect_run import RESULT_FILE
+
+    out = Path(args.out)
+    inputs = {p.file for p in pictures} | {Path(text) for text in args.inputs}
+    here = {folder for folder in {p.parent for p in inputs} if folder.resolve() == out.resolve()}
+    written = {p.drawn_name.lower() for p in pictures if p.drawn_name}
+    written |= {name.lower() + suffix for name in videos for suffix in (".mp4", ".json")}
+    written |= {RESULT_FILE} if pictures else set()
+    lost = sorted(p for p in inputs if p.parent in here and p.name.lower() in written)
+    if lost:
+        raise ValueError(
+            f"out: {lost[0]} is one of the inputs and would be replaced; takes another folder"
+        )
 
 
 def _output_names(files: list[Path]) -> dict[Path, str]:

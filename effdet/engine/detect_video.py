@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +14,24 @@ from tqdm import tqdm
 
 from effdet.detector import Detector
 from effdet.draw import draw_text
-from effdet.video import VideoReader, VideoWriter, Window, is_live
+from effdet.video import VideoError, VideoReader, VideoWriter, Window, is_live
 
-from .detect_run import categories, write_json
+from .detect_run import RESULT_FILE, categories, write_json
+from .interrupt import StopSignal
 
 _SMOOTHING = 0.9  # of the frame rate that is shown
+_WHOLE = 0.9  # of the length that a header states: those of some containers are estimates
 
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """What became of a video: frames, objects, frames per second, the file of detections."""
+    """What became of a video: frames, objects, frames per second, the file of detections, what to tell the user."""
 
     frames: int
     objects: int
     rate: float
     file: Path
+    note: str = ""
 
 
 def detect_video(
@@ -35,31 +39,35 @@ def detect_video(
     source: str,
     out: Path,
     *,
+    name: str = "",
     draw: bool = True,
     show: bool = False,
     most: int | None = None,
 ) -> VideoSummary:
     """Detect on every frame; write OUT/<name>.json and, with `draw`, OUT/<name>.mp4 with boxes and the frame rate.
 
-    A camera or stream goes on until Ctrl-C, which keeps what was written, or `most` frames.
+    A camera or stream goes on until Ctrl-C or SIGTERM, which keep what was written, or `most` frames. Of a file that is
+    not read to its end by then nothing is written.
 
     Args:
         detector: used frame by frame.
         source: as `effdet.video.VideoReader` takes it.
         out: an existing folder.
+        name: of the files; empty: the source's.
         draw: write the annotated video.
         show: show it in a window, until q is pressed.
         most: stop after so many frames.
 
     Raises:
         ImportError: OpenCV is not installed.
-        FileNotFoundError, VideoError: it cannot be opened, written or shown.
+        FileNotFoundError, VideoError: it cannot be opened, written or shown, or has no frame.
     """
-    name = _name(source)
+    name = name or _name(source)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     started = time.perf_counter()
     with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal()) if is_live(source) else False
         reader = stack.enter_context(VideoReader(source))
         writer = (
             stack.enter_context(VideoWriter(out / f"{name}.mp4", reader.rate)) if draw else None
@@ -69,7 +77,7 @@ def detect_video(
         bar = stack.enter_context(
             tqdm(total=total, desc=source, unit="frame", leave=False, disable=None)
         )
-        rate = 0.0
+        rate, note = 0.0, ""
         try:
             last = time.perf_counter()
             for number, frame in enumerate(reader):
@@ -79,7 +87,7 @@ def detect_video(
                 rate = _smoothed(rate, 1 / max(now - last, 1e-6))
                 last = now
                 width, height = found.size
-                place = {"file_name": source, "frame": number, "seconds": number / reader.rate}
+                place = {"file_name": source, "frame": number, "seconds": reader.seconds}
                 images.append({"id": number + 1, **place, "width": width, "height": height})
                 annotations += found.to_coco(number + 1)
                 bar.update()
@@ -89,17 +97,43 @@ def detect_video(
                         writer.write(drawn)
                     if window and not window.show(drawn):
                         break
-                if number + 1 == most:
+                if number + 1 == most or stop:
                     break
+            else:
+                note = _note(reader)
         except KeyboardInterrupt:
             if not is_live(source):
                 raise
+        if not images and not stop:
+            raise VideoError(f"{source}: no frame of it can be read")
     seconds = time.perf_counter() - started
     document = {"images": images, "annotations": annotations, "categories": categories(detector)}
     write_json(document, out / f"{name}.json")
-    return VideoSummary(
-        len(images), len(annotations), len(images) / max(seconds, 1e-6), out / f"{name}.json"
-    )
+    rate = len(images) / max(seconds, 1e-6)
+    return VideoSummary(len(images), len(annotations), rate, out / f"{name}.json", note)
+
+
+def output_names(sources: Sequence[str]) -> dict[str, str]:
+    """A name without suffix for the outputs of each source: its own, numbered where two are the same."""
+    names: dict[str, str] = {}
+    used = {Path(RESULT_FILE).stem}
+    for source in sources:
+        name, number = _name(source), 1
+        while name.lower() in used:
+            number += 1
+            name = f"{_name(source)}_{number}"
+        used.add(name.lower())
+        names[source] = name
+    return names
+
+
+def _note(reader: VideoReader) -> str:
+    """What to say of a file that ends early, as one does that was cut off."""
+    length = reader.count / reader.rate
+    read = reader.seconds + 1 / reader.rate
+    if read >= _WHOLE * length:
+        return ""
+    return f"ends after {read:.1f} s of {length:.1f}; the rest of it cannot be read"
 
 
 def _smoothed(before: float, now: float) -> float:

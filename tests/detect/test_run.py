@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from effdet.cli import main
 from effdet.data import AnnotationError, listed_pictures
-from effdet.engine.detect_run import DetectionRun, Picture
+from effdet.engine.detect_run import DetectionRun, Picture, only_run
 from effdet.engine.processes import Processes
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -85,8 +87,12 @@ def test_each_picture_is_looked_at_once(tmp_path, pictures):
     bad = tmp_path / "bad.png"  # one that fails leaves the parts to be looked at
     bad.write_text("no picture")
     out = tmp_path / "out"
-    code, _, err = finish(start(out, [*pictures, bad], "--no-pictures", two=True))
+    inputs = [pictures[0], bad, *pictures[1:]]  # the second process looks at the bad one
+    code, _, err = finish(start(out, inputs, "--no-pictures", two=True))
     assert code != 0 and "bad.png" in err
+    assert (
+        err.count("effdet detect: 1 of the inputs failed") == 1
+    )  # the first process waits and knows
     shares = [part.read_text().splitlines() for part in sorted((out / "parts").glob("*.jsonl"))]
     assert sorted(map(len, shares)) == [3, 4]
     files = [json.loads(line)["file"] for share in shares for line in share]
@@ -186,6 +192,116 @@ def test_other_settings_are_not_mixed(tmp_path, pictures, capsys):
     assert run(pictures[0], bad, "--out", tmp_path / "out", "--resume", "--score", "0.5") == 1
     err = capsys.readouterr().err
     assert "holds results with score 0.3, this run has 0.5" in err
+
+
+@pytest.fixture
+def stopped(tmp_path, pictures):
+    """A run that is not complete: it has seen the first picture, and one that is none."""
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    first = tmp_path / "in" / "a.png"
+    first.parent.mkdir()
+    shutil.copy(pictures[0], first)
+    assert run(first, bad, "--out", tmp_path / "out") == 1
+    shutil.copy(pictures[1], bad)
+    return first, bad, tmp_path / "out"
+
+
+def test_a_picture_that_has_changed_is_looked_at_again(stopped, pictures, capsys):
+    first, bad, out = stopped
+    shutil.copy(pictures[2], first)
+    assert run(first, bad, "--out", out, "--resume") == 0
+    assert "done before" not in capsys.readouterr().out
+    assert run(first, bad, "--out", out.with_name("new")) == 0
+    assert result(out) == result(out.with_name("new"))
+
+
+def test_pictures_wanted_later_are_drawn(stopped):
+    first, bad, out = stopped
+    assert main(["detect", str(first), str(bad), "--out", str(out), "--resume"]) == 0
+    assert sorted(os.listdir(out)) == ["a.png", "bad.png", "detections.json"]
+
+
+def test_a_picture_added_in_front_takes_no_name_from_those_drawn(stopped, pictures):
+    first, bad, out = stopped
+    other = bad.parent / "other" / "a.png"
+    other.parent.mkdir()
+    shutil.copy(pictures[3], other)
+    bad.write_text("no picture")
+    assert main(["detect", str(first), str(bad), "--out", str(out)]) == 1
+    assert main(["detect", str(other), str(first), str(bad), "--out", str(out), "--resume"]) == 1
+    assert main(["detect", str(first), "--out", str(out.with_name("new"))]) == 0
+    drawn = (out.with_name("new") / "a.png").read_bytes()
+    assert (out / "a_2.png").read_bytes() == drawn != (out / "a.png").read_bytes()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, pictures, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_run(out):
+        assert run(pictures[0], "--out", out) == 1
+    assert f"out: another run is writing to {out}" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    assert run(pictures[0], "--out", out) == 0
+
+
+def test_results_that_another_run_took_away_are_no_empty_result(tmp_path, pictures, detector):
+    alone = Processes(0, 1, torch.device("cpu"))
+    work = DetectionRun(detector, [Picture(pictures[0], None)], tmp_path, alone)
+    work.run(lambda *_: None, pytest.fail)
+    shutil.rmtree(tmp_path / "parts")
+    (tmp_path / "detections.json").write_text("the other's")
+    with pytest.raises(RuntimeError, match="another run writes to the same folder"):
+        work.merge()
+    assert (tmp_path / "detections.json").read_text() == "the other's"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp"])
+def test_inputs_are_not_overwritten(tmp_path, pictures, capsys, monkeypatch, name):
+    """A copy of a.bmp would be a.png, which is another input."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(pictures[0], "a.png")
+    Image.open(pictures[1]).save("b.bmp")
+    before = Path("a.png").read_bytes()
+    shutil.copy(pictures[0], name)
+    assert main(["detect", *{"a.png", name}, "--out", str(tmp_path)]) == 1
+    assert "out: a.png is one of the inputs" in capsys.readouterr().err
+    assert Path("a.png").read_bytes() == before and not Path("parts").exists()
+    assert main(["detect", "b.bmp", "--out", "."]) == 0
+
+
+def test_a_listing_is_not_overwritten(tmp_path, pictures, capsys):
+    listing = tmp_path / "detections.json"
+    shutil.copy(pictures[0], tmp_path / "a.png")
+    listing.write_text('{"images": [{"id": 7, "file_name": "a.png"}]}')
+    assert run(listing, "--out", tmp_path) == 1
+    assert "detections.json is one of the inputs" in capsys.readouterr().err
+
+
+def test_numbers_of_other_pictures_are_not_those_of_a_data_set(tmp_path, pictures, capsys):
+    listings = []
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(pictures[number], tmp_path / folder / "x.png")
+        listings.append(tmp_path / folder / "list.json")
+        listings[-1].write_text('{"images": [{"id": 1, "file_name": "x.png"}]}')
+    listed = tmp_path / "a" / "x.png"
+    assert run(pictures[2], listed, listings[0], "--out", tmp_path / "out") == 0
+    assert [i["id"] for i in result(tmp_path / "out")["images"]] == [2, 1]
+    assert run(*listings, "--out", tmp_path / "out") == 1  # of the second none is taken
+    assert f"the id 1 of {tmp_path / 'b' / 'x.png'} is that of {listed}" in capsys.readouterr().err
+    assert len(result(tmp_path / "out")["images"]) == 1
+
+
+def test_names_that_the_terminal_has_no_letters_for(tmp_path, pictures, monkeypatch):
+    named = tmp_path / "\u732b \udcff.png"
+    shutil.copy(pictures[0], named)
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert run(named, "--out", tmp_path / "out") == 0
+    sys.stdout.flush()
+    assert b"\\u732b \\udcff.png" in printed.getvalue()
+    assert result(tmp_path / "out")["images"][0]["file_name"] == str(named)
 
 
 def test_pictures_of_a_data_set_keep_their_ids(tmp_path, pictures):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -83,7 +86,9 @@ class Camera:
     opened: int
 
     def __init__(self, source, frame):
-        type(self).opened, self.frame, self.left = source, frame, 3
+        self.frame, self.left = frame, 3
+        if isinstance(source, int):
+            type(self).opened = source
 
     def isOpened(self):
         return True
@@ -115,6 +120,129 @@ def test_a_camera_until_it_is_stopped(cli_detect, monkeypatch, tmp_path, picture
     assert len(document["images"]) == 3
     with video.VideoReader(tmp_path / "camera_2.mp4") as reader:
         assert reader.rate == 25 and len(list(reader)) == 3
+
+
+def test_a_camera_until_it_is_terminated(cli_detect, monkeypatch, tmp_path, pictures):
+    class Terminated(Camera):
+        def read(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True, self.frame
+
+    frame = cv2.imread(str(pictures[0]))
+    with monkeypatch.context() as patched:
+        patched.setattr(cv2, "VideoCapture", lambda source: Terminated(source, frame))
+        code, out, _ = cli_detect("camera", "--out", tmp_path)
+    assert code == 0 and "objects on 1 frames" in out
+    assert sorted(os.listdir(tmp_path)) == ["camera.json", "camera.mp4"]
+    with video.VideoReader(tmp_path / "camera.mp4") as reader:
+        assert len(list(reader)) == 1
+
+
+def test_a_file_that_is_stopped_leaves_what_was_there(detector, clip, tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_text("of before")
+    monkeypatch.setattr(video.VideoWriter, "write", stop_at_the_second(video.VideoWriter.write))
+    with pytest.raises(KeyboardInterrupt):
+        detect_video(detector, str(clip), tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of before"]
+
+
+def stop_at_the_second(write):
+    def stopping(self, frame):
+        if self._writer is not None:
+            raise KeyboardInterrupt
+        write(self, frame)
+
+    return stopping
+
+
+def test_videos_of_one_name_are_all_kept_and_none_is_overwritten(cli_detect, clip, tmp_path):
+    names = ["a/x.avi", "b/x.avi", "b/detections.avi"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(clip, tmp_path / name)
+    paths = [tmp_path / name for name in names]
+    assert cli_detect(*paths, paths[0], "--frames", 1, "--out", tmp_path / "out")[0] == 0
+    stems = {p.stem for p in (tmp_path / "out").iterdir()}
+    assert stems == {"x", "x_2", "detections_2"}
+    shutil.copy(clip, tmp_path / "x.mp4")
+    code, _, err = cli_detect(tmp_path / "x.mp4", "--out", tmp_path)
+    assert code == 1 and "x.mp4 is one of the inputs" in err
+    assert (tmp_path / "x.mp4").read_bytes() == clip.read_bytes()
+
+
+class Frames:
+    """In place of cv2.VideoCapture(file): frames at times of their own, in milliseconds."""
+
+    def __init__(self, rate, count, times):
+        self.properties = {cv2.CAP_PROP_FPS: rate, cv2.CAP_PROP_FRAME_COUNT: count}
+        self.times = list(times)
+
+    def isOpened(self):
+        return True
+
+    def get(self, name):
+        return self.properties.get(name, 0.0)
+
+    def read(self):
+        if not self.times:
+            return False, None
+        self.properties[cv2.CAP_PROP_POS_MSEC] = self.times.pop(0)
+        return True, np.zeros((32, 32, 3), np.uint8)
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "times", "seconds", "note"),
+    [
+        (30, 120, [0, 33, 3960], [0, 0.033, 3.96], ""),  # a variable rate
+        (10, 4, [0, 0, 0, 0], [0, 0.1, 0.2, 0.3], ""),  # no times at all
+        (10, 100, [0, 100, 200], [0, 0.1, 0.2], "ends after 0.3 s of 10.0"),  # cut off
+        (float("inf"), -9e18, [0, 0], [0, 0.04], ""),
+        (float("nan"), 0, [0, 0], [0, 0.04], ""),
+    ],
+)
+def test_times_and_length(detector, clip, tmp_path, monkeypatch, rate, count, times, seconds, note):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Frames(rate, count, times))
+    done = detect_video(detector, str(clip), tmp_path, draw=False)
+    images = json.loads(done.file.read_text())["images"]
+    assert [image["seconds"] for image in images] == pytest.approx(seconds)
+    assert done.note.startswith(note) and bool(done.note) == bool(note)
+
+
+def test_a_video_without_a_frame_is_named(cli_detect, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Frames(10, 5, []))
+    code, _, err = cli_detect(clip, "--out", tmp_path)
+    assert code == 1 and f"{clip}: no frame of it can be read" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_another_size_are_brought_to_the_first(tmp_path):
+    with video.VideoWriter(tmp_path / "a.mp4", 10) as writer:
+        for size in ((64, 96), (32, 48), (200, 10)):
+            writer.write(np.full((*size, 3), 200, np.uint8))
+    with video.VideoReader(tmp_path / "a.mp4") as reader:
+        frames = list(reader)
+    assert [frame.shape for frame in frames] == 3 * [(64, 96, 3)]
+
+
+def test_a_full_disk_leaves_no_half_of_a_video(tmp_path):
+    class Full:
+        def write(self, frame):
+            pass
+
+        def release(self):
+            (tmp_path / "a.part.mp4").write_bytes(b"the end is missing")
+
+    (tmp_path / "a.mp4").write_text("of before")
+    with (
+        pytest.raises(video.VideoError, match=r"a\.mp4: .*is the disk full"),
+        video.VideoWriter(tmp_path / "a.mp4", 10) as writer,
+    ):
+        writer._writer = Full()
+        writer.write(np.zeros((64, 64, 3), np.uint8))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of before"]
 
 
 def test_q_ends_it(cli_detect, monkeypatch, tmp_path, clip):
