@@ -103,8 +103,10 @@ def _find_annotations(root: Path, split: str) -> Path:
         if found:
             return found[0]
     looked_for = [str((folder / pattern).relative_to(root)) for folder, pattern in candidates]
+    voc = any(root.glob("VOC*/ImageSets"))
+    hint = "; Pascal VOC is read by effdet.create_dataset and effdet eval --dataset" if voc else ""
     raise FileNotFoundError(
-        f"{root}: no annotations of the split {split!r}; looked for {', '.join(looked_for)}"
+        f"{root}: no annotations of the split {split!r}; looked for {', '.join(looked_for)}{hint}"
     )
 
 

@@ -115,6 +115,7 @@ def test_eval_of_voc_names_what_does_not_fit(cli, voc, weights, tmp_path):
     assert "--plots: got --dataset voc2007; takes coco" in cli(*given, "--plots", "x").err
     assert "splits: got 'test'; takes train, val" in cli(*given, "--split", "test").err
     assert "has 20 classes; the model has 5" in cli(*given, "--checkpoint", weights).err
+    assert "Pascal VOC is read by" in cli("eval", voc[0]).err
     (voc[0] / "VOC2007/JPEGImages/000002.jpg").unlink()
     result = cli(*given)
     assert result.code == 1 and "1 of 2 pictures are missing" in result.err
