@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from effdet.bench import DetBenchPredict
@@ -85,11 +87,11 @@ def export_onnx(
     if check:
         _onnxruntime()
     samples = batches(bench, options, images) if check else None
-    proto = onnx_model(bench, options, opset)
-    for name, value in facts.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
-    with replacing(path) as partial:
+    with _begun(path) as partial:
+        proto = onnx_model(bench, options, opset)
+        for name, value in facts.items():
+            entry = proto.metadata_props.add()
+            entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
         partial.write_bytes(proto.SerializeToString())
         seen = compare(*_load_onnx(partial), bench, options, samples) if samples else None
     return ExportReport(Path(path), Path(path).stat().st_size, onnx_nodes(proto), seen)
@@ -112,13 +114,12 @@ def export_pt2(
     bench = _checked(model)
     facts = metadata(bench, options, class_names)
     samples = batches(bench, options, images) if check else None
-    program = export_program(bench, options)
-    with replacing(path) as partial:
+    with _begun(path) as partial:
+        program = _without_traces(export_program(bench, options))
         with partial.open("wb") as file:
             torch.export.save(program, file, extra_files={EXTRA: json.dumps(facts)})
         seen = compare(*_load_pt2(partial), bench, options, samples) if samples else None
-    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    nodes = sum(node.op == "call_function" for m in modules for node in m.graph.nodes)
+    nodes = sum(node.op == "call_function" for node in _nodes(program))
     return ExportReport(Path(path), Path(path).stat().st_size, nodes, seen)
 
 
@@ -178,6 +179,31 @@ def metadata(
         facts |= dataclasses.asdict(bench.suppression())
         facts["score_threshold"] = bench.suppression().least_score
     return facts
+
+
+@contextlib.contextmanager
+def _begun(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing`, which finds at once, and not after minutes, that no file can be there."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with replacing(path) as partial:
+        partial.touch()
+        yield partial
+
+
+def _without_traces(program: ExportedProgram) -> ExportedProgram:
+    """`program`, without lines of this package, with paths of this machine, at each node, and without the example."""
+    for node in _nodes(program):
+        node.meta.pop("stack_trace", None)
+    program.example_inputs = None
+    return program
+
+
+def _nodes(program: ExportedProgram) -> Iterator[torch.fx.Node]:
+    """Nodes of a program, those of the bodies of loops included."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import re
 import warnings
@@ -31,8 +32,8 @@ def onnx_model(bench: DetBenchPredict, options: ExportOptions, opset: int) -> An
         ValueError: `opset` is out of range.
         ExportError: an operator that is not the standard's is in it.
     """
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise ValueError(f"opset: got {opset}, takes {OLDEST_OPSET} to {NEWEST_OPSET}")
+    if opset not in range(OLDEST_OPSET, NEWEST_OPSET + 1):
+        raise ValueError(f"opset: got {opset!r}, takes {OLDEST_OPSET} to {NEWEST_OPSET}")
     _require_onnx()
     table = decompositions()
     translations: dict[Any, Any] = {}
@@ -55,6 +56,7 @@ def onnx_model(bench: DetBenchPredict, options: ExportOptions, opset: int) -> An
             verbose=False,
         )
         assert exported is not None
+        from onnx import helper
         from onnxscript import optimizer
 
         # The exporter leaves constants of more than a few thousand numbers to whoever loads the file.
@@ -64,6 +66,8 @@ def onnx_model(bench: DetBenchPredict, options: ExportOptions, opset: int) -> An
     if others or len(proto.functions):
         raise ExportError(f"operators of {', '.join(others) or 'its own'} are in the model")
     _name_dimensions(proto.graph)
+    _remove_traces(proto.graph)
+    proto.ir_version = helper.find_min_ir_version_for(proto.opset_import)
     return proto
 
 
@@ -78,6 +82,15 @@ def _nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 yield from _nodes(body)
+
+
+def _remove_traces(graph: Any) -> None:
+    """Without what the exporter says of each node: lines of this package, with paths of this machine."""
+    bodies = [a.g for node in _nodes(graph) for a in node.attribute if a.HasField("g")]
+    for part in (graph, *bodies):
+        values = (part.input, part.output, part.value_info)
+        for entry in (part, *part.node, *part.initializer, *itertools.chain(*values)):
+            del entry.metadata_props[:]
 
 
 def _name_dimensions(graph: Any) -> None:

@@ -51,10 +51,20 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs: got {self.outputs!r}, takes one of {', '.join(OUTPUTS)}")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch: got {self.batch}, takes an integer >= 1, or None")
+        if self.size is not None and not (
+            isinstance(self.size, (tuple, list))
+            and len(self.size) == 2
+            and all(map(_whole, self.size))
+        ):
+            raise ValueError(f"size: got {self.size!r}, takes (height, width), or None")
+        if self.batch is not None and not _whole(self.batch):
+            raise ValueError(f"batch: got {self.batch!r}, takes an integer >= 1, or None")
         if self.img_info and self.outputs == "raw":
             raise ValueError("img_info: got True with raw outputs, takes False: nothing is clipped")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 class ExportedDetector(nn.Module):

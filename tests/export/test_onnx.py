@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from effdet.engine.weights import load_model
-from effdet.export import ExportError, ExportOptions, check_onnx, export_onnx, export_program
+from effdet.export import (
+    ExportError,
+    ExportOptions,
+    check_onnx,
+    export_onnx,
+    export_program,
+    export_pt2,
+)
 from effdet.export.program import ExportedDetector
 
 from .conftest import VARIANTS
@@ -39,18 +46,27 @@ def test_equal_to_the_bench(written, name):
     assert len(sizes) == (2 if file.options.any_size else 1)
 
 
+IR = {18: 8, 20: 9, 21: 10, 23: 11}  # of the release of ONNX that brought the opset
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_standard_operators_of_the_opset(written, name):
     proto = onnx.load(written(name).path)
     onnx.checker.check_model(proto, full_check=True)
-    assert [(o.domain, o.version) for o in proto.opset_import] == [
-        ("", VARIANTS[name].arguments.get("opset", 18))
-    ]
+    opset = VARIANTS[name].arguments.get("opset", 18)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+    assert proto.ir_version == IR[opset]
     assert {node.domain for node in nodes(proto.graph)} == {""} and not proto.functions
     kinds = {node.op_type for node in nodes(proto.graph)}
     assert ("NonMaxSuppression" in kinds) == (name not in ("soft", "raw", "raw_any"))
     assert ("Loop" in kinds) == (name == "soft")
     assert written(name).report.nodes == len(list(nodes(proto.graph)))
+
+
+@pytest.mark.parametrize("name", ["hard", "soft"])
+def test_nothing_of_this_machine_is_in_it(written, name):
+    content = written(name).path.read_bytes()
+    assert b".py" not in content and b"effdet.bench" not in content
 
 
 def test_norms_are_folded_into_convolutions(written):
@@ -180,6 +196,34 @@ def test_the_file_is_as_good_as_its_check(written, tmp_path, monkeypatch):
     assert path.stat().st_size > 1e6
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_stop_leaves_what_was_there(written, tmp_path, monkeypatch, error):
+    file = written("hard")
+    proto = onnx.load(file.path)
+
+    def fail(*_):
+        assert (tmp_path / "d.onnx.part").stat().st_size > 1e6
+        raise error
+
+    monkeypatch.setattr("effdet.export.files.onnx_model", lambda *_: proto)
+    monkeypatch.setattr("effdet.export.files.compare", fail)
+    (tmp_path / "d.onnx").write_text("before")
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        export_onnx(file.bench, tmp_path / "d.onnx", file.options)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.onnx"]
+    assert (tmp_path / "d.onnx").read_text() == "before"
+
+
+@pytest.mark.parametrize(("path", "kind"), [("no/d", FileNotFoundError), (".", IsADirectoryError)])
+@pytest.mark.parametrize("write", [export_onnx, export_pt2])
+def test_a_place_for_no_file_is_found_before_the_work(tmp_path, monkeypatch, write, path, kind):
+    for name in ("onnx_model", "export_program"):
+        monkeypatch.setattr(f"effdet.export.files.{name}", lambda *_: pytest.fail("worked"))
+    with pytest.raises(kind):
+        write(load_model().model, tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_onnxruntime(written, tmp_path, monkeypatch):
     proto = onnx.load(written("hard").path)
     monkeypatch.setattr("effdet.export.files.onnx_model", lambda *_: proto)
@@ -197,6 +241,7 @@ def test_without_onnxruntime(written, tmp_path, monkeypatch):
     [
         ({}, {"opset": 17}, "opset: got 17, takes 18 to 23"),
         ({}, {"opset": 24}, "opset: got 24"),
+        ({}, {"opset": "18"}, "opset: got '18'"),
         ({}, {"class_names": ["a"]}, "class_names: got 1, takes 5"),
         ({}, {"images": []}, "images: got none"),
         (
@@ -218,6 +263,12 @@ def test_arguments(tmp_path, options, arguments, message):
     [
         ({"outputs": "boxes"}, "outputs: got 'boxes'"),
         ({"batch": 0}, "batch: got 0"),
+        ({"batch": 2.5}, "batch: got 2.5"),
+        ({"batch": "2"}, "batch: got '2'"),
+        ({"size": 128}, r"size: got 128, takes \(height, width\)"),
+        ({"size": (128, 0)}, r"size: got \(128, 0\)"),
+        ({"size": (128.5, 128)}, r"size: got \(128.5, 128\)"),
+        ({"size": "12"}, "size: got '12'"),
         ({"outputs": "raw", "img_info": True}, "img_info: got True with raw outputs"),
     ],
 )

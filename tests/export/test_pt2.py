@@ -66,8 +66,9 @@ def test_metadata(soft):
 
 def test_sizes_that_do_not_fit_are_refused(soft):
     program = torch.export.load(soft[0]).module()
-    with pytest.raises(AssertionError):
-        program(torch.zeros(1, 3, 256, 320), torch.ones(1), torch.ones(1, 2))
+    for size in ((256, 320), (128, 256)):
+        with pytest.raises((AssertionError, RuntimeError)):
+            program(torch.zeros(1, 3, *size), torch.ones(1), torch.ones(1, 2))
 
 
 def test_nothing_is_cropped(soft):
@@ -76,6 +77,11 @@ def test_nothing_is_cropped(soft):
     (images,) = [node for node in graph.nodes if node.name == "images"]
     users = {str(user.target) for user in images.users}
     assert users == {"aten.sym_size.int", "aten.sub.Tensor"}
+
+
+def test_nothing_of_this_machine_is_in_it(soft):
+    assert b".py" not in soft[0].read_bytes()
+    assert torch.export.load(soft[0]).example_inputs is None
 
 
 def test_a_wrong_file_is_caught(soft, tmp_path):
