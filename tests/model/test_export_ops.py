@@ -63,10 +63,9 @@ def test_only_ops_of_training_are_left_out():
     assert left == {"batch_norm_act", "batch_norm_grad", "detection_loss", "label_anchors"}
 
 
-@pytest.mark.parametrize("soft_nms", [False, True], ids=["nms", "soft_nms"])
-def test_bench_of_any_batch_and_size(soft_nms):
+def test_bench_of_any_batch_and_size():
     torch.manual_seed(0)
-    options = {"num_classes": 3, "pretrained_backbone": False, "soft_nms": soft_nms}
+    options = {"num_classes": 3, "pretrained_backbone": False}
     bench = effdet.create_model("efficientdet_nano", "predict", **options).eval()
     sides = {2: 128 * Dim("rows", min=2, max=32), 3: 128 * Dim("columns", min=2, max=32)}
     shapes = ({0: Dim("batch", min=1, max=64), **sides},)
