@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -116,8 +117,9 @@ def export_pt2(
     samples = batches(bench, options, images) if check else None
     with _begun(path) as partial:
         program = _without_traces(export_program(bench, options))
-        with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={EXTRA: json.dumps(facts)})
+        content = io.BytesIO()  # torch ends the process where its own writing of a file fails
+        torch.export.save(program, content, extra_files={EXTRA: json.dumps(facts)})
+        partial.write_bytes(content.getbuffer())
         seen = compare(*_load_pt2(partial), bench, options, samples) if samples else None
     nodes = sum(node.op == "call_function" for node in _nodes(program))
     return ExportReport(Path(path), Path(path).stat().st_size, nodes, seen)

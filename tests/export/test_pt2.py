@@ -84,6 +84,21 @@ def test_nothing_of_this_machine_is_in_it(soft):
     assert torch.export.load(soft[0]).example_inputs is None
 
 
+def test_a_full_disk_is_an_error(soft, tmp_path, monkeypatch):
+    """Written by Python: where torch's zip writer cannot go on, the process aborts."""
+    program = torch.export.load(soft[0])
+    monkeypatch.setattr("effdet.export.files.export_program", lambda *_: program)
+
+    def full(path, content):
+        assert len(content) > 1e6
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_pt2(soft[1], tmp_path / "d.pt2", soft[2], check=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_file_is_caught(soft, tmp_path):
     path, bench, options, _ = soft
     bench.sigma = 0.1
