@@ -192,8 +192,8 @@ class Detector:
         return _Prepared(path or picture, picture.size, target["img_scale"], np.asarray(resized))
 
     def _detect(self, batch: list[_Prepared]) -> list[Detections]:
-        # A copy made here may be written to and takes part in autograd; the network's own may not.
-        rows = self._rows(batch).clone()
+        # Results are picked from the rows out here: inference mode's tensors may not be written to.
+        rows = self._rows(batch)
         return [
             self._result(of_one, prepared) for of_one, prepared in zip(rows, batch, strict=True)
         ]

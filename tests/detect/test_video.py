@@ -125,8 +125,9 @@ def test_a_camera_until_it_is_stopped(cli_detect, monkeypatch, tmp_path, picture
 def test_a_camera_until_it_is_terminated(cli_detect, monkeypatch, tmp_path, pictures):
     class Terminated(Camera):
         def read(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return True, self.frame
+            if self.left == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().read()
 
     frame = cv2.imread(str(pictures[0]))
     with monkeypatch.context() as patched:
