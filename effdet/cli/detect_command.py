@@ -97,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
     from effdet.video import is_video
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # names that the terminal has no letters for
+        # File names may have letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     videos = list(dict.fromkeys(text for text in args.inputs if is_video(text)))
     pictures, failures = find_images(
         [text for text in args.inputs if text not in videos], not args.no_pictures

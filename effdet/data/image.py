@@ -16,6 +16,7 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

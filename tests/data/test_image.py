@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -110,6 +111,14 @@ def test_not_an_image(tmp_path):
     (tmp_path / "notes.jpg").write_text("dear diary")
     with pytest.raises(ImageError, match=r"notes\.jpg"):
         load_image(tmp_path / "notes.jpg")
+
+
+def test_a_format_that_pillow_knows_in_part(tmp_path):
+    sizes = struct.pack("<7I44x", 124, 0x1007, 4, 4, 0, 0, 0)
+    pixels = struct.pack("<2I4s5I20x", 32, 4, b"WHAT", 0, 0, 0, 0, 0)
+    (tmp_path / "texture.dds").write_bytes(b"DDS " + sizes + pixels)
+    with pytest.raises(ImageError, match=r"texture\.dds: Unimplemented"):
+        load_image(tmp_path / "texture.dds")
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
