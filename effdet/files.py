@@ -1,4 +1,4 @@
-"""Writing a file so that it appears complete or not at all."""
+"""Writing a file so that it appears complete or not at all; names for files that no other has."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def free_name(stem: str, suffix: str, used: set[str]) -> str:
+    """`stem` and `suffix`, numbered between them where `used`, names in lower case, has it; then it has the result."""
+    name, number = f"{stem}{suffix}", 1
+    while name.lower() in used:
+        number += 1
+        name = f"{stem}_{number}{suffix}"
+    used.add(name.lower())
+    return name

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effdet.files import free_name
+
 from .options import (
     add_command,
     add_model_options,
@@ -305,12 +307,7 @@ def _output_names(files: list[Path]) -> dict[Path, str]:
     used: set[str] = set()
     for file in files:
         suffix = file.suffix.lower() if file.suffix.lower() in (".jpg", ".jpeg") else ".png"
-        name, number = f"{file.stem}{suffix}", 1
-        while name.lower() in used:
-            number += 1
-            name = f"{file.stem}_{number}{suffix}"
-        used.add(name.lower())
-        names[file] = name
+        names[file] = free_name(file.stem, suffix, used)
     return names
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from effdet.detector import Detector
 from effdet.draw import draw_text
+from effdet.files import free_name
 from effdet.video import VideoError, VideoReader, VideoWriter, Window, is_live
 
 from .detect_run import RESULT_FILE, categories, write_json
@@ -115,16 +116,8 @@ def detect_video(
 
 def output_names(sources: Sequence[str]) -> dict[str, str]:
     """A name without suffix for the outputs of each source: its own, numbered where two are the same."""
-    names: dict[str, str] = {}
     used = {Path(RESULT_FILE).stem}
-    for source in sources:
-        name, number = _name(source), 1
-        while name.lower() in used:
-            number += 1
-            name = f"{_name(source)}_{number}"
-        used.add(name.lower())
-        names[source] = name
-    return names
+    return {source: free_name(_name(source), "", used) for source in sources}
 
 
 def _note(reader: VideoReader) -> str:
