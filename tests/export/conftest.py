@@ -46,6 +46,21 @@ def overflowing() -> torch.nn.Module:
     return model.eval()
 
 
+def spread(name: str) -> torch.nn.Module:
+    """A configuration with random weights, published ones being out of reach here; its last layers are scaled up.
+
+    So scores are spread over (0, 1), as a trained model's are, and boxes differ from their anchors by about a third.
+    """
+    torch.manual_seed(1)
+    model = effdet.create_model(name, pretrained_backbone=False).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, *model.config.image_size))
+        for net, levels, std in zip((model.class_net, model.box_net), maps, (2, 0.3), strict=True):
+            values = torch.cat([level.flatten() for level in levels])
+            net.predict.conv_pw.weight.mul_(std / values.std())
+    return model
+
+
 VARIANTS = {
     "hard": Variant(),
     "soft": Variant({"soft_nms": True, "sigma": 0.3}, {"any_size": True, "img_info": True}),

@@ -11,25 +11,10 @@ from effdet.engine.weights import load_model
 from effdet.export import ExportOptions, export_onnx
 from effdet.export.pictures import batches
 
+from .conftest import spread
+
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-
-def spread_d0() -> torch.nn.Module:
-    """D0 with random weights, published ones being out of reach here; its last layers are scaled up.
-
-    So scores are spread over (0, 1), as a trained model's are, and boxes differ from their anchors by about a third.
-    """
-    torch.manual_seed(1)
-    model = effdet.create_model("tf_efficientdet_d0", pretrained_backbone=False).eval()
-    with torch.no_grad():
-        maps = model(torch.randn(1, 3, 512, 512))
-        for net, levels, spread in zip(
-            (model.class_net, model.box_net), maps, (2, 0.3), strict=True
-        ):
-            values = torch.cat([level.flatten() for level in levels])
-            net.predict.conv_pw.weight.mul_(spread / values.std())
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +23,9 @@ def photos(data_dir):
 
 
 @pytest.mark.parametrize(
-    ("make", "count"), [(spread_d0, 7), (lambda: load_model().model, 31)], ids=["d0", "nano"]
+    ("make", "count"),
+    [(lambda: spread("tf_efficientdet_d0"), 7), (lambda: load_model().model, 31)],
+    ids=["d0", "nano"],
 )
 def test_photos(photos, tmp_path, make, count):
     model = make()
