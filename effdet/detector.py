@@ -22,10 +22,13 @@ from .detections import Detections
 from .engine.data import input_geometry
 from .engine.devices import resolve_device
 from .engine.weights import LoadedModel, default_class_names, load_model
+from .errors import check_number
 from .padding import Size
 from .pictures import find_pictures, read_picture
 
 _BATCH_ON_GPU = 16
+_SHARE = "a number in [0, 1]", numbers.Real, 0, 1
+_COUNT = "an integer >= 1", numbers.Integral, 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,11 +88,11 @@ class Detector:
         batch_size: int | None = None,
         workers: int = 2,
     ) -> None:
-        _check_score(score)
-        _check_whole("max_det", max_det)
-        _check_whole("workers", workers)
+        check_number("score", score, *_SHARE)
+        check_number("max_det", max_det, *_COUNT)
+        check_number("workers", workers, *_COUNT)
         if batch_size is not None:
-            _check_whole("batch_size", batch_size)
+            check_number("batch_size", batch_size, *_COUNT)
         size = None if size is None else _checked_size(size)
         # A model that is given stays where it is, if nothing is said.
         if isinstance(model, nn.Module) and device == "auto":
@@ -167,7 +170,7 @@ class Detector:
 
     def warmup(self, batch: int = 1) -> None:
         """Do now what the first call of `batch` pictures would do once: compile, pack weights, record, capture."""
-        _check_whole("batch", batch)
+        check_number("batch", batch, *_COUNT)
         height, width = self.size
         self._detect([self._prepare(Image.new("RGB", (width, height)))] * batch)
 
@@ -212,7 +215,7 @@ class Detector:
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         # What is found stays the same: picks come in the order of their scores, so those below
         # `score` suppress none that are kept. The bench's scores are above its threshold.
-        _check_score(self.score)
+        check_number("score", self.score, *_SHARE)
         below = float(np.nextafter(np.float32(self.score), np.float32(0)))
         least = max(below, self.bench.suppression().least_score)
         return self.bench(x, info, score_threshold=least).cpu()
@@ -259,20 +262,6 @@ def _several(images: Any) -> Iterable[Any]:
             f"images: got one {type(images).__name__}, takes several pictures, e.g. a list"
         )
     return images
-
-
-def _check_score(score: float) -> None:
-    if isinstance(score, bool) or not isinstance(score, numbers.Real):
-        raise TypeError(f"score: got {score!r}, takes a number in [0, 1]")
-    if not 0.0 <= score <= 1.0:
-        raise ValueError(f"score: got {score}, takes a number in [0, 1]")
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {value!r}, takes an integer >= 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, takes an integer >= 1")
 
 
 def _checked_size(size: Sequence[int]) -> Size:

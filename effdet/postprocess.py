@@ -14,6 +14,8 @@ from torch import Tensor
 
 from effdet_kernels import soft_nms as _soft_nms_op
 
+from .errors import check_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Suppression:
@@ -45,13 +47,15 @@ class Suppression:
 
     def __post_init__(self) -> None:
         share = "a number in [0, 1]", numbers.Real, 0, 1
-        _check("max_det", self.max_det, "an integer >= 0", numbers.Integral, 0)
+        check_number("max_det", self.max_det, "an integer >= 0", numbers.Integral, 0)
         if self.score_threshold is not None:
-            _check("score_threshold", self.score_threshold, *share)
-        _check("iou_threshold", self.iou_threshold, *share)
-        _check("sigma", self.sigma, "a number above 0", numbers.Real, math.ulp(0.0))
+            check_number("score_threshold", self.score_threshold, *share)
+        check_number("iou_threshold", self.iou_threshold, *share)
+        check_number("sigma", self.sigma, "a number above 0", numbers.Real, math.ulp(0.0))
         if self.max_per_class is not None:
-            _check("max_per_class", self.max_per_class, "an integer >= 1", numbers.Integral, 1)
+            check_number(
+                "max_per_class", self.max_per_class, "an integer >= 1", numbers.Integral, 1
+            )
             if self.class_agnostic:
                 got = f"got {self.max_per_class} with class_agnostic"
                 raise ValueError(f"max_per_class: {got}, takes None")
@@ -217,16 +221,6 @@ def batch_rows(
         boxes = clip_boxes_xyxy(boxes, limits)
     logits = class_out.squeeze(-1)
     return detection_rows(boxes, logits, classes, img_scale, suppression)
-
-
-def _check(
-    name: str, value: float, takes: str, kind: type, low: float, high: float = math.inf
-) -> None:
-    """Checks that ``value`` is a number of this kind in [low, high]; NaN is refused."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name}: got {value!r}, takes {takes}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}, takes {takes}")
 
 
 def _per_image(img_scale: Tensor, batch: int) -> Tensor:
