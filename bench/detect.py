@@ -2,7 +2,8 @@
 
 Direction "nms": candidates to picks, gaussian soft-NMS (sigma 0.5, scores above 0.001) and NMS (IoU above 0.5), at most
 100 picks an image; of one image also to completion, and of one class. Direction "postprocess": head outputs to rows, by
-the same two. Direction "predict": images to rows, by soft-NMS.
+the same two. Direction "predict": images to rows, by soft-NMS; alone it also takes bf16, that is the network in bf16
+and what follows in float32, without peers.
 
 Coordinates of candidates are multiples of 1/16 pixel and not negative. Then boxes shifted by class, as PyPI effdet has
 them, and integer rectangles, as OpenCV has them, are exact, and all engines compute the same function. What an engine
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 
 import effdet
 from bench import machine, peers
+from bench.detect_checks import COMPARED, STRAY, Maps, exact_candidates, rows_share, strays
+from bench.kernels import DTYPES
 from bench.model import build, default_size, has_kernels, images, weights
 from bench.peers import candidates
-from bench.peers.contest import Check, Engine, compete, here, peer
+from bench.peers.contest import Check, Engine, compete, here, peer, relative_to_std
 from bench.peers.replay import Rule, worst_share
 from bench.results import TIMED, Job, Row
-from effdet.postprocess import swap_xy
-from effdet_kernels import decode_topk, soft_nms, use_backend
+from effdet_kernels import soft_nms, use_backend
 from effdet_kernels.ops.soft_nms.spec import SPEC
 
 _DIRECTIONS = ("nms", "postprocess", "predict")
@@ -39,8 +41,10 @@ SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET = 0.5, 0.5, 0.001, 100
 # PyPI effdet shifts boxes by up to 89 x 513 pixels, where float32 has steps of 1/256 of a pixel: half of one, and a
 # little for decoding.
 _PIXEL = 0.0025
+# Boxes of an untrained network, not clipped, reach 20,000 pixels, where float32 has steps of 1/512.
+_PIXEL_UNCLIPPED = 0.02
 _DRAWN = 4  # images; larger batches repeat them: drawing and checking takes seconds an image
-_MATCH = 0.05  # pixels between a row's box and its candidate's
+_MAPS_OFF = 5e-2  # of a bf16 network's maps, as `bench model` has it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,15 +66,19 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Jobs of the directions asked for, for each batch, soft and hard.
 
     Raises:
-        ValueError: no such model; a size or batch that is not positive; a dtype besides fp32; no candidates in --data.
+        ValueError: no such model; a size or batch that is not positive; a dtype besides fp32, and bf16 of the
+            direction predict alone; no candidates in --data.
     """
     wanted = args.direction or _DIRECTIONS
+    taken = ["fp32", "bf16"] if set(wanted) == {"predict"} else ["fp32"]
+    if not set(args.dtype) <= set(taken):
+        raise ValueError(
+            f"--dtype: got {', '.join(args.dtype)}, detect takes fp32, and bf16 with --direction predict alone"
+        )
     return (job for job in _all_jobs(args) if job.direction in wanted)
 
 
 def _all_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    if args.dtype != ["fp32"]:
-        raise ValueError(f"--dtype: got {', '.join(args.dtype)}, detect takes fp32")
     found = peers.chosen(args)
     batches = args.batch or ([1, 2] if args.smoke else [1, 8])
     if min([*batches, *(args.size or [1])]) < 1:
@@ -84,9 +92,10 @@ def _all_jobs(args: argparse.Namespace) -> Iterator[Job]:
                     run = functools.partial(_measure_rows, args, found, name, size, batch, hard)
                     case = f"{size}x{size} b{batch} {_label(hard)}"
                     yield Job("detect", name, case, "postprocess", "fp32", args.device, run)
-                    if not hard:
-                        run = functools.partial(_measure_predict, args, found, name, size, batch)
-                        yield Job("detect", name, case, "predict", "fp32", args.device, run)
+                    for dtype in () if hard else args.dtype:
+                        each = args, found, name, size, batch, dtype
+                        run = functools.partial(_measure_predict, *each)
+                        yield Job("detect", name, case, "predict", dtype, args.device, run)
 
 
 def _nms_jobs(
@@ -254,10 +263,10 @@ def _measure_rows(
                 soft=not hard,
             )
         )
-    exact = _exact_candidates(config, drawn, size)
+    exact = exact_candidates(config, drawn, _whole_image(few, size, "cpu")[1])
     rule = Rule(hard, SIGMA, HARD_IOU, 0.0 if hard else SCORE_THRESHOLD, MAX_DET, _PIXEL)
     images = last_images(few, batch)
-    check = Check(lambda rows: _rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF, images)
+    check = Check(lambda rows: rows_share(rule, rows[0], *exact), 1.0, _ERROR_OF, images)
     nbytes = sum(m.nbytes for part in maps for m in part) + batch * MAX_DET * 6 * 4
     shape = f"{batch}x{sum(m.shape[1:].numel() for m in maps[0])} scores"
     return compete(engines, check, moved(nbytes, args.device), shape, args.device, args.smoke)
@@ -292,86 +301,89 @@ def _whole_image(batch: int, size: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.ones(batch, device=device), limits
 
 
-def _exact_candidates(
-    config: Any, maps: tuple[list[Tensor], list[Tensor]], size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and classes of the best candidates in float64."""
-    anchors = effdet.anchors.Anchors.from_config(config).boxes
-    classes, codes = ([m.double() for m in part] for part in maps)
-    with use_backend("reference"):
-        boxes, logits, _, labels = decode_topk(
-            classes,
-            codes,
-            swap_xy(anchors).double(),
-            num_classes=config.num_classes,
-            k=config.max_detection_points,
-            limits=_whole_image(len(classes[0]), size, "cpu")[1].double(),
-        )
-    return boxes, logits.sigmoid(), labels
-
-
-def _rows_share(rule: Rule, rows: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> float:
-    """``worst_share`` of detection rows ``[B, max_det, 6]``, whose candidates are found by class and box."""
-    worst = 0.0
-    for image, found in enumerate(rows.double()):
-        far = (found[:, None, :4] - boxes[image]).abs().amax(-1)
-        match = (far <= _MATCH) & (found[:, 5:] - 1 == labels[image])
-        index = torch.full((len(found),), -1)
-        for row in range(int((found[:, 5] > 0).sum())):
-            if not bool(match[row].any()):
-                return torch.inf
-            index[row] = (
-                match[row].int().argmax()
-            )  # the best of equal boxes: candidates are in order
-            match[:, index[row]] = False
-        share = worst_share(rule, boxes[image], scores[image], labels[image], index, found[:, 4])
-        worst = max(worst, share)
-    return worst
-
-
 # From images to rows ---------------------------------------------------------------------------------
-
-_COMPARED = 50  # best rows of an image
-_STRAY = 1  # of them, that may have no partner: rounding of the network decides near ties
 
 
 def _measure_predict(
-    args: argparse.Namespace, found: peers.Peers | None, name: str, size: int, batch: int
+    args: argparse.Namespace,
+    found: peers.Peers | None,
+    name: str,
+    size: int,
+    batch: int,
+    dtype: str,
 ) -> list[Row]:
     state, x = weights(name), images(math.gcd(batch, _DRAWN), size)
     times = batch // len(x)
     bench = effdet.DetBenchPredict(build(name, size, state)).to(args.device).eval()
     bench.soft_nms = True
-    x_all = x.repeat(times, 1, 1, 1).to(args.device)
-
-    def engine(label: str, backend: str | None) -> Engine:
-        def call() -> list[Tensor]:
-            with torch.inference_mode(), use_backend(backend):
-                return [bench(x_all)]
-
-        return here(label, lambda: call, args.device, graph=True)
-
-    engines = [engine("effdet_kernels", None)]
+    check_of = _check_of_rows if dtype == "fp32" else _check_of_maps_and_rows
+    check = check_of(bench, x.to(args.device), last_images(len(x), batch))
+    bench.model.to(DTYPES[dtype])  # not the anchors
+    x_all = x.repeat(times, 1, 1, 1).to(args.device, DTYPES[dtype])
+    engines = [_own_predictor("effdet_kernels", bench, x_all, None)]
     if has_kernels(args.device):
-        engines.append(engine("reference", "reference"))
-    if found is not None:
+        engines.append(_own_predictor("reference", bench, x_all, "reference"))
+    if found is not None and dtype == "fp32":
         task = "pypi_effdet:predict"
         shared = {"name": name, "state": state, "x": x, "times": times}
         engines.append(peer("effdet eager", found, task, device=args.device, **shared))
-    with torch.inference_mode(), use_backend("reference"):
-        expected = bench(x.to(args.device)).cpu()
-    check = Check(
-        lambda rows: max(map(_strays, rows[0], expected)),
-        _STRAY,
-        f"of the {_COMPARED} best rows of an image, those without a partner (class, half a pixel, score within 1e-3)"
-        f" among the rows of our float32 reference, at most {_STRAY}",
-        last_images(len(x), batch),
-    )
     cost = moved(x_all.nbytes + batch * MAX_DET * 6 * 4, args.device)
     rows = compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.device, args.smoke)
     if args.device == "cpu" and rows[0]["status"] == TIMED:
         rows[0]["after_network"] = _share_after_network(bench, x_all, 3 if args.smoke else 50)
     return rows
+
+
+def _own_predictor(
+    label: str, bench: effdet.DetBenchPredict, x: Tensor, backend: str | None
+) -> Engine:
+    """The time is that of the rows; its outputs are these and, of a network in half precision, the maps behind them."""
+
+    def call() -> list[Tensor]:
+        with torch.inference_mode(), use_backend(backend):
+            return [bench(x)]
+
+    def with_maps(rows: list[Tensor]) -> list[Tensor]:
+        with torch.inference_mode(), use_backend(backend):
+            classes, boxes = bench.model(x)
+        return [*rows, *classes, *boxes]
+
+    finish = list if x.dtype == torch.float32 else with_maps
+    return here(label, lambda: call, x.device.type, graph=True, finish=finish)
+
+
+def _check_of_rows(bench: effdet.DetBenchPredict, x: Tensor, last: list[int]) -> Check:
+    with torch.inference_mode(), use_backend("reference"):
+        expected = bench(x).cpu()
+    return Check(
+        lambda rows: max(map(strays, rows[0], expected)),
+        STRAY,
+        f"of the {COMPARED} best rows of an image, those without a partner (class, half a pixel, score within 1e-3)"
+        f" among the rows of our float32 reference, at most {STRAY}",
+        last,
+    )
+
+
+def _check_of_maps_and_rows(bench: effdet.DetBenchPredict, x: Tensor, last: list[int]) -> Check:
+    """The rounding of a network in bf16 decides which rows there are: they are compared with what its maps give."""
+    with torch.inference_mode(), use_backend("reference"):
+        expected = [m.cpu() for part in bench.model(x) for m in part]
+    rule = Rule(False, SIGMA, HARD_IOU, SCORE_THRESHOLD, MAX_DET, _PIXEL_UNCLIPPED)
+
+    def error(found: list[Tensor]) -> float:
+        rows, *maps = found
+        off = relative_to_std(maps, expected, 2) / _MAPS_OFF
+        levels = len(maps) // 2
+        own: Maps = maps[:levels], maps[levels:]
+        return max(off, rows_share(rule, rows, *exact_candidates(bench.config, own)))
+
+    return Check(
+        error,
+        1.0,
+        f"share of what is allowed: of the network's maps, {_MAPS_OFF:g} of the standard deviation of our float32"
+        f" reference's (RMS, worst of all maps); of the rows, from these maps on, {_ERROR_OF}",
+        last,
+    )
 
 
 class _Timed(nn.Module):
@@ -405,13 +417,6 @@ def _share_after_network(bench: effdet.DetBenchPredict, x: Tensor, calls: int) -
             timed(x)
             shares.append(1 - network.seconds / (time.perf_counter() - start))
     return statistics.median(shares)
-
-
-def _strays(rows: Tensor, expected: Tensor) -> float:
-    """How many of the best ``rows`` ``[max_det, 6]`` have no partner among those ``expected``."""
-    far = (rows[:_COMPARED, None] - expected).abs()
-    partner = (far[..., :4].amax(-1) < 0.5) & (far[..., 4] < 1e-3) & (far[..., 5] == 0)
-    return float((~partner.any(1)).sum())
 
 
 def moved(nbytes: int, device: str) -> Row:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effdet
-from bench import detect, loss, model, train
+from bench import detect, detect_checks, loss, model, train
 from bench.peers import candidates
 from bench.peers.replay import Rule, worst_share
 from effdet_kernels.ops.soft_nms import reference
@@ -43,8 +43,9 @@ def jobs(suite, *words: str, dtype: tuple[str, ...] = ("fp32",)) -> list:
         (train, [], ("fp32",)),
         (loss, ["--boxes", "12"], ("fp32", "bf16")),
         (detect, ["--batch", "1"], ("fp32",)),
+        (detect, ["--direction", "predict", "--batch", "2"], ("bf16",)),
     ],
-    ids=["model", "train", "loss", "detect"],
+    ids=["model", "train", "loss", "detect", "detect bf16"],
 )
 def test_smoke(suite, words, dtype):
     found = jobs(suite, *words, dtype=dtype)
@@ -74,7 +75,9 @@ def test_model_rows_know_the_floors():
         (loss, ["--boxes", "0"], ("fp32",), "--boxes"),
         (loss, [], ("fp16",), "--dtype"),
         (detect, ["--batch", "0"], ("fp32",), "--batch"),
-        (detect, [], ("bf16",), "--dtype"),
+        (detect, [], ("bf16",), "--dtype: got bf16, .* --direction predict alone"),
+        (detect, ["--direction", "nms", "--direction", "predict"], ("bf16",), "--dtype"),
+        (detect, ["--direction", "predict"], ("fp16",), "--dtype"),
     ],
 )
 def test_errors_name_the_option(suite, words, dtype, named):
@@ -86,6 +89,11 @@ def test_directions_may_be_chosen():
     chosen = {job.direction for job in jobs(detect, "--direction", "predict")}
     assert chosen == {"predict"}
     assert {job.direction for job in jobs(detect)} == {"nms", "postprocess", "predict"}
+    both = jobs(detect, "--direction", "predict", "--batch", "1", dtype=("fp32", "bf16"))
+    assert [(job.direction, job.dtype) for job in both] == [
+        ("predict", "fp32"),
+        ("predict", "bf16"),
+    ]
     assert [job.direction for job in jobs(loss)] == ["labels", "loss"]
     assert [job.direction for job in jobs(loss, "--direction", "labels")] == ["labels"]
 
@@ -182,13 +190,62 @@ def test_wrong_rows_are_refused():
     maps = candidates.head_maps(config, 1, 64)
     engine = detect._own_benches(config, maps, 64, "cpu")[0]
     rows = engine.start().outputs()[0]
-    exact = detect._exact_candidates(config, maps, 64)
+    exact = detect_checks.exact_candidates(config, maps, torch.tensor([[64.0, 64.0]]))
     rule = Rule(False, 0.5, 0.5, 0.001, 100, 0.0025)
-    assert detect._rows_share(rule, rows, *exact) < 1
+    assert detect_checks.rows_share(rule, rows, *exact) < 1
     for column, change in ((0, 1.0), (4, 1e-3), (5, 1.0)):
         changed = rows.clone()
         changed[0, 3, column] += change
-        assert detect._rows_share(rule, changed, *exact) > 1
+        assert detect_checks.rows_share(rule, changed, *exact) > 1
+
+
+@pytest.fixture(scope="module")
+def in_bf16():
+    """A bench whose network is in bf16, the images, its check, and outputs that pass it."""
+    x = model.images(2, 128)
+    state = model.weights("tf_efficientdet_d0")
+    bench = effdet.DetBenchPredict(model.build("tf_efficientdet_d0", 128, state)).eval()
+    bench.soft_nms = True
+    check = detect._check_of_maps_and_rows(bench, x, [0, 1])
+    bench.model.bfloat16()
+    x = x.bfloat16()
+    outputs = detect._own_predictor("ours", bench, x, None).start().outputs(check.images)
+    assert [t.dtype for t in outputs[:2]] == [torch.float32, torch.bfloat16]
+    assert check.error(outputs) < 1
+    return bench, x, check, outputs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sigma": 0.4}, {"soft_nms": False}, {"class_agnostic": True}, {"score_threshold": 0.7}],
+    ids=str,
+)
+def test_rows_by_another_rule_are_refused_in_bf16(in_bf16, options):
+    bench, x, check, (_, *maps) = in_bf16
+    with torch.inference_mode():
+        assert check.error([bench(x, **options), *maps]) > 1
+
+
+def test_wrong_rows_and_wrong_networks_are_refused_in_bf16(in_bf16):
+    bench, x, check, (rows, *maps) = in_bf16
+    for column, change in ((0, 1.0), (4, 5e-3), (5, 1.0)):
+        changed = rows.clone()
+        changed[1, 3, column] += change
+        assert check.error([changed, *maps]) > 1
+    assert check.error([rows.flip(0), *maps]) > 1
+    assert check.error([rows * torch.nan, *maps]) == torch.inf
+    other = effdet.DetBenchPredict(bench.model).eval()
+    other.soft_nms, other.max_detection_points = True, 50
+    with torch.inference_mode():
+        assert check.error([other(x), *maps]) > 1
+        bias = bench.model.class_net.predict.conv_pw.bias
+        before = bias.clone()
+        bias += 0.2  # its rows are what its maps give, and its maps are wrong
+        try:
+            found = detect._own_predictor("shifted", bench, x, None).start().outputs()
+        finally:
+            bias.copy_(before)
+        assert check.error(found) > 1
 
 
 # The checks of labels and loss -----------------------------------------------------------------------
