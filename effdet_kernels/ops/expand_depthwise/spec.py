@@ -26,8 +26,10 @@ from effdet_kernels.ops._cases import (
     uniform,
     weights,
 )
+from effdet_kernels.ops.depthwise_conv import op as depthwise
 from effdet_kernels.ops.depthwise_conv.reference import depthwise_conv
 from effdet_kernels.ops.expand_depthwise import op, reference
+from effdet_kernels.ops.pointwise_conv import op as pointwise
 from effdet_kernels.ops.pointwise_conv.reference import pointwise_conv
 from effdet_kernels.spec import Case, Inputs, OpSpec
 
@@ -157,6 +159,17 @@ def _one_activation(first: bool):
     return mutated
 
 
+def _separate(**a: Any) -> Tensor | tuple[Tensor, ...]:
+    """The two convolutions as ops of their own, on the backends that they are given by default: e is stored."""
+    vectors = a["expand_scale"], a["expand_shift"]
+    expanded = pointwise.pointwise_conv(a["x"], a["expand_weight"], *vectors, act=a["act"])
+    assert isinstance(expanded, Tensor)  # no statistics were asked for
+    geometry = {name: a[name] for name in ("stride", "padding", "squeeze")}
+    return depthwise.depthwise_conv(
+        expanded, a["dw_weight"], a["scale"], a["shift"], act=_last_act(a), **geometry
+    )
+
+
 _reference = reference.expand_depthwise
 _vectors = functools.partial(_case, tags=VECTORS)
 
@@ -224,6 +237,7 @@ SPEC = OpSpec(
             _reference, lambda a: {"padding": [a["padding"][i] for i in (1, 0, 3, 2)]}
         ),
     },
+    peers={"separate": _separate},
     diff_args=("x", "expand_weight", "expand_scale", "expand_shift", "dw_weight", "scale", "shift"),
     keep_wide=("expand_scale", "expand_shift", "scale", "shift"),
     batched=("x",),
