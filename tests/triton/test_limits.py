@@ -1,0 +1,162 @@
+"""The kernels of `python -m bench limits` on Triton's interpreter: their numbers, and the suite with them."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from bench import limits, limits_loops
+from bench import limits_kernels as kernels
+
+BLOCK = kernels.BLOCK
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(count: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("early", [False, True])
+def test_a_chain_counts(early):
+    counts = torch.zeros(3, dtype=torch.int32)
+    kernels.chain(counts, 5, early)
+    assert counts.tolist() == [5, 5, 5]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("programs", [1, 3, 8])  # as many as tiles, fewer, and no divisor
+def test_a_copy_is_its_source(programs):
+    source = numbers(8 * BLOCK)
+    target = torch.full_like(source, -1)
+    kernels.copy(source, target, 1, programs)
+    assert torch.equal(source, target)
+
+
+def test_a_copy_is_made_again_in_each_pass():
+    """Where the target begins a tile before the source, each pass moves all tiles forward by one."""
+    before = numbers(5 * BLOCK)
+    tiles = before.clone()
+    kernels.copy(tiles[BLOCK:], tiles[: 4 * BLOCK], 3, 1)
+    assert torch.equal(tiles[: 2 * BLOCK], before[3 * BLOCK :])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("passes", [1, 3])
+def test_sums_are_of_all_that_was_read(passes):
+    source, sums = numbers(4 * BLOCK), torch.full((3,), -1, dtype=torch.int32)
+    kernels.read(source, sums, passes)
+    assert (int(sums.sum()) - passes * int(source.sum())) % 2**32 == 0
+    kernels.read(source + (torch.arange(4 * BLOCK) == 3 * BLOCK).int(), sums, passes)
+    assert (int(sums.sum()) - passes * (int(source.sum()) + 1)) % 2**32 == 0
+
+
+def test_the_kinds_are_those_of_the_kernels():
+    assert tuple(kernels.STEPS) == limits_loops.KINDS
+    assert tuple(kernels.TILES) == limits_loops.TILES
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", kernels.STEPS)
+def test_a_rate_takes_every_step_of_every_trip(kind):
+    inputs = torch.rand(3, 2 * kernels.VALUES) * torch.tensor([1.0, 0.01, 0.1])[:, None]
+    inputs += torch.tensor([0.5, 0.99, 0.1])[:, None]
+    result, clocks = torch.empty(2 * kernels.VALUES), torch.zeros(2, 2, dtype=torch.int64)
+    kernels.rate(kind, inputs, result, clocks, 2)
+    want = limits_loops.expected(kind, inputs, 2 * kernels.STEPS[kind])
+    error = ((result - want).abs() / want.abs()).max()
+    assert error == 0 if kind == "to_bf16" else error < 1e-4
+    assert not clocks.any()  # a CPU's are not read
+
+
+@pytest.mark.parametrize("tile", kernels.TILES)
+def test_products_add_up(tile):
+    rows, columns, depth, _ = kernels.TILES[tile]
+    a, b = torch.randn(rows, depth).half(), torch.randn(depth, columns).half()
+    c = torch.empty(2, rows, columns)
+    kernels.product(a, b, c, torch.zeros(2, 2, dtype=torch.int64), 3)
+    want = 3 * (a.double() @ b.double())
+    assert float((c - want).norm() / want.norm()) < 1e-3
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    limits.add_arguments(parser)
+    args = parser.parse_args(words)
+    args.device, args.dtype, args.smoke = "cpu", ["fp32"], True
+    return args
+
+
+def jobs(*words: str) -> list:
+    return list(limits.jobs(arguments(*words)))
+
+
+def test_smoke():
+    rows = {(job.name, row["engine"]): row for job in jobs() for row in job.run()}
+    assert {name for name, engine in rows if engine == "triton"} == {
+        *("copy", "read", "hgmma", "hmma", "graph node"),
+        *limits_loops.KINDS,
+    }
+    assert ("graph node", "triton early") in rows
+    for row in rows.values():
+        if row["status"] == "skipped":  # interpreted loops of two trips
+            assert "noise" in row["reason"]
+            continue
+        assert row["status"] == "timed", row
+        assert row["value"] > 0 and row["unit"] and "per_clock" not in row
+
+
+BROKEN = {
+    "chain": (lambda counts, times, early: counts.add_(times - 1), "graph node", "counts are"),
+    "copy": (lambda *_: None, "copy", "differs"),
+    "read": (lambda source, sums, passes: sums.fill_(0), "read", "sum is off"),
+    "rate": (lambda kind, inputs, result, *_: result.copy_(inputs[0]), "rcp", "relative error"),
+    "product": (lambda a, b, c, *_: c.fill_(0), "hmma", "of the product's norm"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_wrong_results_are_not_timed(name, monkeypatch):
+    function, quantity, reason = BROKEN[name]
+    monkeypatch.setattr(kernels, name, function)
+    job = next(job for job in jobs() if job.name == quantity)
+    rows = [row for row in job.run() if row["engine"].startswith("triton")]
+    for row in rows:
+        assert row["status"] == "wrong" and reason in row["reason"] and "median_s" not in row
+
+
+def test_what_nothing_was_written_to_is_wrong(monkeypatch):
+    """Results are spoiled before they are checked."""
+    for name in ("copy", "read", "rate", "product"):
+        monkeypatch.setattr(kernels, name, lambda *_: None)
+    for job in jobs("--only", "memory", "--only", "rates", "--only", "products"):
+        for row in job.run():
+            assert row["status"] == "wrong" or row["engine"] == "torch", row
+
+
+def test_cycles_over_nanoseconds_are_the_clock(monkeypatch):
+    def rate(kind, inputs, result, clocks, trips):
+        steps = kernels.STEPS[kind] * trips
+        result.copy_(limits_loops.expected(kind, inputs, steps))
+        clocks[:] = torch.tensor([3500, 2000])
+
+    monkeypatch.setattr(kernels, "rate", rate)
+    (loop,) = limits_loops.rates(arguments(), "ffma")
+    figures = loop.figures(2.0)
+    each = 64 * kernels.VALUES * 2
+    assert figures == {
+        "value": each / 2.0,
+        "unit": "1/s",
+        "clock_hz": 1.75e9,
+        "multiprocessors": 2,
+        "per_clock": each / 2.0 / 1.75e9 / 2,
+    }
