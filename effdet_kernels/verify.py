@@ -1,8 +1,9 @@
 """``python -m effdet_kernels.verify``: checks every op on every backend that is here, on this machine.
 
 Each case is compared with the float64 reference under the error bound of ``effdet_kernels.bound``; a ratio of at most
-1 passes. The checks are those of ``effdet_kernels.testing``. Exit status: 0 when all that ran passed, 1 when something
-failed, 2 when nothing ran.
+1 passes. The checks are those of ``effdet_kernels.testing``. With ``--jobs`` each op, backend and dtype is checked in a
+process of its own, several at a time: what crashes one, or leaves a GPU in error, fails it alone. Exit status: 0 when
+all that ran passed, 1 when something failed, 2 when nothing ran.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+LARGE = "large"  # the check that takes tens of gigabytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--quick", action="store_true", help="two cases and one layout per op")
     add("--large", action="store_true", help="also on a CPU: calls with more than 2**31 elements")
     add("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
+    add("--jobs", type=int, metavar="N", help="processes at a time; default: all in this one")
     add("--emulator", type=Path, metavar="PATH", help="the module that `make emulator` builds")
     args = parser.parse_args(argv)
     if args.emulator:
@@ -60,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         names = ", ".join(spec.name for spec in specs)
         parser.exit(2, f"--op: got {', '.join(sorted(unknown))}, takes one of {names}\n")
-    checks = args.check or [name for name in CHECKS if name != "large" or device == "cuda"]
-    if args.large and "large" not in checks:
-        checks.append("large")
+    if args.jobs is not None and args.jobs < 1:
+        parser.exit(2, f"--jobs: got {args.jobs}, takes at least 1\n")
+    checks = args.check or [name for name in CHECKS if name != LARGE or device == "cuda"]
+    if args.large and LARGE not in checks:
+        checks.append(LARGE)
     print(_heading(device))
     backends = list(args.backend or _dispatch.BACKENDS)
     absent = {name: reason for name in backends if (reason := absence(name, device))}
@@ -71,14 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'every op':<17}{name:<10}absent: {reason}")
         records.append({"op": None, "backend": name, "status": "absent", "reason": reason})
         backends.remove(name)
+    tasks = []
     for spec in specs:
         if not args.op or spec.name in args.op:
-            records += verify_op(spec, device, backends, args.dtype, checks, args.quick)
+            for backend in backends:
+                if backend in testing.operator(spec).impls:
+                    tasks += _tasks(spec, backend, device, args.dtype, checks, args.quick)
+                else:
+                    records.append(_absent(spec.name, backend))
+    results = _in_processes(tasks, args.jobs, args.emulator) if args.jobs else _here(tasks)
+    for task, outcomes in results:
+        print(task.row(outcomes), flush=True)
+        records += task.records(outcomes)
+        if args.json:
+            _write(args.json, device, records)  # of a run that is ended the rest is kept
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"machine": _machine(device), "records": records}, indent=1, allow_nan=False)
-        )
+        _write(args.json, device, records)
     return _summary(records)
 
 
@@ -90,40 +107,141 @@ def absence(backend: str, device: str) -> str | None:
     return reason
 
 
-def verify_op(
+def _absent(op: str, backend: str) -> dict[str, Any]:
+    """Prints that an op has no kernel on a backend; its record."""
+    reason = f"{op} has no {backend} kernel"
+    print(f"{op:<17}{backend:<10}absent: {reason}")
+    return {"op": op, "backend": backend, "status": "absent", "reason": reason}
+
+
+# Tasks -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """The checks of one op on one backend in one dtype: a row of the table."""
+
+    spec: OpSpec
+    backend: str
+    dtype: str  # of DTYPES
+    device: str
+    checks: tuple[str, ...]
+    quick: bool
+
+    @property
+    def subject(self) -> Subject:
+        """What the checks are run on."""
+        return Subject(self.spec, self.backend, DTYPES[self.dtype], self.device, self.quick)
+
+    def row(self, outcomes: Sequence[Outcome]) -> str:
+        """Of the table, with a line for each failure."""
+        cases = len(self.subject.cases())
+        line = _line(self.spec.name, self.backend, self.dtype, cases, outcomes)
+        failures = [f"    {o.check}: {failure}" for o in outcomes for failure in o.failures]
+        return "\n".join([line, *failures])
+
+    def records(self, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+        """A record per check."""
+        return [
+            {
+                "op": self.spec.name,
+                "backend": self.backend,
+                "dtype": self.dtype,
+                "device": self.device,
+                "status": outcome.status,
+                **dataclasses.asdict(outcome),
+                "worst": _in_json(outcome.worst),
+            }
+            for outcome in outcomes
+        ]
+
+
+Results = Iterator[tuple[Task, list[Outcome]]]
+
+
+def _tasks(
     spec: OpSpec,
+    backend: str,
     device: str,
-    backends: Sequence[str],
     dtypes: Sequence[str] | None,
     checks: Sequence[str],
     quick: bool,
-) -> Iterator[dict[str, Any]]:
-    """Prints a row per backend and dtype of one op; yields a record per check and per missing kernel."""
-    implemented = testing.operator(spec).impls
-    for backend in backends:
-        if backend not in implemented:
-            reason = f"{spec.name} has no {backend} kernel"
-            print(f"{spec.name:<17}{backend:<10}absent: {reason}")
-            yield {"op": spec.name, "backend": backend, "status": "absent", "reason": reason}
-            continue
-        for label, dtype in DTYPES.items():
-            if dtype not in spec.dtypes or (dtypes and label not in dtypes):
-                continue
-            subject = Subject(spec, backend, dtype, device, quick)
-            outcomes = run_checks(checks, subject)
-            print(_line(spec.name, backend, label, len(subject.cases()), outcomes), flush=True)
-            for outcome in outcomes:
-                for failure in outcome.failures:
-                    print(f"    {outcome.check}: {failure}")
-                yield {
-                    "op": spec.name,
-                    "backend": backend,
-                    "dtype": label,
-                    "device": device,
-                    "status": outcome.status,
-                    **dataclasses.asdict(outcome),
-                    "worst": _in_json(outcome.worst),
-                }
+) -> list[Task]:
+    return [
+        Task(spec, backend, label, device, tuple(checks), quick)
+        for label, dtype in DTYPES.items()
+        if dtype in spec.dtypes and (not dtypes or label in dtypes)
+    ]
+
+
+def _here(tasks: Sequence[Task]) -> Results:
+    for task in tasks:
+        yield task, run_checks(task.checks, task.subject)
+
+
+def _in_processes(tasks: Sequence[Task], jobs: int, emulator: Path | None) -> Results:
+    """Each in a process of its own, ``jobs`` at a time; then, one by one, the check that takes much memory."""
+    small = [_with_checks(task, [name for name in task.checks if name != LARGE]) for task in tasks]
+    sound = set(tasks)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda task: _in_a_process(task, jobs, emulator), small)
+        for task, alone, outcomes in zip(tasks, small, results, strict=True):
+            if outcomes:
+                yield alone, outcomes
+                sound -= {task} if outcomes[0].failures else set()
+    for task in tasks:
+        if LARGE in task.checks and task in sound:
+            alone = _with_checks(task, [LARGE])
+            yield alone, _in_a_process(alone, 1, emulator)
+
+
+def _with_checks(task: Task, checks: Sequence[str]) -> Task:
+    return dataclasses.replace(task, checks=tuple(checks))
+
+
+def _in_a_process(task: Task, jobs: int, emulator: Path | None) -> list[Outcome]:
+    """What this command finds; the checks of a process that dies have failed."""
+    if not task.checks:
+        return []
+    words = [sys.executable, "-m", "effdet_kernels.verify", "--device", task.device]
+    words += ["--op", task.spec.name, "--backend", task.backend, "--dtype", task.dtype]
+    words += [word for name in task.checks for word in ("--check", name)]
+    words += ["--quick"] * task.quick + (["--emulator", str(emulator)] if emulator else [])
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "records.json")
+        done = subprocess.run(
+            [*words, "--json", str(path)],
+            env={"OMP_NUM_THREADS": threads, **os.environ},
+            capture_output=True,
+            text=True,
+        )
+        records = json.loads(path.read_text())["records"] if path.exists() else []
+    found = [_outcome(record) for record in records if "check" in record]
+    if len(found) == len(task.checks):
+        return found
+    last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
+    died = f"its process ended with status {done.returncode}: {last}"
+    return [Outcome(name, calls=1, failures=[died]) for name in task.checks]
+
+
+def _outcome(record: dict[str, Any]) -> Outcome:
+    """Back from a record."""
+    values = {field.name: record[field.name] for field in dataclasses.fields(Outcome)}
+    worst = values.pop("worst")
+    return Outcome(**values, worst=None if worst is None else float(worst))
+
+
+# Output ------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, device: str, records: Sequence[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.new")
+    text = {"machine": _machine(device), "records": list(records)}
+    written.write_text(json.dumps(text, indent=1, allow_nan=False))
+    written.replace(path)
 
 
 def _in_json(number: float | None) -> float | str | None:

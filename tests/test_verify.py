@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_a_kernel_that_raises_fails_with_its_message(monkeypatch, capsys, check)
     [
         (["--op", "softnms"], "softnms, takes one of batch_norm_act"),
         (["--dtype", "int8"], "--dtype"),
+        (["--jobs", "0"], "--jobs: got 0, takes at least 1"),
         (["--backend", "tpu"], "--backend"),
         (["--emulator", "no/such.so"], "no/such.so, takes the module of `make emulator`"),
     ],
@@ -133,3 +135,80 @@ def test_the_large_check_runs_where_there_is_memory(monkeypatch):
     )
     outcome = suite.run_check("large", subject)
     assert outcome.calls == 1 and outcome.worst <= 1 and not outcome.failures
+
+
+def found(path):
+    """The records of a run without their times."""
+    return [
+        {name: value for name, value in record.items() if name != "seconds"}
+        for record in json.loads(path.read_text())["records"]
+    ]
+
+
+def test_processes_find_what_one_process_finds(tmp_path, capsys):
+    words = ["--device", "cpu", "--quick", "--op", "soft_nms", "--op", "squeeze_excite"]
+    words += ["--backend", "cpu", "--dtype", "fp32", "--dtype", "bf16"]
+    assert verify.main([*words, "--json", str(tmp_path / "one.json")]) == 0
+    one = capsys.readouterr().out
+    assert verify.main([*words, "--jobs", "2", "--json", str(tmp_path / "two.json")]) == 0
+    two = capsys.readouterr().out
+    assert found(tmp_path / "one.json") == found(tmp_path / "two.json")
+    without_times = [[line[:85] for line in text.splitlines()] for text in (one, two)]
+    assert without_times[0] == without_times[1]
+    assert any(line.startswith("squeeze_excite") for line in without_times[0])
+
+
+def test_a_process_that_dies_fails_its_own_checks_alone(tmp_path, capsys, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *bf16*) echo lost >&2; kill -SEGV $$;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    words = ["--device", "cpu", "--quick", "--op", "squeeze_excite", "--backend", "cpu"]
+    words += ["--dtype", "fp32", "--dtype", "bf16", "--check", "forward", "--check", "repeat"]
+    path = tmp_path / "verify.json"
+    assert verify.main([*words, "--jobs", "2", "--json", str(path)]) == 1
+    assert "forward: its process ended with status -11: lost" in capsys.readouterr().out
+    statuses = {(r["dtype"], r["check"]): r["status"] for r in found(path)}
+    assert statuses == {
+        ("fp32", "forward"): "passed",
+        ("fp32", "repeat"): "passed",
+        ("bf16", "forward"): "failed",
+        ("bf16", "repeat"): "failed",
+    }
+
+
+def test_what_takes_much_memory_runs_alone_and_not_after_a_failure(monkeypatch):
+    spec = next(s for s in iter_specs() if s.name == "squeeze_excite")
+    checks = ["forward", "large"]
+    tasks = verify._tasks(spec, "cpu", "cpu", ["fp32", "bf16"], checks, quick=True)
+    begun = []
+
+    def fake(task, jobs, emulator):
+        begun.append((task.dtype, task.checks, jobs))
+        wrong = ["off"] if task.dtype == "fp32" else []
+        return [suite.Outcome(name, calls=1, failures=wrong) for name in task.checks]
+
+    monkeypatch.setattr(verify, "_in_a_process", fake)
+    rows = [(task.dtype, task.checks) for task, _ in verify._in_processes(tasks, 2, None)]
+    assert rows == [("fp32", ("forward",)), ("bf16", ("forward",)), ("bf16", ("large",))]
+    assert begun[-1] == ("bf16", ("large",), 1) and len(begun) == 3
+
+
+def test_a_run_that_is_ended_leaves_what_it_had(tmp_path, monkeypatch):
+    spec = next(s for s in iter_specs() if s.name == "squeeze_excite")
+    run_checks = suite.run_checks
+
+    def ended(checks, subject):
+        if subject.dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return run_checks(checks, subject)
+
+    monkeypatch.setattr(verify, "iter_specs", lambda: iter([spec]))
+    monkeypatch.setattr(verify, "run_checks", ended)
+    path = tmp_path / "verify.json"
+    words = ["--device", "cpu", "--quick", "--backend", "cpu", "--check", "forward"]
+    with pytest.raises(KeyboardInterrupt):
+        verify.main([*words, "--json", str(path)])
+    assert [r["dtype"] for r in found(path)] == ["fp32"]
