@@ -33,9 +33,9 @@ UNITS = {
 VALUES = {
     "gpu__time_duration.sum": "12,345",
     "dram__bytes_read.sum": "1,048,576",
-    "dram__bytes_write.sum": "2,000",
+    "dram__bytes_write.sum": "2,000,000",
     "launch__registers_per_thread": "40",
-    "launch__shared_mem_per_block": "17,408",
+    "launch__shared_mem_per_block": "50,176",
     "launch__waves_per_multiprocessor": "0.25",
     "lts__t_sector_hit_rate.pct": "62.50",
     **{metric.name: "0.00" for metric in ncu.STALLS.values()},
@@ -133,10 +133,10 @@ def test_a_launch_has_its_values_in_seconds_bytes_and_fractions_and_the_three_wo
         "block": [128, 2, 1],
         "median_s": pytest.approx(12.345e-6),
         "registers": 40,
-        "shared_bytes": 17408,
+        "shared_bytes": 50176,
         "waves": 0.25,
         "dram_read": 1048576,
-        "dram_written": 2000,
+        "dram_written": 2000000,
         "l2_hits": 0.625,
         **dict.fromkeys(("dram", "l2", "sm_active", "issue", "occupancy", "tensor"), 0.1),
         "stalls": {"long_scoreboard": 10.5, "wait": 9.25, "barrier": 3.0},
@@ -155,14 +155,14 @@ def test_times_may_come_in_any_unit(unit, factor):
 def test_bytes_may_come_in_any_unit(unit, factor):
     per = {"dram__bytes_read.sum": unit, "launch__shared_mem_per_block": f"{unit}/block"}
     launch = one(units={**UNITS, **per})
-    assert launch["dram_read"] == 1048576 * factor and launch["shared_bytes"] == 17408 * factor
+    assert launch["dram_read"] == 1048576 * factor and launch["shared_bytes"] == 50176 * factor
 
 
 @pytest.mark.parametrize("value", ["n/a", "(!) n/a", "", "nan", "inf"])
 def test_what_is_no_number_is_left_out(value):
     absent = {"dram__bytes_read.sum": value, ncu.STALLS["wait"].name: value}
     (launch,) = ncu.parsed(table((KERNEL, absent)))
-    assert "dram_read" not in launch and launch["dram_written"] == 2000
+    assert "dram_read" not in launch and launch["dram_written"] == 2000000
     assert list(launch["stalls"]) == ["long_scoreboard", "barrier", "gmma"]
 
 
@@ -338,7 +338,7 @@ def test_the_launch_with_most_time_above_its_floor_is_at_the_top(capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     order = ["k2 of pointwise_conv", "k3 of", "k1 of", "k4 of", "all 4 launches", "d0 large"]
     assert [name in line for name, line in zip(order, lines, strict=True)] == [True] * 6
-    cells = ["15.0", "20.0", "5.0", "132", "0.25", "256", "40", "17", "1.05"]
+    cells = ["15.0", "20.0", "5.0", "132", "0.25", "256", "40", "49", "3.05"]
     cells += ["10%", "10%", "62%", "10%", "10%", "10%", "10%"]
     assert lines[0].split("  k2")[0].split() == cells
     assert lines[0].endswith("(d0 real forward bf16): long_scoreboard 10.5, wait 9.2, barrier 3.0")
@@ -423,6 +423,7 @@ def test_without_ncu_gpu_or_leave_nothing_ran(fake, gpu, tmp_path, monkeypatch, 
         (("--model", "tf_efficientdet_d0", "--batch", "0"), r"got None and \[0\], take at least 1"),
         (("--op", "soft_nms", "--case", "none such"), "no case of soft_nms fits"),
         (("--op", "soft_nms", "--direction", "backward"), "no case of soft_nms fits"),
+        (("--op", "soft_nms", "--dtype", "bf16"), "no case of soft_nms fits"),
     ],
 )
 def test_bad_arguments_are_errors(words, message):
@@ -440,7 +441,7 @@ def events(monkeypatch):
     served = _library.Op._served
 
     def op(self, backend, args):
-        noted.append(self.name)
+        noted.append(f"{self.name} {backend}")
         return served(self, backend, args)
 
     monkeypatch.setattr(_library.Op, "_served", op)
@@ -472,8 +473,9 @@ def test_one_call_of_a_case_is_profiled_after_two(events, small_cases, tmp_path)
     made = calls_of(tmp_path, *words, "--backend", "reference")
     names = [c.name for c in spec.small_cases() if c.name.startswith(case.name)]
     assert [call["case"] for call in made] == names
-    profiled = ["wait", "start", "mark", spec.name, "wait", "stop"]
-    assert events == [spec.name, spec.name, *profiled] * len(names)
+    served = f"{spec.name} reference"
+    profiled = ["wait", "start", "mark", served, "wait", "stop"]
+    assert events == [served, served, *profiled] * len(names)
     inputs = spec.inputs(case, torch.float32)
     assert made[0] == {
         "name": spec.name,
@@ -495,7 +497,7 @@ def test_of_a_backward_only_the_backward_is_profiled(events, small_cases, tmp_pa
     assert made[1]["bytes"] == spec.backward_bytes(**spec.inputs(case, torch.float32))
     assert made[1]["bytes"] != made[0]["bytes"]
     second = events[events.index("stop") + 1 :]
-    assert second[:6] == [spec.name, "wait", "start", "mark", "wait", "stop"]
+    assert second[:6] == [f"{spec.name} reference", "wait", "start", "mark", "wait", "stop"]
 
 
 def test_calls_that_a_backend_refuses_and_those_without_memory_are_told(
@@ -534,9 +536,9 @@ def test_every_op_of_a_forward_is_a_call_with_its_bytes(events, tmp_path, monkey
         ("pointwise_conv", second),
         ("torch", None),
     ]
-    forward = ["pointwise_conv", "pointwise_conv"]
-    marked = ["mark", "mark", "pointwise_conv", "mark", "mark", "pointwise_conv", "mark"]
-    assert events == [*forward, *forward, "wait", "start", *marked, "wait", "stop"]
+    op = "pointwise_conv reference"
+    profiled = ["wait", "start", "mark", "mark", op, "mark", "mark", op, "mark", "wait", "stop"]
+    assert events == [op] * 4 + profiled
     assert {(c["name"], c["case"], c["direction"], c["dtype"]) for c in made} == {
         ("tf_efficientdet_d0", "4x4 b3", "forward", "fp32")
     }
