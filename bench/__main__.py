@@ -11,6 +11,7 @@ import torch
 
 import bench
 from bench import (
+    ahead,
     aot,
     compare,
     cuda_code,
@@ -41,6 +42,7 @@ SUITES = {
 TOOLS = {
     "floors": (floors, "what a machine with given ceilings could do at best, per model"),
     "aot": (aot, "Triton kernels compiled without a GPU: what they take, and how fast they can be"),
+    "compile": (ahead, "Triton kernels compiled before anything launches them, on all cores"),
     "cuda": (cuda_code, "the CUDA kernels' machine code, and whether it is as recorded"),
     "tune": (tune, "launch.json, the kernels' block sizes, from measurements on a GPU"),
     "report": (report, "tables, roofline plots and a page from results"),

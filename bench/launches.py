@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unittest.mock
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,19 @@ class _Driver:
 
 def compiled(launch: _triton.Launch, architecture: int) -> Code:
     """The code of the variant that Triton's launcher would choose for these arguments."""
+    kernel = kernel_for(launch.kernel, launch.arguments, launch.options, architecture)
+    metadata = kernel.metadata
+    return examined(kernel.asm["cubin"], metadata.shared, metadata.num_warps)
+
+
+def kernel_for(
+    function: Any, arguments: Sequence[Any], options: Mapping[str, Any], architecture: int
+) -> Any:
+    """What Triton compiles, or finds in its cache, for these arguments; of tensors it looks at dtype and address."""
     from triton.runtime.driver import driver
 
     with unittest.mock.patch.object(driver, "_active", _Driver(architecture)):
-        kernel = launch.kernel.warmup(
-            *launch.arguments, grid=(1,), **{**_triton.COMPILED, **launch.options}
-        )
-    metadata = kernel.metadata
-    return examined(kernel.asm["cubin"], metadata.shared, metadata.num_warps)
+        return function.warmup(*arguments, grid=(1,), **{**_triton.COMPILED, **options})
 
 
 def of_call(
