@@ -14,16 +14,19 @@ from bench import (
     ahead,
     aot,
     compare,
+    counters,
     cuda_code,
     detect,
     floors,
     gpu,
     kernels,
+    limits,
     loss,
     machine,
     model,
     profiles,
     report,
+    targets,
     train,
     tune,
 )
@@ -32,6 +35,7 @@ from bench.table import print_rows
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
+    "limits": (limits, "what a machine can do at best: nodes of a graph, bandwidth, rates"),
     "kernels": (kernels, "each op on each backend, forward and backward"),
     "model": (model, "whole networks, beside their peers"),
     "profile": (profiles, "where the time of a network goes, kernel by kernel"),
@@ -44,9 +48,11 @@ TOOLS = {
     "aot": (aot, "Triton kernels compiled without a GPU: what they take, and how fast they can be"),
     "compile": (ahead, "Triton kernels compiled before anything launches them, on all cores"),
     "cuda": (cuda_code, "the CUDA kernels' machine code, and whether it is as recorded"),
+    "counters": (counters, "hardware counters of kernels, by NVIDIA's ncu"),
     "tune": (tune, "launch.json, the kernels' block sizes, from measurements on a GPU"),
     "report": (report, "tables, roofline plots and a page from results"),
     "compare": (compare, "two sets of results; flags what became slower"),
+    "targets": (targets, "the goals on an H200 beside what was measured"),
     "gpu": (gpu, "everything on a GPU, in parts that can be resumed"),
 }
 

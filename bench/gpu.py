@@ -1,10 +1,11 @@
 """``python -m bench gpu``: everything that is to be measured on a GPU, in parts that can be interrupted and resumed.
 
-Parts: verify, sanitize, kernels, model, profile, train, loss, detect, peers; all of them where none is named. Each part
-has ``--minutes`` of its own, then it is ended. DIR/<part>.log has what its commands printed, DIR/<part>.jsonl its rows,
-DIR/verify.json the checks, DIR/state.json what is done. The same command once more goes on where it was; parts that
-passed are not run again. Statuses: passed; failed (a command failed, or something was wrong); out of time (run it
-again); did not run (with the reason). Exit status 1 if a part failed or ran out of time.
+Parts: limits, compile, verify, sanitize, kernels, model, profile, counters, train, loss, detect, accuracy, peers; all
+of them where none is named. Each part has ``--minutes`` of its own, then it is ended. DIR/<part>.log has what its
+commands printed, DIR/<part>.jsonl its rows, DIR/verify.json the checks, DIR/accuracy the run that trained,
+DIR/state.json what is done. The same command once more goes on where it was; parts that passed are not run again.
+Statuses: passed; failed (a command failed, or something was wrong); out of time (run it again); did not run (with the
+reason). Exit status 1 if a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--again", action="store_true", help="from the start; what was there is kept as *.old")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --smoke, does it run?")
     add("--smoke", action="store_true", help="tiny sizes")
+    add("--data", type=Path, metavar="DIR", help="folder in COCO format, for accuracy")
     add("--peer-python", type=Path, help="python with the peers' packages")
     add("--peer-path", type=Path, help="folder of packages for the peers' PYTHONPATH")
 
@@ -77,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     if args.smoke and args.out is None:
         raise ValueError("--out: got none, --smoke takes a folder: its figures are no results")
     out = args.out or Path(__file__).parent / "results" / machine.slug(args.device)
-    plan = Plan(out.resolve(), args.device, args.smoke, _peer_options(args))
+    if args.data is not None and not args.data.is_dir():
+        raise ValueError(f"--data: got {args.data}, takes a folder in COCO format")
+    data = args.data and args.data.absolute()
+    plan = Plan(out.resolve(), args.device, args.smoke, _peer_options(args), data)
     plan.out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(args.parts)) or list(PARTS)
     if args.again:
@@ -196,7 +201,7 @@ def _findings(plan: Plan, part: str) -> tuple[int, list[str]]:
 
 def _merge_checks(plan: Plan) -> tuple[int, list[str]]:
     """Puts the ops' files into verify.json; the number of checks, and those that failed."""
-    found = [json.loads(path.read_text()) for path in sorted((plan.out / "verify").glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(plan.folder("verify").glob("*.json"))]
     records = [record for file in found for record in file["records"]]
     if found:
         merged = {"machine": found[-1]["machine"], "records": records}
@@ -242,13 +247,13 @@ def _save(plan: Plan, state: dict[str, Part]) -> None:
 
 
 def _set_aside(plan: Plan, names: Sequence[str]) -> None:
-    """Renames what the parts wrote to *.old, in place of what has that name, and forgets them."""
+    """Renames what the parts wrote to *.old, in place of what has that name; folders go. Forgets them."""
     for name in names:
         for path in (plan.rows(name), plan.out / f"{name}.log"):
             if path.exists():
                 path.replace(path.with_name(f"{path.name}.old"))
+        shutil.rmtree(plan.folder(name), ignore_errors=True)
     if "verify" in names:
-        shutil.rmtree(plan.out / "verify", ignore_errors=True)
         old = plan.out / "verify.json"
         if old.exists():
             old.replace(old.with_name("verify.json.old"))

@@ -122,7 +122,7 @@ def _measure(
             engines += _effdet_engines(found, shared, dtype, args.device, mode)
         if found is not None and args.device == "cpu":
             engines += _runtime_engines(found, Path(folder) / "network.onnx", shared, dtype)
-        cost = _cost(name, batch, size, dtype, args.device)
+        cost = {**_cost(name, batch, size, dtype, args.device), "compile_mode": mode}
         return compete(engines, check, cost, f"{batch}x3x{size}x{size}", args.device, args.smoke)
 
 

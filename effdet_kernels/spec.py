@@ -64,7 +64,7 @@ class OpSpec:
     nonfinite: tuple[str, ...] = ()  # arguments whose NaN and Inf pass through as arithmetic has it
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-    # ^ other ways to the same result in plain torch, for benchmarks only
+    # ^ other ways to the same result, for benchmarks only
     derived: Callable[[Inputs], Inputs] | None = None
     # ^ arguments that the op takes for known functions of others, computed from those: `gradcheck` moves both
     uncompilable: str | None = None  # why benchmarks do not run torch.compile on the reference

@@ -17,6 +17,8 @@ import torch
 from bench import gpu, parts
 from bench.parts import PARTS, DidNotRun, Plan, Step
 
+DTYPES_BY_WORTH = ("bf16", "fp32", "fp16", "fp64")
+
 # A suite: its words are how long it takes, its exit status, and the statuses of the rows that it adds.
 SUITE = """
 import json, sys, time
@@ -282,12 +284,15 @@ def test_the_parts_run_what_they_should(tmp_path, monkeypatch):
     fake_tool(tmp_path, "exit 0")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(parts, "ops_with_gpu_kernels", lambda: ["soft_nms"])
-    plan = Plan(tmp_path, peers=("--peer-path", "packages"))
+    monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: name)
+    plan = Plan(tmp_path, peers=("--peer-path", "packages"), data=tmp_path)
     steps = {name: list(part(plan)) for name, part in PARTS.items()}
     words = {name: [" ".join(s.command[1:]) for s in found] for name, found in steps.items()}
     for name, found in steps.items():
         assert len({step.name for step in found}) == len(found) > 0, name
-        assert all("--device cuda" in text and "smoke" not in text for text in words[name])
+        assert not any("smoke" in text for text in words[name])
+        if name not in ("compile", "counters"):  # for GPUs only
+            assert all("--device cuda" in text for text in words[name]), name
     assert "--peer-path packages" in words["peers"][0]
     assert not any("--peer-path" in text for text in words["model"] + words["kernels"])
     tuned = [text for text in words["peers"] if "--max-autotune" in text]
@@ -297,13 +302,74 @@ def test_the_parts_run_what_they_should(tmp_path, monkeypatch):
     assert [" loss " in text for text in words["loss"]] == [True]
     assert sum(" loss " in text for text in words["peers"]) == 1
     assert all("triton" in text and "--check large" not in text for text in words["sanitize"])
-    assert "--op soft_nms" in words["kernels"][1] and "--dtype fp32" in words["kernels"][1]
+    goals, half, single = words["kernels"]
+    assert "--case batch --dtype bf16" in goals and all(
+        "--no-compile" in w for w in words["kernels"]
+    )
+    assert "--op soft_nms" in single and "--dtype fp32" in single and "bf16" in half
+    assert [text.split("--dtype ")[1][:4] for text in words["verify"]] == [*DTYPES_BY_WORTH]
+    assert all(
+        f"--jobs {os.cpu_count()}" in text and "--quick" not in text for text in words["verify"]
+    )
+    assert [text.partition("--of ")[2] for text in words["compile"]] == [
+        "verify --dtype bf16",
+        "kernels --dtype bf16",
+        "model --dtype bf16",
+        *(f"verify --dtype {label}" for label in DTYPES_BY_WORTH[1:]),
+    ]
+    trained = [text.split("--model ")[1][:19] for text in words["train"]]
+    assert list(dict.fromkeys(trained)) == ["tf_efficientdet_d0 ", "tf_efficientdet_d2 "]
+    assert (
+        str(tmp_path / "accuracy") in words["accuracy"][0] and "--restart" in words["accuracy"][0]
+    )
+    assert all("bench counters --out" in text for text in words["counters"])
+
+
+def test_compile_really_runs_without_a_gpu(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert command(tmp_path, "compile") == 0
+    assert state(tmp_path, "compile")["done"] == ["kernels"]
+    assert list((tmp_path / "cache").rglob("squeeze_excite_fwd_kernel.cubin"))
+
+
+@pytest.mark.parametrize(
+    ("part", "missing", "reason"),
+    [
+        ("accuracy", "", "--data names no folder in COCO format"),
+        ("accuracy", "pycocotools", "pycocotools is not installed"),
+        ("compile", "triton", "triton is not installed"),
+        ("counters", "", "ncu is for CUDA devices"),
+    ],
+)
+def test_a_part_says_what_it_misses(tmp_path, monkeypatch, part, missing, reason):
+    find = parts.importlib.util.find_spec
+    monkeypatch.setattr(
+        parts.importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    words = ["--data", str(tmp_path)] if missing == "pycocotools" else []
+    assert command(tmp_path, part, *words) == 0
+    found = state(tmp_path, part)
+    assert found["status"] == "did not run" and reason in found["reason"]
+
+
+def test_what_trained_goes_on_and_starts_anew_when_asked(tmp_path, monkeypatch):
+    """The run has a folder of its own, which ``--again`` removes: a finished run would have nothing to do."""
+    made = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); print('made')"
+
+    def accuracy(plan):
+        yield Step("train", [sys.executable, "-c", made, str(plan.folder("accuracy"))])
+
+    monkeypatch.setattr(gpu, "PARTS", {"accuracy": accuracy})
+    assert command(tmp_path, "accuracy") == command(tmp_path, "accuracy") == 0
+    assert command(tmp_path, "accuracy", "--again") == 0  # mkdir fails where there is one
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["verfy"], "PART: got verfy, takes verify, sanitize"),
+        (["verfy"], "PART: got verfy, takes limits, compile, verify, sanitize"),
+        (["--data", "no/such"], "--data: got no/such, takes a folder in COCO format"),
         (["--minutes", "0"], "--minutes: got 0, takes more than 0"),
         (["--minutes", "nan"], "--minutes: got nan"),
     ],

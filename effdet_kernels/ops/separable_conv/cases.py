@@ -289,6 +289,22 @@ CASES = (
         times=64,
         **{**_heads, **_training, "act": "none", "tags": GPU},
     ),
+    _case(
+        "d1_heads_batch64",
+        _pyramid(80),
+        [88, 88],
+        channels=88,
+        times=32,
+        **{**_heads, "tags": GPU},
+    ),
+    _case(
+        "d3_heads_batch32",
+        _pyramid(112),
+        [160, 160],
+        channels=160,
+        times=16,
+        **{**_heads, "tags": GPU},
+    ),
     _case("d4_heads", _pyramid(128), [224, 224], batch=1, channels=224, **_heads),
     _case(
         "d4_heads_batch32",
