@@ -6,21 +6,23 @@ as in every suite (the L2 cache flushed before each, in turns, medians of best-o
 between the medians, ``spread`` the sum of both distances between quartiles over the difference. Results are checked
 before anything is timed. Rows have ``value`` and ``unit``. On a CPU only torch's engines run.
 
-- ``graph node`` [s]: graphs of 1, 32, 128 and 512 launches that wait for each other, the slope by least squares. Engine
-  "triton": one warp a program adds 1 to a count; one program, or one for each multiprocessor. "triton early": the same
+- ``graph node`` [s]: graphs of 1, 32, 128 and 512 launches that wait for each other, the slope by least squares; of one
+  program, or of one for each multiprocessor. "triton": one warp a program adds 1 to a count. "triton early": the same
   with programmatic dependent launch (each launch lets the next begin at once, which waits before it reads). "torch":
   add_ of one element, or of 1024 for each multiprocessor.
-- ``copy``, ``read`` [bytes/s]: bytes that are touched, read plus written, over and over; a case is how many they are in
-  all, half of a copy's its target. "triton": one launch whose programs go through all tiles again and again, 16 bytes a
-  thread at a time, past the L1 cache. "torch": copy_, as often as said above (at most 256 times more), each a node of
-  the graph, whose cost is in it. What fits in the L2 cache has its bandwidth.
+- ``copy``, ``read`` [bytes/s]: bytes touched, read plus written. The case is the working set, of a copy source and
+  target together; it is gone through once, and as often more as makes 4 GB (256 MB on a CPU; at least twice). "triton":
+  one launch, whose programs take tiles in turns, pass after pass, 16 bytes a thread at a time, past the L1 cache. "torch":
+  copy_, at most 256 times more, each a node of the graph, whose cost is in it. What fits in the L2 cache has its
+  bandwidth; below some 16 MB several programs are at one tile at a time.
 - ``ffma``, ``ex2``, ``tanh``, ``rcp``, ``swish`` (as kernels have it: ex2 and rcp), ``swish_tanh`` (0.5 x (1 + tanh(0.5
   x)) with tanh.approx), ``to_bf16`` (float32 to bfloat16, two an instruction) [1/s]: steps of a number that depend on
-  each other, four numbers a thread, all threads of all multiprocessors. ``per_clock``: per clock and multiprocessor, by
-  the clock that the same launch counted (``clock_hz``: cycles over nanoseconds, of all programs).
-- ``hgmma``, ``hmma``, ``product`` [FLOP/s]: bf16. The first two: tl.dot of a tile in shared memory, added to registers
-  over and over; of 128x128 by 128x256, which takes HGMMA on Hopper, and of 32x64 by 64x256, which takes HMMA, with the
-  loads from shared memory that Triton has in that loop. ``product``: torch.mm; on a CPU in float32.
+  each other, four numbers a thread, as many threads as the GPU holds; 1 and 257 trips of 64 ffma, 32 conversions of two,
+  16 of the others. ``per_clock``: per clock and multiprocessor, by the clock that the programs of another launch of 257
+  trips counted (``clock_hz``: their cycles over their nanoseconds).
+- ``hgmma``, ``hmma``, ``product`` [FLOP/s]: bf16. The first two: tl.dot of a tile in shared memory, added to registers,
+  1 and 1025 times; of 128x128 by 128x256, which takes HGMMA on Hopper, and of 32x64 by 64x256, which takes HMMA, with
+  the loads from shared memory that Triton has in that loop. ``product``: torch.mm, 1 and 9 times; on a CPU in float32.
 
 ``--compare FILE`` prints what rows of a file say of the constants in bench/predict.py.
 """
@@ -81,7 +83,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         )
 
     def job(name: str, case: str, dtype: str, loops: Callable[..., Any], *words: Any) -> Job:
-        run = functools.partial(_measure, args, functools.partial(loops, args, *words))
+        run = functools.partial(
+            _shown, f"{name}, {case}", args, functools.partial(loops, args, *words)
+        )
         return Job("limits", name, case, "loop", dtype, args.device, run)
 
     chosen = args.only or GROUPS
@@ -102,6 +106,16 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         for programs in sorted({1, limits_loops.multiprocessors(args.device)}):
             case = f"{programs} program{'s' if programs > 1 else ''}"
             yield job("graph node", case, "int32", limits_loops.chains, programs)
+
+
+def _shown(label: str, args: argparse.Namespace, loops: Callable[..., Any]) -> Iterator[Row]:
+    """Prints the figures, for which the table of all suites has no column."""
+    for row in _measure(args, loops):
+        if "value" in row:
+            per_clock = row.get("per_clock")
+            more = f", {per_clock:.4g} a clock and multiprocessor" if per_clock else ""
+            print(f"{label}, {row['engine']}: {row['value']:.4g} {row['unit']}{more}", flush=True)
+        yield row
 
 
 def _measure(args: argparse.Namespace, loops: Callable[[], Iterable[Loop | Row]]) -> Iterator[Row]:

@@ -13,10 +13,7 @@ from torch import Tensor
 from effdet_kernels import _triton
 from effdet_kernels.ops._tl import activate, reciprocal
 
-WARPS = 8
-RESIDENT = (
-    8  # programs of so many warps fill a multiprocessor, if they take 32 registers a thread at most
-)
+WARPS = 8  # of a program; of 32 registers a thread at most, so that as many are resident as a GPU has threads for
 _ON_GPU = tl.constexpr(not _triton.INTERPRET)
 
 # Chain -------------------------------------------------------------------------------------------
@@ -45,7 +42,7 @@ def chain(counts: Tensor, times: int, early: bool) -> None:
 BLOCK = 2048  # int32 of a tile, 8 KB: two loads of 16 bytes for each of 256 threads
 
 
-@triton.jit(do_not_specialize=["tiles", "visits"])
+@triton.jit
 def copy_kernel(from_ptr, to_ptr, tiles, visits, BLOCK: tl.constexpr):
     """Tiles one after another, ``visits`` in all, from the first again after the last; past the L1 cache."""
     inside = tl.arange(0, BLOCK)
@@ -54,7 +51,7 @@ def copy_kernel(from_ptr, to_ptr, tiles, visits, BLOCK: tl.constexpr):
         tl.store(to_ptr + at, tl.load(from_ptr + at, cache_modifier=".cg"))
 
 
-@triton.jit(do_not_specialize=["tiles", "visits"])
+@triton.jit
 def read_kernel(from_ptr, sums_ptr, tiles, visits, BLOCK: tl.constexpr):
     """The same tiles, of which each program stores the sum, modulo 2^32."""
     inside = tl.arange(0, BLOCK)

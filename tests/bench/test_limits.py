@@ -66,6 +66,15 @@ def test_a_gpu_has_working_sets_within_and_beyond_its_cache(monkeypatch):
     assert jobs[-1].name == "graph node"
 
 
+@pytest.mark.parametrize(("threads", "programs"), [(2048, 132 * 8), (1536, 132 * 6)])
+def test_programs_fill_a_gpu_once(threads, programs, monkeypatch):
+    facts = argparse.Namespace(multi_processor_count=132, max_threads_per_multi_processor=threads)
+    monkeypatch.setattr(limits_loops, "_properties", lambda: facts)
+    kernels = argparse.Namespace(WARPS=8)
+    assert limits_loops._filling(arguments(device="cuda"), kernels) == programs
+    assert limits_loops._filling(arguments(), kernels) == 2
+
+
 def test_groups_may_be_chosen():
     names = {job.name for job in limits.jobs(arguments("--only", "rates", "--only", "graph"))}
     assert names == {*limits_loops.KINDS, "graph node"}
@@ -97,6 +106,19 @@ def test_what_is_wrong_or_fails_is_not_timed_and_the_others_are():
     assert counted == [1]
     assert rows["broken"]["status"] == "wrong" and rows["broken"]["reason"] == "RuntimeError: no"
     assert rows["good"]["status"] == "timed" and rows["good"]["value"] == rows["good"]["median_s"]
+
+
+def test_results_are_spoiled_before_every_check():
+    seen: list[object] = []
+    spied = Loop(
+        "spied",
+        {n: lambda n=n: seen.append(n) for n in (1, 2)},
+        lambda: seen.append("reset"),
+        lambda n: seen.append(f"check {n}") or "",
+        lambda seconds: {},
+    )
+    limits._checked(spied, "cpu")
+    assert seen == ["reset", 1, "check 1", "reset", 2, "check 2"]
 
 
 def test_too_little_memory_is_for_the_log():

@@ -25,7 +25,8 @@ from effdet_kernels import _triton  # noqa: E402
 
 HOPPER = 90
 MULTIPROCESSORS = 132
-PROGRAMS = MULTIPROCESSORS * kernels.RESIDENT
+RESIDENT_WARPS = 64  # that a multiprocessor has threads for
+PROGRAMS = MULTIPROCESSORS * RESIDENT_WARPS // kernels.WARPS
 VALUES_A_THREAD = kernels.VALUES // (kernels.WARPS * sass.WARP)
 MEMORY = ("LD", "ST", "ATOM", "RED", "UTMA")
 
@@ -87,8 +88,8 @@ def product(tile: str) -> Compiled:
 
 
 def fills(code: sass.Code) -> bool:
-    """Whether a multiprocessor holds just as many programs as are launched for each."""
-    return code.resident_warps(HOPPER) == kernels.RESIDENT * kernels.WARPS and not code.local
+    """Whether a multiprocessor holds as many programs as it has threads for."""
+    return code.resident_warps(HOPPER) == RESIDENT_WARPS and not code.local
 
 
 EACH = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from bench import limits, limits_loops
+from bench import limits, limits_loops, machine, runner
 from bench import limits_kernels as kernels
 
 BLOCK = kernels.BLOCK
@@ -115,6 +117,60 @@ def test_smoke():
         assert row["value"] > 0 and row["unit"] and "per_clock" not in row
 
 
+class OnCpu(TorchFunctionMode):
+    """Puts on the CPU what is to be on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CPU that says it is a GPU of two multiprocessors; loops are short."""
+    facts = argparse.Namespace(multi_processor_count=2, max_threads_per_multi_processor=512)
+    for module, name, value in [
+        (torch.cuda, "get_device_capability", lambda: (9, 0)),
+        (limits_loops, "_properties", lambda: facts),
+        (machine, "gpu_clocks", lambda: {"clocks.sm": "1980 MHz"}),
+        (runner, "on_stream", lambda device: contextlib.nullcontext()),
+        (runner, "captured", lambda call: call),
+        (runner.Local, "_time_gpu", runner.Local._time_cpu),
+        (limits, "_EFFORT", runner.SMOKE),
+        (limits, "_MEGABYTES", {"cuda": (1,)}),
+        (limits, "_SIDE", {"cuda": 64}),
+        (limits_loops, "_MOVED", {"cuda": 2 << 20}),
+        (limits_loops, "_NODES", (1, 3, 9)),
+        *((limits_loops, name, 1) for name in ("_TRIPS", "_PRODUCTS", "_MOST_NODES")),
+    ]:
+        monkeypatch.setattr(module, name, value)
+    with OnCpu():
+        yield
+
+
+def test_all_that_a_gpu_will_run(gpu):
+    args = arguments()
+    args.device, args.smoke = "cuda", False
+    rows = [(job, row) for job in limits.jobs(args) for row in job.run()]
+    assert len(rows) == 3 + len(limits_loops.KINDS) + 3 + 2 * 3
+    for job, row in rows:
+        assert row["status"] in ("timed", "skipped"), row
+        rated = job.name in (*limits_loops.KINDS, *limits_loops.TILES, "product")
+        assert row["status"] == "skipped" or ("clocks.sm" in row) == rated
+
+
+def test_early_launches_are_absent_before_hopper(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    args = arguments("--only", "graph")
+    args.device = "cuda"
+    rows = {row["engine"]: row for job in limits.jobs(args) for row in job.run()}
+    assert rows["triton early"]["status"] == "absent"
+    assert "capability 9.0" in rows["triton early"]["reason"]
+    assert rows["triton"]["status"] in ("timed", "skipped")
+
+
 BROKEN = {
     "chain": (lambda counts, times, early: counts.add_(times - 1), "graph node", "counts are"),
     "copy": (lambda *_: None, "copy", "differs"),
@@ -134,26 +190,47 @@ def test_wrong_results_are_not_timed(name, monkeypatch):
         assert row["status"] == "wrong" and reason in row["reason"] and "median_s" not in row
 
 
-def test_what_nothing_was_written_to_is_wrong(monkeypatch):
-    """Results are spoiled before they are checked."""
-    for name in ("copy", "read", "rate", "product"):
-        monkeypatch.setattr(kernels, name, lambda *_: None)
-    for job in jobs("--only", "memory", "--only", "rates", "--only", "products"):
+def test_without_triton_a_gpu_still_runs_what_torch_does(gpu, monkeypatch):
+    monkeypatch.setattr(limits_loops._triton, "REASON", "triton is not installed")
+    args = arguments("--only", "graph", "--only", "products")
+    args.device = "cuda"
+    for job in limits.jobs(args):
         for row in job.run():
-            assert row["status"] == "wrong" or row["engine"] == "torch", row
+            assert (row["status"] == "absent") == (row["engine"] != "torch")
+            assert row["engine"] == "torch" or row["reason"] == "triton is not installed"
 
 
-def test_cycles_over_nanoseconds_are_the_clock(monkeypatch):
+@pytest.mark.parametrize(
+    ("loops", "words"),
+    [
+        (limits_loops.copies, (64 << 10,)),
+        (limits_loops.reads, (64 << 10,)),
+        (limits_loops.rates, ("ex2",)),
+        (limits_loops.products, ("hmma",)),
+        (limits_loops.torch_products, (16,)),
+        (limits_loops.chains, (2,)),
+    ],
+)
+def test_results_are_spoiled_before_they_are_made_again(loops, words):
+    for loop in loops(arguments(), *words):
+        fewest = min(loop.calls)
+        loop.reset()
+        assert loop.wrong(fewest)
+        loop.calls[fewest]()
+        assert not loop.wrong(fewest)
+        loop.reset()
+        assert loop.wrong(fewest)
+
+
+@pytest.mark.parametrize(("kind", "each"), [("ffma", 1), ("to_bf16", 2)])
+def test_cycles_over_nanoseconds_are_the_clock(kind, each, monkeypatch):
     def rate(kind, inputs, result, clocks, trips):
-        steps = kernels.STEPS[kind] * trips
-        result.copy_(limits_loops.expected(kind, inputs, steps))
         clocks[:] = torch.tensor([3500, 2000])
 
     monkeypatch.setattr(kernels, "rate", rate)
-    (loop,) = limits_loops.rates(arguments(), "ffma")
-    figures = loop.figures(2.0)
-    each = 64 * kernels.VALUES * 2
-    assert figures == {
+    (loop,) = limits_loops.rates(arguments(), kind)
+    each *= kernels.STEPS[kind] * kernels.VALUES * 2  # programs
+    assert loop.figures(2.0) == {
         "value": each / 2.0,
         "unit": "1/s",
         "clock_hz": 1.75e9,
