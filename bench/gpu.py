@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     add("--out", type=Path, metavar="DIR", help="default: results/<GPU> beside the benchmarks")
     add("--minutes", type=float, default=9.0, help="for each part (default 9)")
+    add("--list", action="store_true", help="only print the steps that would be considered")
     add("--again", action="store_true", help="from the start; what was there is kept as *.old")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --smoke, does it run?")
     add("--smoke", action="store_true", help="tiny sizes")
@@ -83,8 +84,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--data: got {args.data}, takes a folder in COCO format")
     data = args.data and args.data.absolute()
     plan = Plan(out.resolve(), args.device, args.smoke, _peer_options(args), data)
-    plan.out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(args.parts)) or list(PARTS)
+    if args.list:
+        print(*(line for name in names for line in _listed(plan, name)), sep="\n")
+        return 0
+    plan.out.mkdir(parents=True, exist_ok=True)
     if args.again:
         _set_aside(plan, names)
     state = _known(plan, names)
@@ -97,6 +101,18 @@ def run(args: argparse.Namespace) -> int:
             run_part(plan, name, state, args.minutes * 60)
     _print_summary({name: state[name] for name in names})
     return int(any(state[name].status in (FAILED, OUT_OF_TIME) for name in names))
+
+
+def _listed(plan: Plan, name: str) -> Iterator[str]:
+    """A line for each step of a part."""
+    try:
+        for step in PARTS[name](plan):
+            program = (
+                ["python", *step.command[1:]] if step.command[0] == sys.executable else step.command
+            )
+            yield f"{name}: {step.name}: {shlex.join(program)}"
+    except DidNotRun as reason:
+        yield f"{name}: does not run: {reason}"
 
 
 def run_part(plan: Plan, name: str, state: dict[str, Part], seconds: float) -> None:

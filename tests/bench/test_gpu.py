@@ -353,6 +353,14 @@ def test_a_part_says_what_it_misses(tmp_path, monkeypatch, part, missing, reason
     assert found["status"] == "did not run" and reason in found["reason"]
 
 
+def test_steps_are_listed_and_not_run(tmp_path, capsys):
+    assert command(tmp_path, "verify", "sanitize", "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("verify: fp32: python -m effdet_kernels.verify --device cpu")
+    assert lines[1:] == ["sanitize: does not run: compute-sanitizer is for CUDA devices"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_trained_goes_on_and_starts_anew_when_asked(tmp_path, monkeypatch):
     """The run has a folder of its own, which ``--again`` removes: a finished run would have nothing to do."""
     made = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); print('made')"
