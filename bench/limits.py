@@ -6,15 +6,15 @@ as in every suite (the L2 cache flushed before each, in turns, medians of best-o
 between the medians, ``spread`` the sum of both distances between quartiles over the difference. Results are checked
 before anything is timed. Rows have ``value`` and ``unit``. On a CPU only torch's engines run.
 
-- ``graph node`` [s]: graphs of 1, 32, 128 and 512 launches that wait for each other, the slope by least squares; of one
-  program, or of one for each multiprocessor. "triton": one warp a program adds 1 to a count. "triton early": the same
-  with programmatic dependent launch (each launch lets the next begin at once, which waits before it reads). "torch":
-  add_ of one element, or of 1024 for each multiprocessor.
+- ``graph node`` [s]: graphs of 1, 32, 128 and 512 launches that wait for each other, the slope by least squares; of
+  one program, or of one for each multiprocessor. "triton": one warp a program adds 1 to a count. "triton early": the
+  same with programmatic dependent launch (each launch lets the next begin at once, which waits before it reads).
+  "torch": add_ of one element, or of 1024 for each multiprocessor.
 - ``copy``, ``read`` [bytes/s]: bytes touched, read plus written. The case is the working set, of a copy source and
   target together; it is gone through once, and as often more as makes 4 GB (256 MB on a CPU; at least twice). "triton":
-  one launch, whose programs take tiles in turns, pass after pass, 16 bytes a thread at a time, past the L1 cache. "torch":
-  copy_, at most 256 times more, each a node of the graph, whose cost is in it. What fits in the L2 cache has its
-  bandwidth; below some 16 MB several programs are at one tile at a time.
+  one launch, whose programs take tiles in turns, pass after pass, 16 bytes a thread at a time, past the L1 cache.
+  "torch": copy_, at most 256 times more, each a node of the graph, whose cost is in it. What fits in the L2 cache has
+  its bandwidth; below some 16 MB several programs are at one tile at a time.
 - ``ffma``, ``ex2``, ``tanh``, ``rcp``, ``swish`` (as kernels have it: ex2 and rcp), ``swish_tanh`` (0.5 x (1 + tanh(0.5
   x)) with tanh.approx), ``to_bf16`` (float32 to bfloat16, two an instruction) [1/s]: steps of a number that depend on
   each other, four numbers a thread, as many threads as the GPU holds; 1 and 257 trips of 64 ffma, 32 conversions of two,
