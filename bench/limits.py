@@ -11,15 +11,15 @@ before anything is timed. Rows have ``value`` and ``unit``. On a CPU only torch'
   same with programmatic dependent launch (each launch lets the next begin at once, which waits before it reads).
   "torch": add_ of one element, or of 1024 for each multiprocessor.
 - ``copy``, ``read`` [bytes/s]: bytes touched, read plus written. The case is the working set, of a copy source and
-  target together; it is gone through once, and as often more as makes 4 GB (256 MB on a CPU; at least twice). "triton":
-  one launch, whose programs take tiles in turns, pass after pass, 16 bytes a thread at a time, past the L1 cache.
+  target together; it is gone through once, and as often more as makes 4 GB (256 MB on a CPU), at least twice.
+  "triton": one launch, whose programs take tiles in turns, pass after pass, 16 bytes a thread at a time, past L1.
   "torch": copy_, at most 256 times more, each a node of the graph, whose cost is in it. What fits in the L2 cache has
   its bandwidth; below some 16 MB several programs are at one tile at a time.
 - ``ffma``, ``ex2``, ``tanh``, ``rcp``, ``swish`` (as kernels have it: ex2 and rcp), ``swish_tanh`` (0.5 x (1 + tanh(0.5
   x)) with tanh.approx), ``to_bf16`` (float32 to bfloat16, two an instruction) [1/s]: steps of a number that depend on
-  each other, four numbers a thread, as many threads as the GPU holds; 1 and 257 trips of 64 ffma, 32 conversions of two,
-  16 of the others. ``per_clock``: per clock and multiprocessor, by the clock that the programs of another launch of 257
-  trips counted (``clock_hz``: their cycles over their nanoseconds).
+  each other, four numbers a thread, as many threads as the GPU holds; 1 and 257 trips of 64 ffma, 64 conversions, 16 of
+  the others. ``per_clock``: per clock and multiprocessor, by the clock that the programs of one more launch counted
+  (``clock_hz``: their cycles over their nanoseconds).
 - ``hgmma``, ``hmma``, ``product`` [FLOP/s]: bf16. The first two: tl.dot of a tile in shared memory, added to registers,
   1 and 1025 times; of 128x128 by 128x256, which takes HGMMA on Hopper, and of 32x64 by 64x256, which takes HMMA, with
   the loads from shared memory that Triton has in that loop. ``product``: torch.mm, 1 and 9 times; on a CPU in float32.

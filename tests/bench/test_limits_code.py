@@ -9,7 +9,6 @@ import dataclasses
 import os
 import re
 import tempfile
-import unittest.mock
 
 import pytest
 import torch
@@ -50,11 +49,7 @@ def compiled(call, *arguments) -> Compiled:
     with _triton.recorded() as noted:
         call(*arguments)
     launch = noted[0]
-    from triton.runtime.driver import driver
-
-    with unittest.mock.patch.object(driver, "_active", launches._Driver(HOPPER)):
-        options = {**_triton.COMPILED, **launch.options}
-        kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **options)
+    kernel = launches.kernel_for(launch.kernel, launch.arguments, launch.options, HOPPER)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
