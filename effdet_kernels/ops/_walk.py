@@ -12,8 +12,9 @@ def segments(rows: int, most: int, others: int, resident: int, warps: int) -> in
     """How many segments of at most ``most`` rows are done first: each ``others`` programs, ``resident`` of them at a
     time on a multiprocessor.
 
-    What was measured on an H200: a program of 8 warps takes the time of its rows and of some six more (its weights, and
-    the rows around a segment), and each other one on its multiprocessor a third more.
+    Estimated from D0's profile on an H200, of an earlier kernel (bench/results/nvidia_h200/profile_d0_batch1.json): a
+    program of 8 warps takes the time of its rows and of some six more (its weights, and the rows around a segment), and
+    each other one on its multiprocessor a third more. Not measured since.
     """
     more = warps / 24
 
