@@ -21,13 +21,16 @@ from bench.sass import WARP, Code
 from bench.setups import latest, number, timed, usable
 from effdet_kernels import _triton
 
-# The GPU that predictions are for, an H200: measured copy bandwidth and bf16 product, the clock under load.
+# The GPU that predictions are for, an H200: copy bandwidth (4.25e12) and bf16 product as measured there, commit fcb7f18
+# (results/nvidia_h200/kernels.jsonl). The clock is what we assume under load; right after those short runs it was
+# 1.965e9.
 BANDWIDTH, MATRIX_FLOPS, CLOCK, MULTIPROCESSORS = 4.3e12, 788e12, 1.755e9, 132
 ISSUED = 4  # warp instructions per clock and multiprocessor
 SPECIAL = 0.5  # of these, MUFU
 # Of MATRIX_FLOPS, what HMMA reaches on Hopper, whose own instruction is HGMMA (arXiv 2402.13499 and 2501.12084).
 HMMA = 0.62
 # A program alone on a multiprocessor: the launch, and each instruction of a warp; more than 4 warps hold each other up.
+# Fitted, not measured one by one.
 LAUNCH, _INSTRUCTION, _MORE_WARPS = 1.3e-6, 1.9e-9, 0.35
 
 
