@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench import machine, runner
 from bench.results import ABSENT, TIMED, WRONG, Job, Row
-from effdet_kernels import _dispatch, _native, testing, use_backend
+from effdet_kernels import _cuda, _dispatch, _native, testing, use_backend
 from effdet_kernels._library import _storage
 from effdet_kernels.bound import (
     differentiable,
@@ -102,7 +102,8 @@ def _measure_inputs(
 ) -> Iterator[Row]:
     dtype, device = DTYPES[label], args.device
     cost = _cost(spec, inputs, direction)
-    common = {"shape": shape_text(spec, inputs), **cost}
+    elements = first_elements(spec, inputs, direction)
+    common = {"shape": shape_text(spec, inputs), "elements": elements, **cost}
     subjects: dict[str, runner.Subject] = {}
     rows: dict[str, Row] = {}
     for engine, function in _engines(spec, inputs, direction, args).items():
@@ -324,6 +325,15 @@ def _cost(spec: OpSpec, inputs: Inputs, direction: str) -> dict[str, int]:
     )
     nbytes, flops = (function(**inputs) if function else 0 for function in both)
     return {"bytes": nbytes, "flops": flops}
+
+
+def first_elements(spec: OpSpec, inputs: Inputs, direction: str) -> int:
+    """How many the first tensor of the call has: an argument, of a backward the gradient of the first output. The
+    order of backends on a GPU may depend on it."""
+    if direction == "forward":
+        return _cuda.first_tensor(list(inputs.values())).numel()
+    shapes = {name: map_tensors(value, lambda t: t.to("meta")) for name, value in inputs.items()}
+    return flatten(spec.op(**shapes))[0].numel()
 
 
 def shape_text(spec: OpSpec, inputs: Inputs) -> str:

@@ -39,6 +39,7 @@ def describe() -> dict[str, str | int | float]:
         machine["triton"] = metadata.version("triton")
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
+        machine["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
         machine["cuda"] = torch.version.cuda or ""
     return machine
 
