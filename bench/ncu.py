@@ -1,7 +1,8 @@
 """NVIDIA's ``ncu`` (Nsight Compute): hardware counters of what a program launches while its CUDA profiler is started.
 
 ``METRICS`` and ``STALLS`` say what is asked for. A launch is run once for each set of counters that the GPU can count
-together (six on an H100 or H200), its memory put back and the caches flushed before each; clocks are left alone.
+together (six on an H100 or H200 by CUPTI 13.0, not run there), its memory put back and the caches flushed before each;
+clocks are left alone.
 """
 
 from __future__ import annotations
