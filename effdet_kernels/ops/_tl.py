@@ -22,24 +22,24 @@ def reciprocal(x):
 
 
 @triton.jit
-def exp(x):
-    """e^x; in float32 about 2 ulp off more than a rounding of x, and 0 where the result would be subnormal."""
+def exp(x, FACTOR: tl.constexpr = 1.0):
+    """e^(FACTOR x); in float32 about 2 ulp off more than a rounding of x, and 0 where the result would be subnormal."""
     if _APPROXIMATE and x.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;",
             "=f,f",
-            [x * 1.4426950408889634],
+            [x * (1.4426950408889634 * FACTOR)],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
-    return tl.exp(x)
+    return tl.exp(x * FACTOR)
 
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); where exp overflows the result is 0."""
-    return reciprocal(1.0 + exp(-x))
+    return reciprocal(1.0 + exp(x, -1.0))  # triton 3.6 would compile -x to an instruction
 
 
 @triton.jit
