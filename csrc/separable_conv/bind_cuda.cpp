@@ -97,9 +97,58 @@ FusedSeparableParams read_fused(const Fields& f) {
   return p;
 }
 
+SeparableGradientLevel read_gradient_level(const Fields& f, const SeparableGradientParams& p) {
+  SeparableGradientLevel level{};
+  level.height = count(f, "height");
+  level.width = count(f, "width");
+  const auto x = by_net(f, "x", p.nets), grad = by_net(f, "grad", p.nets), dx = by_net(f, "dx", p.nets);
+  for (int net = 0; net < p.nets; ++net) {
+    level.x[net] = as_vector_map(f, "x", x[net]);
+    level.grad[net] = as_vector_map(f, "grad", grad[net]);
+    for (const Map& map : {level.x[net], level.grad[net]})
+      check(map.height == level.height && map.width == level.width, "x, grad: is not of the size of the level");
+    level.dx[net] = Fields::as_pointer("dx", dx[net], 16);
+  }
+  dense_map(p.channels, level.height, level.width);
+  return level;
+}
+
+SeparableGradientParams read_gradient(const Fields& f) {
+  SeparableGradientParams p{};
+  p.dtype = f.dtype();
+  check(p.dtype == kBFloat16 || p.dtype == kFloat16, "dtype: takes bfloat16 or float16");
+  p.batch = f.integer("batch", 1, kLargest);
+  p.channels = static_cast<int>(f.integer("channels", 8, kMostGradientChannels));
+  p.nets = static_cast<int>(f.integer("nets", 1, kMostNets));
+  p.workers = static_cast<int>(f.integer("workers", 1, 1 << 20));
+  const auto dw_weight = by_net(f, "dw_weight", p.nets), pw_weight = by_net(f, "pw_weight", p.nets);
+  const auto d_dw = by_net(f, "d_dw", p.nets), d_pw = by_net(f, "d_pw", p.nets);
+  const auto out_channels = by_net(f, "out_channels", p.nets);
+  for (int net = 0; net < p.nets; ++net) {
+    p.dw_weight[net] = Fields::as_pointer("dw_weight", dw_weight[net], 16);
+    p.pw_weight[net] = Fields::as_pointer("pw_weight", pw_weight[net], 16);
+    check(p.dw_weight[net] && p.pw_weight[net], "dw_weight, pw_weight: got a null address");
+    p.d_dw[net] = static_cast<float*>(Fields::as_pointer("d_dw", d_dw[net], 4));
+    p.d_pw[net] = static_cast<float*>(Fields::as_pointer("d_pw", d_pw[net], 8));
+    p.out_channels[net] = out_channels[net].cast<int>();
+    check(p.out_channels[net] >= 8 && p.out_channels[net] <= kMostGradientChannels, "out_channels: out of range");
+    check(p.out_channels[net] % 8 == 0 && p.channels % 8 == 0, "channels, out_channels: not a multiple of 8");
+  }
+  const auto levels = f.get("levels").cast<pybind11::list>();
+  p.count = static_cast<int>(levels.size());
+  check(p.count >= 1 && p.count <= kMostLevels, "levels: takes 1 to 8");
+  for (int i = 0; i < p.count; ++i) {
+    auto level = levels[i].cast<pybind11::dict>();
+    level["dtype"] = p.dtype;
+    p.levels[i] = read_gradient_level(Fields(level, kFloat16), p);
+  }
+  return p;
+}
+
 }  // namespace
 
 void bind_cuda_separable_conv(pybind11::module_& module) {
+  bind_kernel<SeparableGradientParams>(module, "separable_conv_gradient", read_gradient, separable_conv_gradient);
   bind_kernel<SeparableParams>(module, "separable_conv", read, separable_conv);
   bind_kernel<FusedSeparableParams>(module, "separable_conv_fused", read_fused, separable_conv_fused);
 }

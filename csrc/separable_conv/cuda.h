@@ -56,6 +56,29 @@ struct FusedSeparableParams {
   FusedMaps maps;
 };
 
+// The gradients of maps and weights, given those of the raw results; a net's levels share its weights.
+struct SeparableGradientLevel {
+  Map x[kMostNets], grad[kMostNets];  // [batch, height, width, channels or out_channels], 16-byte vectors of channels
+  void* dx[kMostNets];                // [batch, height, width, channels], dense; null: not wanted
+  int height, width;
+  int first, across, tiles;  // the launch: its first tile of all images, tiles across it and of an image
+};
+
+struct SeparableGradientParams {
+  SeparableGradientLevel levels[kMostLevels];
+  const void* dw_weight[kMostNets];  // [channels, 3, 3], dense
+  const void* pw_weight[kMostNets];  // [out_channels, channels], dense
+  float* d_dw[kMostNets];            // [workers, channels, 9], to be added up; null: not wanted
+  float* d_pw[kMostNets];            // [workers, out_channels, channels], the same
+  int out_channels[kMostNets];
+  std::int64_t batch;
+  int count, nets, channels, dtype;
+  int workers;  // blocks of a net: each takes every workers-th tile
+};
+
+constexpr int kMostGradientChannels = 128;  // of the maps, and of the results
+
+int separable_conv_gradient(const SeparableGradientParams& params, void* stream);
 int separable_conv(const SeparableParams& params, void* stream);
 int separable_conv_fused(const FusedSeparableParams& params, void* stream);
 

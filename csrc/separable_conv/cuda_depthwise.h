@@ -1,5 +1,5 @@
-// The depthwise half of separable_conv, in place in shared memory: a patch of pixels, 3x3 taps, stride 1. Row r of the
-// result takes the place of row r of the patch, which no later row needs; a warp makes all rows of its channels.
+// The depthwise half of separable_conv in shared memory: a patch of pixels, 3x3 taps, stride 1. A warp makes all rows
+// of its channels. In place, row r of the result takes the place of row r of the patch, which no later row needs.
 #pragma once
 
 #include "cuda/matrix.h"
@@ -10,27 +10,35 @@ namespace effdet::cuda {
 constexpr int kTaps = 9;
 constexpr int kPatchWidth = kTileWidth + 2;
 
-// The sum of the window whose first pixel's vector is `corner`, tap by tap.
-template <typename T>
+// Whether 0 <= place < size.
+__device__ __forceinline__ bool within(int place, int size) {
+  return static_cast<unsigned>(place) < static_cast<unsigned>(size);
+}
+
+// The sum of the window whose first pixel's vector is `corner`, tap by tap; kFlipped: the last tap first.
+template <bool kFlipped, typename T>
 __device__ __forceinline__ float sum_of_taps(const uint4* corner, int pitch, int channel, const T* taps) {
   float sum = 0.0f;
   EFFDET_NO_UNROLL
   for (int tap = 0; tap < kTaps; ++tap) {
     const T* pixel = reinterpret_cast<const T*>(corner + (tap / 3 * kPatchWidth + tap % 3) * pitch);
-    sum += widen(pixel[channel]) * widen(taps[channel * kTaps + tap]);
+    sum += widen(pixel[channel]) * widen(taps[channel * kTaps + (kFlipped ? kTaps - 1 - tap : tap)]);
   }
   return sum;
 }
 
 // 16-bit numbers, 8 channels: a row of taps is a product with two diagonal matrices, one above the other, for columns 0
-// and 1, and one of half the depth for column 2. `patch`: the channels' vector of the first pixel; `taps` [8, 9].
-template <typename T, int kRows>
-__device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps) {
+// and 1, and one of half the depth for column 2. `patch`: the channels' vector of the first pixel; `taps` [8, 9];
+// `result`: where that of the first pixel goes, in rows of `width` pixels, `result_pitch` apart.
+template <typename T, int kRows, bool kFlipped = false>
+__device__ __forceinline__ void convolve(const uint4* patch, int pitch, const T* taps, uint4* result, int result_pitch,
+                                         int width) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   // Column g of a diagonal has its weight in row g, which is of the threads with t = g / 2.
   const auto diagonal = [&](int i, int j) {
     unsigned bits = 0;
-    if (t == g / 2) bits = taps[g * kTaps + 3 * i + j].bits;
+    const int tap = kFlipped ? kTaps - 1 - (3 * i + j) : 3 * i + j;
+    if (t == g / 2) bits = taps[g * kTaps + tap].bits;
     return bits << 16 * (g % 2);
   };
   RightOperand beside[3];
@@ -80,14 +88,14 @@ __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps)
       if (__any_sync(kAll, !finite(check))) {
         EFFDET_UNROLL
         for (int i = 0; i < 8; ++i)
-          sums[r - 2 + i / 4].values[i % 4] = sum_of_taps(
+          sums[r - 2 + i / 4].values[i % 4] = sum_of_taps<kFlipped>(
               patch + ((r - 2 + i / 4) * kPatchWidth + g + i / 2 % 2 * 8) * pitch, pitch, 2 * t + i % 2, taps);
         __syncwarp();
       }
       EFFDET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const float (&z)[4] = sums[r - 2 + i / 2].values;
-        uint4* const pixel = patch + ((r - 2 + i / 2) * kPatchWidth + g + i % 2 * 8) * pitch;
+        uint4* const pixel = result + ((r - 2 + i / 2) * width + g + i % 2 * 8) * result_pitch;
         store(reinterpret_cast<unsigned*>(pixel) + t, narrow_pair<T>(z[i % 2 * 2], z[i % 2 * 2 + 1]));
       }
     }
@@ -95,7 +103,8 @@ __device__ __forceinline__ void convolve(uint4* patch, int pitch, const T* taps)
   }
 }
 
-// float32: a thread makes 4 channels of a column; half a warp has the 16 columns. `works`: whether its channels exist.
+// float32, in place: a thread makes 4 channels of a column; half a warp has the 16 columns. `works`: whether its
+// channels exist.
 template <int kRows>
 __device__ __forceinline__ void convolve(float4* patch, int pitch, const float* taps, bool works) {
   float4* const column = patch + lane_id() % 16 * pitch;

@@ -32,11 +32,6 @@ __device__ __forceinline__ int fresh(int x) {
   return x;
 }
 
-// Whether 0 <= place < size.
-__device__ __forceinline__ bool within(int place, int size) {
-  return static_cast<unsigned>(place) < static_cast<unsigned>(size);
-}
-
 // Waits for all groups of copies but the newest `left`, or 8 of them.
 __device__ __forceinline__ void wait_for_all_but(int left) {
   switch (left) {
@@ -194,7 +189,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 2)
     const int first = slice * kSliceVectors, end = min(existing, first + kSliceVectors);
     if constexpr (sizeof(T) == 2) {
       for (int vector = first + warp_id(); vector < end; vector += p.warps)
-        convolve<T, kRows>(patch + vector, pitch, taps + vector * kVector<T> * kTaps);
+        convolve<T, kRows>(patch + vector, pitch, taps + vector * kVector<T> * kTaps, patch + vector, pitch,
+                           kPatchWidth);
     } else {
       for (int pair = first + 2 * warp_id(); pair < end; pair += 2 * p.warps) {
         const int vector = pair + lane_id() / 16;

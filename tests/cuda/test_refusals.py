@@ -20,7 +20,7 @@ TAKEN = {
     "expand_depthwise": (57, 0),
     "mbconv": (43, 0),
     "pointwise_conv": (48, 0),
-    "separable_conv": (73, 0),
+    "separable_conv": (88, 10),
     "soft_nms": (24, 0),
     "weighted_fusion": (39, 39),
 }

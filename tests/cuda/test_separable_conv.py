@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effdet_kernels import _cuda, testing
-from effdet_kernels.ops.separable_conv import cuda
+from effdet_kernels import _cuda, _dispatch, testing
+from effdet_kernels.ops import _walk
+from effdet_kernels.ops.separable_conv import cuda, cuda_bwd
 from effdet_kernels.ops.separable_conv.spec import SPEC
 
 SHORT = [
@@ -60,3 +61,49 @@ def test_a_block_fits_the_smallest_shared_memory():
     with _cuda.emulated_shared_memory(99):
         for dtype in (torch.float32, torch.bfloat16):
             assert testing.check_forward(SPEC, case, dtype, "cuda_emu") <= 1
+
+
+PLAIN = [case.name for case in SPEC.cases if "plain" in case.name]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_blocks_that_take_several_tiles_go_back_right(monkeypatch, name, multiprocessors):
+    monkeypatch.setattr(_walk, "MULTIPROCESSORS", multiprocessors)
+    case = next(case for case in SPEC.cases if case.name == name)
+    with _dispatch.strictly():
+        assert testing.check_gradient(SPEC, case, torch.bfloat16, "cuda_emu") <= 1
+        for parts in testing.PARTS.values():
+            assert testing.check_gradient(SPEC, case, torch.bfloat16, "cuda_emu", parts=parts) <= 1
+
+
+def test_the_backward_of_64_channels_fits_the_smallest_shared_memory():
+    plain, wide = (
+        next(case for case in SPEC.cases if case.name == name)
+        for name in ("blocks_plain", "vectors_plain_wide")
+    )
+    with _cuda.emulated_shared_memory(99), _dispatch.strictly():
+        assert testing.check_gradient(SPEC, plain, torch.float16, "cuda_emu") <= 1
+        with pytest.raises(_dispatch.BackendError, match=r"x\[0\]: has 88 channels, whose tile is"):
+            testing.check_gradient(SPEC, wide, torch.float16, "cuda_emu")
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), [(8, 8), (64, 64), (88, 128), (128, 72)])
+def test_the_backward_takes_the_shared_memory_that_its_launcher_says(channels, out_channels):
+    """A little less, and the kernel says so."""
+    x = torch.ones(1, channels, 2, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    dw = torch.ones(channels, 1, 3, 3, dtype=torch.bfloat16)
+    pw = torch.ones(out_channels, channels, 1, 1, dtype=torch.bfloat16)
+    grad = torch.ones(1, out_channels, 2, 3, dtype=torch.bfloat16)
+    grad = grad.to(memory_format=torch.channels_last)
+    call = [grad], [x], [dw], [pw], [True], [True], [True]
+    needed = cuda_bwd.shared_bytes(channels, out_channels)
+    assert needed % 16 == 0
+    try:
+        _cuda._emulator.set_shared_limit(needed)
+        cuda_bwd._launch(*call)
+        _cuda._emulator.set_shared_limit(needed - 16)
+        with pytest.raises(RuntimeError, match="shared"):
+            cuda_bwd._launch(*call)
+    finally:
+        _cuda._emulator.set_shared_limit(227 * 1024)

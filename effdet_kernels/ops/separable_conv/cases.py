@@ -95,6 +95,7 @@ def _pyramid(largest: int) -> Sizes:
 
 _heads: Inputs = {"shared": False, "act": "swish", "tags": BENCH}
 _training: Inputs = {"scaled": False, "shifted": False, "statistics": True}  # BN is another op
+_raw: Inputs = {"shared": False, "scaled": False, "shifted": False}
 _predict: Inputs = {"shared": False, "scaled": False, "tags": BENCH}
 
 CASES = (
@@ -130,6 +131,21 @@ CASES = (
         _vectors(f"vectors_far_{act}", [(3, 4)], [8], channels=8, pre_act=act, act=act, std=FAR)
         for act in ACTS
     ],
+    _vectors("vectors_plain", [(9, 17), (4, 3), (1, 1)], [40], channels=24, **_raw),
+    _vectors("vectors_plain_two_nets", [(10, 19), (2, 2)], [72, 8], channels=8, **_raw),
+    _vectors("vectors_plain_wide", [(3, 5)], [128], batch=1, channels=88, **_raw),
+    _vectors(
+        "vectors_two_sizes", [(4, 3), (2, 2)], [8, 8], channels=8, scaled=False, shifted=False
+    ),
+    _node(
+        "fused_vectors_plain",
+        (9, 18, "identity"),
+        (5, 9, "nearest"),
+        channels=16,
+        batch=1,
+        tags=VECTORS,
+        **_raw,
+    ),
     _node("fused_vectors", (4, 17, "identity"), (2, 9, "nearest"), channels=16, tags=VECTORS),
     _node(
         "fused_vectors_three",
@@ -190,6 +206,7 @@ CASES = (
         **_training,
         tags=BLOCKS,
     ),
+    _case("blocks_plain", [(18, 35), (2, 3)], [64, 40], channels=64, tags=BLOCKS, **_raw),
     _case(
         "blocks_channels",
         [(5, 6), (3, 3), (2, 2), (1, 1)],

@@ -61,13 +61,24 @@ def refusal(
         if _extent(size[0], size[1], (size[1] + _BEYOND) * widest, 0) >= _MOST_ELEMENTS:
             return f"size: got {tuple(size)}, takes less than 2^31 elements an image"
     else:
-        refused = _refused_levels(x, pw_weight)
+        refused = refused_sizes(x, len(scale) or len(shift) or len(x), len(dw_weight))
+        refused = refused or _refused_levels(x, pw_weight)
         if refused:
             return refused
     channels, kb = x[0].shape[1], _cuda.shared_kb(x[0])
     widest = max(len(weight) for weight in pw_weight)
     if _cut(x[0].element_size(), channels, widest, x[0].shape[0], (), kb) is None:
         return f"x[0]: has {channels} channels, whose smallest tile is more than {kb} KB of shared memory"
+    return None
+
+
+def refused_sizes(x: Sequence[Tensor], outputs: int, nets: int) -> str | None:
+    """Why kernels do not take the sizes of maps that are not fused: those of a level are one."""
+    levels = outputs // nets
+    for i in range(levels, len(x)):
+        here, first = tuple(x[i].shape[2:]), tuple(x[i % levels].shape[2:])
+        if here != first:
+            return f"x[{i}]: is {here}, takes {first}, which x[{i % levels}] is"
     return None
 
 

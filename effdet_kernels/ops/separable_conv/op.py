@@ -257,6 +257,7 @@ _separable_conv = _library.define(
     backwards={
         "cpu": _backward_cpu,
         "triton": _triton.deferred("effdet_kernels.ops.separable_conv.triton_bwd"),
+        "cuda": _cuda.Implementation("effdet_kernels.ops.separable_conv.cuda_bwd"),
     },
     differentiable=("x", "dw_weight", "pw_weight", "scale", "shift", "fusion_weight"),
     nondifferentiable_outputs=_positions_of_statistics,
