@@ -41,7 +41,7 @@ emulate: emulator  ## CUDA kernels through the harness on the emulator, under Ad
 
 dry-run: triton-quick emulator  ## what `bench gpu` will do, without a GPU: Triton kernels interpreted and compiled, CUDA kernels emulated, every part at tiny sizes
 	$(SANITIZED) $(BIN)/python -m effdet_kernels.verify --device cpu --quick --dtype fp32 --backend cuda_emu --emulator $(EMULATOR)/_emulated.*
-	$(BIN)/python -m bench gpu --device cpu --smoke --out out/dry-run --again
+	$(BIN)/python -m bench gpu --device cpu --smoke --out out/dry-run --again $(if $(DATA),--data $(DATA)/bccd)
 
 parity: $(INSTALLED) $(ORACLE)/.installed  ## equality with PyPI effdet 0.4.1, run in an environment of its own
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/oracle tests/bench/test_peers.py --oracle=$(ORACLE)/bin/python
