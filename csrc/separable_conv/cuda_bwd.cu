@@ -287,7 +287,7 @@ int separable_conv_gradient(const SeparableGradientParams& params, void* stream)
     level.across = divided(level.width, kTileWidth);
     level.tiles = level.across * divided(level.height, kRows);
     tiles += p.batch * level.tiles;
-    if (tiles > kMostBlocks) return kBadSize;
+    if (tiles > kMostBlocks - p.workers) return kBadSize;
   }
   const int widest = p.nets == 1 ? p.out_channels[0] : std::max(p.out_channels[0], p.out_channels[1]);
   cuts.tiles = static_cast<int>(tiles);
