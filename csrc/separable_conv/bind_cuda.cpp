@@ -19,6 +19,22 @@ pybind11::list by_net(const Fields& f, const char* name, int nets) {
   return found;
 }
 
+// Their number, weights and output channels, `least` to `most`.
+template <typename Params>
+void read_nets(const Fields& f, Params& p, int least, int most) {
+  p.nets = static_cast<int>(f.integer("nets", 1, kMostNets));
+  const int nets = p.nets;
+  const pybind11::list dw_weight = by_net(f, "dw_weight", nets), pw_weight = by_net(f, "pw_weight", nets),
+                       out_channels = by_net(f, "out_channels", nets);
+  for (int net = 0; net < nets; ++net) {
+    p.dw_weight[net] = Fields::as_pointer("dw_weight", dw_weight[net], 16);
+    p.pw_weight[net] = Fields::as_pointer("pw_weight", pw_weight[net], 16);
+    check(p.dw_weight[net] && p.pw_weight[net], "dw_weight, pw_weight: got a null address");
+    p.out_channels[net] = out_channels[net].cast<int>();
+    check(p.out_channels[net] >= least && p.out_channels[net] <= most, "out_channels: out of range");
+  }
+}
+
 SeparableLevel read_level(const Fields& f, const SeparableParams& p, bool fused) {
   SeparableLevel level{};
   level.height = count(f, "height");
@@ -54,16 +70,7 @@ SeparableParams read_rest(const Fields& f, bool fused) {
   p.batch = f.integer("batch", 0, kLargest);
   p.channels = static_cast<int>(f.integer("channels", unit, 1 << 14));
   check(p.channels % unit == 0, "channels: not a multiple of 16 bytes");
-  p.nets = static_cast<int>(f.integer("nets", 1, kMostNets));
-  const auto dw_weight = by_net(f, "dw_weight", p.nets), pw_weight = by_net(f, "pw_weight", p.nets);
-  const auto out_channels = by_net(f, "out_channels", p.nets);
-  for (int net = 0; net < p.nets; ++net) {
-    p.dw_weight[net] = Fields::as_pointer("dw_weight", dw_weight[net], 16);
-    p.pw_weight[net] = Fields::as_pointer("pw_weight", pw_weight[net], 16);
-    check(p.dw_weight[net] && p.pw_weight[net], "dw_weight, pw_weight: got a null address");
-    p.out_channels[net] = out_channels[net].cast<int>();
-    check(p.out_channels[net] >= 1 && p.out_channels[net] <= 1 << 16, "out_channels: out of range");
-  }
+  read_nets(f, p, 1, 1 << 16);
   p.rows = static_cast<int>(f.integer("rows", 1, 8));
   const int multiple = separable_warps(p.dtype, p.rows);
   check(multiple != 0, "rows: takes 8, 4 or 2, in float32 4, 2 or 1");
@@ -119,19 +126,12 @@ SeparableGradientParams read_gradient(const Fields& f) {
   check(p.dtype == kBFloat16 || p.dtype == kFloat16, "dtype: takes bfloat16 or float16");
   p.batch = f.integer("batch", 1, kLargest);
   p.channels = static_cast<int>(f.integer("channels", 8, kMostGradientChannels));
-  p.nets = static_cast<int>(f.integer("nets", 1, kMostNets));
   p.workers = static_cast<int>(f.integer("workers", 1, 1 << 20));
-  const auto dw_weight = by_net(f, "dw_weight", p.nets), pw_weight = by_net(f, "pw_weight", p.nets);
+  read_nets(f, p, 8, kMostGradientChannels);
   const auto d_dw = by_net(f, "d_dw", p.nets), d_pw = by_net(f, "d_pw", p.nets);
-  const auto out_channels = by_net(f, "out_channels", p.nets);
   for (int net = 0; net < p.nets; ++net) {
-    p.dw_weight[net] = Fields::as_pointer("dw_weight", dw_weight[net], 16);
-    p.pw_weight[net] = Fields::as_pointer("pw_weight", pw_weight[net], 16);
-    check(p.dw_weight[net] && p.pw_weight[net], "dw_weight, pw_weight: got a null address");
     p.d_dw[net] = static_cast<float*>(Fields::as_pointer("d_dw", d_dw[net], 4));
     p.d_pw[net] = static_cast<float*>(Fields::as_pointer("d_pw", d_pw[net], 8));
-    p.out_channels[net] = out_channels[net].cast<int>();
-    check(p.out_channels[net] >= 8 && p.out_channels[net] <= kMostGradientChannels, "out_channels: out of range");
     check(p.out_channels[net] % 8 == 0 && p.channels % 8 == 0, "channels, out_channels: not a multiple of 8");
   }
   const auto levels = f.get("levels").cast<pybind11::list>();
