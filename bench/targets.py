@@ -2,9 +2,10 @@
 
 A goal is for one or more cases of one job list. Of each case the latest run counts in which a kernel of ours was timed,
 the fastest of them if there are several; ratios are of engines of that run. With several cases the measured figure is
-their geometric mean, and the worst of them decides. Rows of another GPU are shown and decide nothing. A setup, that is
-one machine, commit and set of versions, has a table of its own: the latest of an H200 if there is one, else the latest
-of any GPU; ``--all``: all of them. ``--unmeasured`` lists the cases that none of these has, and how to measure them.
+their geometric mean, and the worst of them decides; a goal that no case misses is "incomplete" until all are measured.
+Rows of another GPU are shown and decide nothing. A setup, that is one machine, commit and set of versions, has a table
+of its own: the latest of an H200 if there is one, else the latest of any GPU; ``--all``: all of them. ``--unmeasured``
+lists the cases that none of these has, and how to measure them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bench.results import EVERY_ENGINE, HARDWARE, SOFTWARE, WRONG, Row, load
 from bench.setups import Setup, identity, plain, split, status_of, timed, usable
 
 NOT_MEASURED, MISSED, MET, STRETCH = "not measured", "missed", "met", "stretch"
+INCOMPLETE = "incomplete"  # no case misses the goal, and some were not measured
 _H200 = re.compile(r"\bH200\b")  # a GH200 is none
 
 
@@ -126,9 +128,16 @@ def verdict(goal: Goal, found: Sequence[Found]) -> str:
     if not found:
         return NOT_MEASURED
     worst = _worst(goal, found).value
-    if goal.reaches(worst, goal.stretch):
-        return STRETCH
-    return MET if goal.reaches(worst, goal.goal) else MISSED
+    if not goal.reaches(worst, goal.goal):
+        return MISSED
+    if len(found) < _wanted(goal):
+        return INCOMPLETE
+    return STRETCH if goal.reaches(worst, goal.stretch) else MET
+
+
+def _wanted(goal: Goal) -> int:
+    """How many cases are to be measured."""
+    return 1 if goal.first else len(goal.cases)
 
 
 def _worst(goal: Goal, found: Sequence[Found]) -> Found:
@@ -150,8 +159,7 @@ def _figures(goal: Goal, found: Sequence[Found]) -> str:
     worst = _worst(goal, found)
     text = goal.measure.text
     figures = [text(mean)] + ([f"worst {text(worst.value)}"] if len(found) > 1 else [])
-    wanted = 1 if goal.first else len(goal.cases)
-    count = f"{len(found)} of {wanted} cases" if wanted > 1 else ""
+    count = f"{len(found)} of {_wanted(goal)} cases" if _wanted(goal) > 1 else ""
     where = f"({worst.case}, {worst.engine})"
     return ", ".join(filter(None, (f"{', '.join(figures)} {where}", count)))
 
