@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.parts import PARTS, ROOT, SANITIZER_ERRORS, DidNotRun, Plan, Step
+from bench.parts import PARTS, ROOT, SANITIZER_ERRORS, DidNotRun, Plan, Step, reached
 from bench.results import WRONG, load
 from bench.setups import latest, name_of, plain, status_of, usable
 
@@ -48,6 +48,7 @@ class Part:
     rows: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
     reason: str = ""  # why it did not run
+    result: str = ""  # of accuracy, in words
     done: list[str] = dataclasses.field(default_factory=list)  # steps
 
 
@@ -143,6 +144,7 @@ def run_part(plan: Plan, name: str, state: dict[str, Part], seconds: float) -> N
     part.seconds = before + time.monotonic() - start
     part.rows, wrong = _findings(plan, name)
     part.failures = wrong + failed
+    part.result = reached(plan) if name == "accuracy" else ""
     if part.failures:
         part.status = FAILED
     _save(plan, state)
@@ -290,7 +292,7 @@ def _print_summary(parts: dict[str, Part]) -> None:
     for name, part in parts.items():
         print(
             f"{name:<10}{part.status:<13}{part.seconds:>8.0f}{part.rows:>7}{len(part.failures):>10}"
-            + (f"  {part.reason}" if part.reason else "")
+            + "".join(f"  {words}" for words in (part.reason, part.result) if words)
         )
     for name, part in parts.items():
         for failure in part.failures[:_SHOWN]:

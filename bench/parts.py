@@ -16,6 +16,7 @@ import torch
 
 from bench.results import load
 from bench.setups import timed, usable
+from effdet.engine.log import read_log
 from effdet_kernels import testing
 from effdet_kernels.spec import iter_specs
 from effdet_kernels.suite import CHECKS
@@ -223,6 +224,14 @@ def accuracy(plan: Plan) -> Iterator[Step]:
     words = [sys.executable, "-m", "effdet", "train", str(plan.data), "--device", plan.device]
     words += ["--out", str(plan.folder("accuracy")), "--restart"]
     yield Step("train", [*words, *(_TRAINING_SMOKE if plan.smoke else _TRAINING)])
+
+
+def reached(plan: Plan) -> str:
+    """What the log of accuracy says last of what it evaluated; empty before that."""
+    log = plan.folder("accuracy") / "log.jsonl"
+    records = read_log(log) if log.exists() else []
+    found = [record for record in records if record["kind"] == "epoch" and "AP50" in record]
+    return f"AP50 {found[-1]['AP50']:.3f} after {found[-1]['epoch']} epochs" if found else ""
 
 
 def peers(plan: Plan) -> Iterator[Step]:

@@ -373,6 +373,25 @@ def test_what_trained_goes_on_and_starts_anew_when_asked(tmp_path, monkeypatch):
     assert command(tmp_path, "accuracy", "--again") == 0  # mkdir fails where there is one
 
 
+def test_the_summary_says_what_training_reached(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "out" / "accuracy" / "log.jsonl"
+    records = [{"kind": "step", "AP50": 0.9}, {"kind": "epoch", "epoch": 1, "AP50": 0.25}]
+    records += [{"kind": "epoch", "epoch": 2, "AP50": 0.5}, {"kind": "epoch", "epoch": 3}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    written = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(); p.write_text(sys.argv[2])"
+
+    def accuracy(plan):
+        yield Step("train", [sys.executable, "-c", written, str(log), lines])
+
+    monkeypatch.setattr(gpu, "PARTS", {"accuracy": accuracy, "model": lambda plan: iter(())})
+    assert command(tmp_path, "model", "accuracy") == 0
+    said = "AP50 0.500 after 2 epochs"
+    assert (state(tmp_path, "accuracy")["result"], state(tmp_path, "model")["result"]) == (said, "")
+    assert [said in line for line in capsys.readouterr().out.splitlines()][-2:] == [False, True]
+    log.unlink()
+    assert parts.reached(Plan(tmp_path / "out")) == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
