@@ -13,7 +13,6 @@
 namespace effdet::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 constexpr int kRows = 8, kPixels = kRows * kTileWidth;  // of a tile
 constexpr int kPatchPixels = (kRows + 2) * kPatchWidth;
 constexpr int kPatchTiles = divided(kPatchPixels, 16);  // of 16 pixels
@@ -29,8 +28,10 @@ struct Cuts {
 // kSteps: operands of 16 output channels, at most; kGroups: of 32 channels of x.
 template <int kSteps, int kGroups>
 struct Shape {
+  static constexpr bool kSmall = kSteps * kGroups <= 8;
+  static constexpr int kWarps = kSmall ? 8 : 12, kThreads = kWarp * kWarps;
   static constexpr int kBlocks = divided(kSteps * kGroups, kWarps);  // of 16 by 32 sums for d_pw, of a warp
-  static constexpr int kResident = kBlocks == 1 ? 2 : 1;             // blocks of a multiprocessor
+  static constexpr int kResident = kSmall ? 2 : 1;                   // blocks of a multiprocessor
 };
 
 // sums [16, 32] += grad^T m over the tile's pixels; `grad`: of its first pixel in the patch.
@@ -126,9 +127,10 @@ __device__ __forceinline__ void add_taps(float* d_dw, const uint4* x, int x_pitc
 }
 
 template <typename T, int kSteps, int kGroups>
-__global__ void __launch_bounds__(kThreads, Shape<kSteps, kGroups>::kResident)
+__global__ void __launch_bounds__(Shape<kSteps, kGroups>::kThreads, Shape<kSteps, kGroups>::kResident)
     separable_conv_bwd_kernel(const SeparableGradientParams p, const Cuts cuts) {
-  constexpr int kBlocks = Shape<kSteps, kGroups>::kBlocks;
+  using S = Shape<kSteps, kGroups>;
+  constexpr int kWarps = S::kWarps, kThreads = S::kThreads, kBlocks = S::kBlocks;
   Shared shared;
   T* const taps = shared.take<T>(kTaps * p.channels);
   uint4* const x = shared.take<uint4>(kPatchPixels * cuts.x_pitch);
@@ -260,7 +262,7 @@ template <typename T, int kSteps, int kGroups>
 int launch_gradient(const SeparableGradientParams& p, const Cuts& cuts, void* stream) {
   Grid grid;
   grid.blocks = std::int64_t{p.workers} * p.nets;
-  grid.threads = kThreads;
+  grid.threads = Shape<kSteps, kGroups>::kThreads;
   const int vectors =
       kPatchPixels * cuts.x_pitch + kPatchTiles * 16 * cuts.grad_pitch + (kPixels + 8 * cuts.grad) * cuts.middle_pitch;
   grid.shared_bytes = Shared::rounded(kTaps * p.channels * sizeof(T)) + std::size_t{16} * vectors +
