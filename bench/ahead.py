@@ -30,13 +30,14 @@ from tqdm import tqdm
 
 from bench import launches, network
 from bench.model import default_size
+from bench.parts import MODELS
 from bench.sass import ARCHITECTURES
+from bench.trials import first_line
 from effdet_kernels import _dispatch, _triton
 from effdet_kernels.spec import OpSpec, iter_specs
 from effdet_kernels.suite import CHECKS, NotRun, Subject, large_case
-from effdet_kernels.verify import DTYPES
+from effdet_kernels.verify import DTYPES, LARGE
 
-MODELS = tuple(f"tf_efficientdet_{size}" for size in ("d0", "d2", "d4", "d7"))
 BATCHES = (1, 128)
 _ALIGNED = 16  # bytes: what Triton wants to know of a pointer
 
@@ -124,7 +125,7 @@ Noted = Iterator[list[_triton.Launch]]
 def _of_check(source: Source, shared_kb: int) -> Noted:
     """A check of verify on tensors that no kernel fills: what it finds wrong says nothing."""
     spec, dtype = _spec(source.name), DTYPES[source.dtype]
-    if source.what == "large":
+    if source.what == LARGE:
         if spec.batched:
             case = large_case(spec, dtype, "triton")[0]
             yield launches.of_call(spec, case, dtype, shared_kb, backward=False)
@@ -280,8 +281,7 @@ def _compile(variant: Variant, architecture: int, end: float | None) -> tuple[fl
         if _gpu_architecture() == architecture:
             _ = made.run  # loads it: triton 3.6 compiles a launcher in C for that
     except Exception as error:  # Triton's compiler raises errors of many types
-        first = (str(error).strip().splitlines() or [""])[0]
-        return time.time() - start, f"{type(error).__name__}: {first}"
+        return time.time() - start, first_line(error)
     return time.time() - start, ""
 
 
@@ -291,7 +291,4 @@ def _one_thread() -> None:
 
 
 def _gpu_architecture() -> int | None:
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    return _dispatch._architecture(0) if torch.cuda.is_available() else None

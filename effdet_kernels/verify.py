@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                     tasks += _tasks(spec, backend, device, args.dtype, checks, args.quick)
                 else:
                     records.append(_absent(spec.name, backend))
+    if args.json:
+        _write(args.json, device, records)
     results = _in_processes(tasks, args.jobs, args.emulator) if args.jobs else _here(tasks)
     for task, outcomes in results:
         print(task.row(outcomes), flush=True)
         records += task.records(outcomes)
         if args.json:
-            _write(args.json, device, records)  # of a run that is ended the rest is kept
-    if args.json:
-        _write(args.json, device, records)
+            _write(args.json, device, records)  # a run that is ended leaves what it had
     return _summary(records)
 
 
