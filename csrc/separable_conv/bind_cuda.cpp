@@ -35,6 +35,19 @@ void read_nets(const Fields& f, Params& p, int least, int most) {
   }
 }
 
+// Each by `read`, as its fields have it, with the dtype of all.
+template <typename Params, typename Read>
+void read_levels(const Fields& f, Params& p, const Read& read) {
+  const pybind11::list levels = f.get("levels").template cast<pybind11::list>();
+  p.count = static_cast<int>(levels.size());
+  check(p.count >= 1 && p.count <= kMostLevels, "levels: takes 1 to 8");
+  for (int i = 0; i < p.count; ++i) {
+    pybind11::dict level = levels[i].template cast<pybind11::dict>();
+    level["dtype"] = p.dtype;
+    p.levels[i] = read(Fields(level, kFloat16));
+  }
+}
+
 SeparableLevel read_level(const Fields& f, const SeparableParams& p, bool fused) {
   SeparableLevel level{};
   level.height = count(f, "height");
@@ -81,14 +94,7 @@ SeparableParams read_rest(const Fields& f, bool fused) {
   check(p.dtype == kFloat32 || p.depth % 2 == 0, "depth: takes an even number");
   check(p.depth <= 32 * p.warps, "depth: takes at most one for each thread");
   p.stages = static_cast<int>(f.integer("stages", 1, kMostStages));
-  const auto levels = f.get("levels").cast<pybind11::list>();
-  p.count = static_cast<int>(levels.size());
-  check(p.count >= 1 && p.count <= kMostLevels, "levels: takes 1 to 8");
-  for (int i = 0; i < p.count; ++i) {
-    auto level = levels[i].cast<pybind11::dict>();
-    level["dtype"] = p.dtype;
-    p.levels[i] = read_level(Fields(level, kFloat16), p, fused);
-  }
+  read_levels(f, p, [&](const Fields& level) { return read_level(level, p, fused); });
   return p;
 }
 
@@ -134,14 +140,7 @@ SeparableGradientParams read_gradient(const Fields& f) {
     p.d_pw[net] = static_cast<float*>(Fields::as_pointer("d_pw", d_pw[net], 8));
     check(p.out_channels[net] % 8 == 0 && p.channels % 8 == 0, "channels, out_channels: not a multiple of 8");
   }
-  const auto levels = f.get("levels").cast<pybind11::list>();
-  p.count = static_cast<int>(levels.size());
-  check(p.count >= 1 && p.count <= kMostLevels, "levels: takes 1 to 8");
-  for (int i = 0; i < p.count; ++i) {
-    auto level = levels[i].cast<pybind11::dict>();
-    level["dtype"] = p.dtype;
-    p.levels[i] = read_gradient_level(Fields(level, kFloat16), p);
-  }
+  read_levels(f, p, [&](const Fields& level) { return read_gradient_level(level, p); });
   return p;
 }
 
